@@ -1,0 +1,46 @@
+# make reproduce            the default run: digits, from data to report
+# make reproduce RUN=cifar10 CONFIG=path/to/cifar10.yml
+# make test                 every test, notebooks included
+# make setup | lock | notebooks
+PYTHON ?= python3
+RUN ?= digits
+CONFIG ?= data/configs/$(RUN).yml
+CORES ?= $(shell nproc)
+BIN := .venv/bin
+# OpenMP threads that spin for long while they wait make small networks many times slower as soon as something else
+# wants a core; this short a spin costs nothing on a quiet machine.
+export GOMP_SPINCOUNT ?= 20000
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup reproduce test notebooks lock
+.DEFAULT_GOAL := setup
+
+setup: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DenseNAS needs Python 3.11 or newer, set PYTHON")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --no-deps --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# One run at a time: a second command waits for the first, also for one whose terminal is gone. The lock is the
+# kernel's and goes with its process, where Snakemake's own would stay behind after a kill -9.
+reproduce: setup
+	@mkdir -p runs
+	@flock runs/.lock $(BIN)/snakemake --nolock --rerun-incomplete --quiet host reason progress --cores $(CORES) \
+		--config run=$(RUN) configuration=$(CONFIG)
+	@$(BIN)/python -m densenas.report $(RUN)
+
+test: setup
+	$(BIN)/pytest tests
+	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
+
+# Runs every notebook at its defaults and keeps the outputs, which are committed.
+notebooks: setup
+	for notebook in notebooks/*.ipynb; do \
+		$(BIN)/papermill --cwd notebooks --no-progress-bar $$notebook $$notebook || exit 1; done
+
+lock:
+	uv pip compile --universal --python-version 3.11 --extra dev --upgrade --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
