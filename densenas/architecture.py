@@ -1,0 +1,237 @@
+"""Derived networks: the `net_config` text format, the network it describes, and its size."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densenas import ops
+from densenas.config import DATA, atomic, literal, read_text, write_text
+
+
+@dataclass(frozen=True)
+class Block:
+    """One routing block of a derived network; widths are nominal (a Bottleneck leaves four times as many)."""
+
+    in_ch: int
+    out_ch: int
+    head: str
+    stack: tuple[str, ...]
+    stride: int
+
+    def __str__(self) -> str:
+        return str([[self.in_ch, self.out_ch], self.head, list(self.stack), len(self.stack), self.stride])
+
+    @classmethod
+    def parse(cls, text: str) -> Block:
+        match literal(text):
+            case [[in_ch, out_ch], str(head), list(stack), count, stride] if all(
+                type(number) is int for number in (in_ch, out_ch, count, stride)
+            ) and all(isinstance(op, str) for op in stack):
+                pass
+            case _:
+                raise ValueError(f"expected [[in, out], head op, [stack ops], their number, stride], found {text!r}")
+        if count != len(stack):
+            raise ValueError(f"announces {count} stacked ops, but lists {len(stack)}")
+        if min(in_ch, out_ch) < 1:
+            raise ValueError(f"has widths {in_ch} and {out_ch}, widths must be positive")
+        if stride not in (1, 2):
+            raise ValueError(f"has stride {stride}, strides are 1 or 2")
+        for op in (head, *stack):
+            if ops.net_type(op) is None:
+                raise ValueError(f"holds {op}, which a derived network drops")
+        return cls(in_ch, out_ch, head, tuple(stack), stride)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A chain of blocks, as `str` ↔ `parse` write and read it: the published `net_config` (METHOD, derivation).
+
+    MobileNetV2 networks start with the stem's `mbconv_k3_t1` block and end with a 1×1 convolution to `last_dim`
+    channels; ResNet networks have neither. `published` holds a named network's published figures.
+    """
+
+    blocks: tuple[Block, ...]
+    last_dim: int | None = None
+    published: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("net_config has no blocks")
+        try:
+            ops.family(op for block in self.blocks for op in (block.head, *block.stack))
+        except ValueError as error:
+            raise ValueError(f"net_config: {error}") from None
+        for index, (before, block) in enumerate(zip(self.blocks, self.blocks[1:], strict=False), start=1):
+            if before.out_ch != block.in_ch:
+                raise ValueError(
+                    f"net_config: block {index} takes {block.in_ch} channels, block {index - 1} leaves {before.out_ch}"
+                )
+        if self.net_type == "mbv2" and self.last_dim is None:
+            raise ValueError("net_config: a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing")
+        if self.net_type == "res" and self.last_dim is not None:
+            raise ValueError("net_config: a ResNet network has no conv1_1 at its end")
+        if self.last_dim is not None and self.last_dim < 1:
+            raise ValueError(f"net_config: conv1_1 leaves {self.last_dim} channels, widths must be positive")
+
+    @property
+    def net_type(self) -> ops.NetType:
+        return ops.net_type(self.blocks[0].head)
+
+    @classmethod
+    def parse(cls, text: str) -> Architecture:
+        """Reads a `net_config`; raises ValueError naming the block and what is wrong with it."""
+        pieces = text.strip().split("|")
+        blocks, in_ch, last_dim = [], None, None
+        for index, piece in enumerate(pieces):
+            try:
+                if index == len(pieces) - 1:
+                    match literal(piece):
+                        case [[int(in_ch), int(last_dim)], "conv1_1"]:
+                            break
+                blocks.append(Block.parse(piece))
+            except ValueError as error:
+                raise ValueError(f"net_config: block {index} {error}") from None
+        arch = cls(tuple(blocks), last_dim)
+        if last_dim is not None and in_ch != blocks[-1].out_ch:
+            raise ValueError(f"net_config: conv1_1 takes {in_ch} channels, the last block leaves {blocks[-1].out_ch}")
+        return arch
+
+    @classmethod
+    def read(cls, text: str) -> Architecture:
+        """A network given as a net_config or by its published name."""
+        return cls.parse(text) if text.lstrip().startswith("[") else cls.named(text)
+
+    def __str__(self) -> str:
+        last = [] if self.last_dim is None else [f"[[{self.blocks[-1].out_ch}, {self.last_dim}], 'conv1_1']"]
+        return "|".join([str(block) for block in self.blocks] + last)
+
+    @classmethod
+    def named(cls, name: str) -> Architecture:
+        """A network whose layers are public, e.g. "DenseNAS-A"; KeyError lists the names."""
+        known = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))["architectures"]
+        if name not in known:
+            raise KeyError(f"no published layer list for '{name}', there is one for {', '.join(known)}")
+        arch = cls.parse(known[name]["net_config"])
+        return cls(arch.blocks, arch.last_dim, {"name": name, **known[name]})
+
+    def mult_adds(self, input_size: int, num_classes: int = 1000) -> float:
+        """Multiply-adds for one square image, in millions; no BN, no biases (as published)."""
+        size = math.ceil(input_size / 2)
+        channels = self.blocks[0].in_ch
+        total = 27 * channels * size**2
+        for block in self.blocks:
+            total += ops.mult_adds(block.head, channels, block.out_ch, size, block.stride)
+            size, channels = math.ceil(size / block.stride), ops.out_channels(block.head, block.out_ch)
+            total += sum(ops.mult_adds(op, channels, block.out_ch, size, 1) for op in block.stack)
+        if self.last_dim:
+            total += channels * self.last_dim * size**2
+            channels = self.last_dim
+        return (total + channels * num_classes) / 1e6
+
+    def params(self, num_classes: int = 1000) -> float:
+        """Parameters in millions, counted without allocating any."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in DerivedNet(self, num_classes, init=False).parameters()) / 1e6
+
+    def build(self, num_classes: int = 1000) -> DerivedNet:
+        """The network, freshly initialised from PyTorch's global generator."""
+        return DerivedNet(self, num_classes)
+
+
+class DerivedNet(nn.Module):
+    """A derived network: images (B, 3, H, W) → logits (B, num_classes)."""
+
+    def __init__(self, arch: Architecture, num_classes: int, init: bool = True) -> None:
+        super().__init__()
+        norm = ops.Norm(affine=True, eps=1e-3 if arch.net_type == "mbv2" else 1e-5)
+        channels = arch.blocks[0].in_ch
+        self.input_block = ops.conv_norm(3, channels, norm(channels), nn.ReLU6(inplace=True), kernel_size=3, stride=2)
+        self.blocks = nn.ModuleList()
+        for block in arch.blocks:
+            self.blocks.append(DerivedBlock(block, channels, norm))
+            channels = ops.out_channels(block.head, block.out_ch)
+        self.conv1_1_block = nn.Sequential()
+        if arch.last_dim:
+            last = ops.conv_norm(channels, arch.last_dim, norm(arch.last_dim), nn.ReLU6(inplace=True))
+            self.conv1_1_block.add_module("conv1_1", last)
+            channels = arch.last_dim
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+        if init:
+            ops.init_weights(self, arch.net_type)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.input_block(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(self.pool(self.conv1_1_block(x)).flatten(1))
+
+
+class DerivedBlock(nn.Module):
+    def __init__(self, block: Block, in_channels: int, norm: ops.Norm) -> None:
+        super().__init__()
+        channels = ops.out_channels(block.head, block.out_ch)
+        self.head_layer = ops.build_op(block.head, in_channels, block.out_ch, block.stride, norm)
+        self.stack_layers = nn.Sequential(*(ops.build_op(op, channels, block.out_ch, 1, norm) for op in block.stack))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack_layers(self.head_layer(x))
+
+
+def from_published(key: str) -> str:
+    """A published state-dict key as ours: no `module.` in front, no `_` before expand, depthwise, project."""
+    return key.removeprefix("module.").replace("._", ".")
+
+
+def save_published(folder: str | Path, arch: Architecture, net: nn.Module | None = None) -> None:
+    """Writes `net_config` and, with a network, `weights.pt`: the folder that `load_published` reads."""
+    folder = Path(folder)
+    write_text(folder / "net_config", f"{arch}\nnet_type: {arch.net_type}\n")
+    if net is not None:
+        with atomic(folder / "weights.pt") as partial:
+            torch.save({key: value.cpu() for key, value in net.state_dict().items()}, partial)
+
+
+def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
+    """A folder with `net_config` (its line, then `net_type: mbv2|res`) and `weights.pt`, and the network in it.
+
+    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with one sentence.
+    """
+    folder = Path(folder)
+    for name in ("net_config", "weights.pt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}; a published model folder has net_config and weights.pt")
+    text, *rest = read_text(folder / "net_config").strip().splitlines() or [""]
+    try:
+        arch = Architecture.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'net_config'}: {error}") from None
+    for line in rest:
+        key, _, value = line.partition(":")
+        if key.strip() == "net_type" and value.strip() != arch.net_type:
+            raise ValueError(f"{folder / 'net_config'}: net_type is {value.strip()}, but the ops are {arch.net_type}")
+    try:
+        state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{folder / 'weights.pt'} is damaged or holds more than weights, it was not read") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder / 'weights.pt'}: expected a state dict, found a {type(state).__name__}")
+    state = {from_published(key): value for key, value in state.items()}
+    if not isinstance(state.get("classifier.weight"), Tensor):
+        raise ValueError(f"{folder / 'weights.pt'}: no classifier.weight among the {len(state)} entries")
+    model = arch.build(num_classes=len(state["classifier.weight"]))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / 'weights.pt'} does not fit its net_config: {reason[:300]}") from None
+    return arch, model

@@ -1,0 +1,130 @@
+"""What a run is told: the recipes that come with a search space, and the YAML file of a run."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent  # the repository, where reports/ and runs/ live
+# A checkout keeps data/ at its top level; an installed wheel carries it inside the package.
+DATA = next(folder for folder in (PACKAGE / "data", ROOT / "data") if folder.is_dir())
+
+Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
+
+
+class Strict(BaseModel):
+    """Unknown names are errors: a misspelled knob must never fall back to its default in silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SearchRecipe(Strict):
+    """How a supernet is searched; the defaults are the paper's (section 4.1 and the published configuration)."""
+
+    epochs: int = Field(ge=1)  # passes over the training split
+    arch_start_epoch: int = Field(ge=0)  # first epoch (from 0) that also updates alpha and beta
+    batch_size: int = Field(ge=2)  # images a step
+    log_base: float = Field(gt=1)  # cost at which the cost term equals sub_loss_factor, in the table's unit
+    sub_loss_factor: float = Field(ge=0)  # weight of the cost term
+    softmax_temp: float = Field(1.0, gt=0)  # divides beta, never alpha
+    lr: float = Field(0.2, gt=0)  # weights: SGD, cosine per step down to lr_min
+    lr_min: float = Field(1e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(4e-5, ge=0)
+    arch_lr: float = Field(3e-4, gt=0)  # alpha and beta: Adam
+    arch_betas: tuple[float, float] = (0.5, 0.999)
+    arch_weight_decay: float = Field(1e-3, ge=0)
+
+
+class RetrainRecipe(Strict):
+    """How a derived network is trained from scratch; the defaults are the paper's."""
+
+    epochs: int = Field(240, ge=1)
+    batch_size: int = Field(1024, ge=2)
+    lr: float = Field(0.5, gt=0)  # SGD, cosine per step down to lr_min
+    lr_min: float = Field(1e-5, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0)  # linear from lr_min, before the cosine
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(4e-5, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+
+Recipe = TypeVar("Recipe", SearchRecipe, RetrainRecipe)
+
+
+def override(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with those settings that are not None; ValueError with one sentence where one cannot be."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return type(recipe)(**{**recipe.model_dump(), **given})
+    except ValidationError as error:
+        raise one_sentence(error, type(recipe).__name__) from None
+
+
+def one_sentence(error: ValidationError, where: str) -> ValueError:
+    """The complaint of pydantic that helps most, as one sentence that says where and what."""
+    # A misspelled name also leaves the right one missing: the misspelling is what to mend.
+    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ValueError(f"{where}: there is no setting '{field}', is it misspelled?")
+    if first["type"] == "missing":
+        return ValueError(f"{where}: the setting '{field}' is missing")
+    reason = first["msg"].removeprefix("Value error, ")
+    return ValueError(f"{where}: {field}: {reason} (got {first['input']!r})" if field else f"{where}: {reason}")
+
+
+def literal(text: str) -> Any:
+    """A Python literal, never executed; ValueError where the text is anything else."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f"is not a Python literal: {text.strip()[:80]!r}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A whole text file; ValueError with one sentence where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Safe-loads a YAML mapping; raises ValueError with one sentence when the file holds anything else."""
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{path}: there is no setting {odd[0]!r}, settings are words")
+    return content
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end: no reader and no kill meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a whole text file or nothing."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")

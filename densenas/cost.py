@@ -1,0 +1,192 @@
+"""What a network costs: Mult-Adds or milliseconds of every candidate, as one table of a search space."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from densenas import ops
+from densenas.architecture import Architecture, Block
+from densenas.config import literal, read_text, write_text
+from densenas.space import PRESETS, SearchSpace
+
+UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
+
+Rows = list[list[float]]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The cost of every candidate of a space. Additive: a network costs the sum of its entries (paper, section 3.3).
+
+    `head[b]` has a row for each incoming edge of block b + 1, nearest first, and an entry for each head op;
+    `stack[b]` a row for each of its layers and an entry for each stack op; `final` an entry for each edge to the final
+    node. The published MobileNetV2 list has layer rows even for blocks without layers: its networks' totals count
+    those as skips, the chained cost does not. Every entry is in the unit of `kind` (see `UNITS`).
+    """
+
+    space: SearchSpace
+    kind: str
+    stem: float
+    head: list[Rows]
+    stack: list[Rows]
+    final: list[float]
+    classifier: float
+    conditions: dict[str, Any] = field(default_factory=dict)  # input size, classes, and for latency the device
+    _tensors: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in [*UNITS]:
+            raise ValueError(f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
+        if mismatch := _mismatch(self.space, self.head, self.stack, self.final):
+            raise ValueError(f"cost table does not fit space {self.space.name}: {mismatch}")
+        entries = [self.stem, self.classifier, *self.final]
+        entries += [x for part in (self.head, self.stack) for rows in part for row in rows for x in row]
+        if not all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in entries):
+            raise ValueError("cost table holds an entry that is not a finite number of at least 0")
+
+    @property
+    def unit(self) -> str:
+        return UNITS[self.kind]
+
+    @classmethod
+    def mult_adds(cls, space: SearchSpace, input_size: int = 224, num_classes: int = 100) -> CostTable:
+        """Mult-Adds in millions for one square image; arithmetic on shapes only, nothing is run or allocated."""
+        sizes, channels = space.maps(input_size), [space.real_channels(b) for b in range(space.num_blocks)]
+        stem = 27 * space.init_dim * sizes[0] ** 2
+        if space.net_type == "mbv2":
+            stem += ops.mult_adds("mbconv_k3_t1", space.init_dim, space.chs[0], sizes[0], 1)
+        head, stack = [], []
+        for j, width in enumerate(space.chs[1:], start=1):
+            head.append([
+                [ops.mult_adds(op, channels[i], width, sizes[i], space.stride(i, j)) / 1e6 for op in space.head_ops]
+                for i in space.incoming(j)
+            ])  # fmt: skip
+            layer = [ops.mult_adds(op, channels[j], width, sizes[j], 1) / 1e6 for op in space.stack_ops]
+            if space.skip_reg and ops.SKIP in space.stack_ops:
+                # A skip that costs nothing would be chosen for the cost term's sake alone.
+                layer[space.stack_ops.index(ops.SKIP)] = layer[0] / 10
+            stack.append([list(layer) for _ in range(space.num_layers[j])])
+        last = space.incoming(space.num_blocks)
+        final = [channels[i] * space.last_dim * sizes[i] ** 2 / 1e6 for i in last]
+        conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": 1}
+        return cls(space, "mult_adds", stem / 1e6, head, stack, final, space.last_dim * num_classes / 1e6, conditions)
+
+    def nested(self) -> list[Any]:
+        """The published nesting: [stem, [[edges × ops, layers × ops] per block], [final edges], classifier]."""
+        return [self.stem, [[h, s] for h, s in zip(self.head, self.stack, strict=True)], self.final, self.classifier]
+
+    def write(self, path: str | Path) -> None:
+        """Writes the table as JSON, atomically; `read` gives it back."""
+        record = {
+            "kind": self.kind,
+            "unit": self.unit,
+            "conditions": self.conditions,
+            "space": self.space.model_dump(mode="json"),
+            "nesting": "[stem, [[incoming edges × head ops, layers × stack ops] per block], [final edges], classifier]",
+            "table": self.nested(),
+        }
+        write_text(path, json.dumps(record, indent=1))
+
+    @classmethod
+    def read(cls, path: str | Path, space: SearchSpace | None = None) -> CostTable:
+        """A table written by `write`, or a published latency literal (ms), parsed as a literal and never executed.
+
+        A literal names no space: without `space` it is the first preset whose blocks, edges and ops it fits.
+        Raises ValueError with one sentence when the file is neither, or fits no space.
+        """
+        text = read_text(path)
+        try:
+            if text.lstrip().startswith("{"):
+                record = json.loads(text)
+                stored = SearchSpace(**record["space"])
+                kind, conditions, nested = record["kind"], record["conditions"], record["table"]
+            else:
+                stored, kind, conditions, nested = space, "latency", {}, literal(text)
+            stem, blocks, final, classifier = nested
+            head, stack = [block[0] for block in blocks], [block[1] for block in blocks]
+            candidates = [stored] if stored else [SearchSpace.load(preset) for preset in PRESETS]
+            fitting = [known for known in candidates if not _mismatch(known, head, stack, final)]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is neither a cost table of ours nor a published latency list: {reason}") from None
+        if not fitting:
+            reason = _mismatch(stored, head, stack, final) if stored else "its nesting fits no preset, name the space"
+            raise ValueError(f"{path} does not fit: {reason}")
+        return cls(fitting[0], kind, stem, head, stack, final, classifier, conditions)
+
+    def total(self, arch: str | Architecture) -> float:
+        """The sum along one architecture, given as such, by its published name or as a net_config.
+
+        Layers of a visited block that the architecture lacks count as skips, as in the chained cost.
+        Raises ValueError when the architecture is not one of the space.
+        """
+        if isinstance(arch, str):
+            arch = Architecture.read(arch)
+        blocks = arch.blocks
+        if self.space.net_type == "mbv2":
+            stem, *blocks = blocks
+            if stem != Block(self.space.init_dim, self.space.chs[0], "mbconv_k3_t1", (), 1):
+                raise ValueError(f"{stem} is not the stem of space {self.space.name}")
+        elif blocks[0].in_ch != self.space.chs[0]:
+            raise ValueError(f"a stem of width {blocks[0].in_ch} is not that of space {self.space.name}")
+        along = self._along(0, tuple(blocks))
+        if along is None:
+            raise ValueError(f"the architecture is not one of space {self.space.name}: {arch}")
+        return self.stem + along + self.classifier
+
+    def _along(self, i: int, blocks: tuple[Block, ...]) -> float | None:
+        """Cost from block i on through `blocks` to the final node; None where the space has no such path."""
+        space, last = self.space, self.space.num_blocks
+        if not blocks:
+            return self.final[space.incoming(last).index(i)] if (i, last) in space.edges else None
+        block = blocks[0]
+        for j in space.outgoing(i):
+            if j == last or space.chs[j] != block.out_ch or space.stride(i, j) != block.stride:
+                continue
+            if block.head not in space.head_ops or not set(block.stack) <= set(space.stack_ops):
+                continue
+            if len(block.stack) > space.num_layers[j] or (rest := self._along(j, blocks[1:])) is None:
+                continue
+            layers = self.stack[j - 1]
+            skipped = [ops.SKIP] * (len(layers) - len(block.stack))
+            if skipped and ops.SKIP not in space.stack_ops:
+                continue
+            head = self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
+            chosen = zip(layers, (*block.stack, *skipped), strict=True)
+            return head + sum(layer[space.stack_ops.index(op)] for layer, op in chosen) + rest
+        return None
+
+    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """head (edges into blocks, head ops), stack (layers, stack ops), final (edges): rows in the supernet's order.
+
+        Kept for each device and dtype, so that a step neither copies nor waits.
+        """
+        key = (like.device, like.dtype)
+        if key not in self._tensors:
+            head = like.new_tensor([row for rows in self.head for row in rows])
+            layers = zip(self.stack, self.space.num_layers[1:], strict=True)
+            rows = [row for rows, used in layers for row in rows[:used]]
+            stack = like.new_tensor(rows).reshape(len(rows), len(self.space.stack_ops))
+            self._tensors[key] = head, stack, like.new_tensor(self.final)
+        return self._tensors[key]
+
+
+def _mismatch(space: SearchSpace, head: list[Rows], stack: list[Rows], final: list[float]) -> str | None:
+    """What keeps a nesting from fitting a space, in words; None where it fits."""
+    if len(head) != space.num_blocks - 1:
+        return f"{len(head)} blocks in the table, {space.num_blocks - 1} in the space"
+    for j, (edges, layers) in enumerate(zip(head, stack, strict=True), start=1):
+        needed = len(space.incoming(j))
+        if len(edges) != needed or any(len(row) != len(space.head_ops) for row in edges):
+            return f"block {j} needs {needed} edges of {len(space.head_ops)} ops"
+        if len(layers) < space.num_layers[j] or any(len(row) != len(space.stack_ops) for row in layers):
+            return f"block {j} needs {space.num_layers[j]} layers of {len(space.stack_ops)} ops"
+    if len(final) != len(space.incoming(space.num_blocks)):
+        return f"{len(final)} final edges in the table, {len(space.incoming(space.num_blocks))} in the space"
+    return None

@@ -1,0 +1,29 @@
+"""Every figure: functions of data that return a `matplotlib.figure.Figure` and neither read nor show anything.
+
+A trace is a list of path probabilities p (blocks, nodes): entry 0 before the search, entry k after k epochs.
+"""
+
+from densenas.figures.networks import (
+    architectures,
+    block_counts_and_widths,
+    cost_table,
+    operation_probabilities,
+    path_probabilities,
+    search_space,
+    visit_probabilities,
+)
+from densenas.figures.results import (
+    accuracy_against_cost,
+    class_counts,
+    confusion,
+    image_grid,
+    published_accuracy,
+    search_history,
+    training_history,
+)
+
+__all__ = [
+    "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
+    "image_grid", "operation_probabilities", "path_probabilities", "published_accuracy", "search_history",
+    "search_space", "training_history", "visit_probabilities",
+]  # fmt: skip

@@ -1,0 +1,231 @@
+"""Histories, accuracies, images: what is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.path import Path
+from torch import Tensor
+
+from densenas.figures.style import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    MANY,
+    ORANGE,
+    RED,
+    SMALL,
+    WIDTH,
+    array,
+    canvas,
+    heat_map,
+    integers,
+    legend_above,
+    legend_below,
+    short_names,
+    tint,
+)
+
+
+def _curves(axes: Axes, history: pd.DataFrame, columns: Mapping[str, str], label: str, scale: float = 1) -> None:
+    """The columns (name: legend) of a history over its epochs, with few epochs also their points."""
+    lines = scale * history.set_index("epoch").reindex(columns=[*columns]).rename(columns=columns)
+    style = {"style": ["-", "--"], "color": [BLUE, ORANGE], "marker": "o" if len(lines) < 25 else None, "markersize": 3}
+    lines.plot(ax=axes, xlabel="epoch", ylabel=label, legend=False, **style)
+    integers(axes.xaxis)
+    if len(columns) > 1:
+        legend_above(axes)
+
+
+def search_history(history: pd.DataFrame, unit: str) -> Figure:
+    """Accuracy, loss and cost over the epochs of a search; columns epoch, train_loss, val_loss, train_top1, val_top1
+    (shares of 1), expected_cost and derived_cost (in `unit`). Where val_* begin, alpha and beta are trained too.
+    """
+    figure, panels = canvas(WIDTH, 3.1, (range(3),))
+    _curves(panels[0], history, {"train_top1": "train", "val_top1": "val"}, "top-1 accuracy (%)", 100)
+    _curves(panels[1], history, {"train_loss": "train", "val_loss": "val"}, "cross-entropy (nats)")
+    _curves(panels[2], history, {"expected_cost": "expected", "derived_cost": "derived"}, f"cost ({unit})")
+    updated = history.loc[history["val_loss"].notna(), "epoch"] if "val_loss" in history else history[:0]
+    if len(updated):
+        label = f"from epoch {updated.iloc[0]} on alpha and beta are trained too"
+        lines = [axes.axvline(updated.iloc[0], color=GREY, linestyle=":", zorder=1, label=label) for axes in panels]
+        legend_below(figure, lines[:1])
+    return figure
+
+
+def training_history(history: pd.DataFrame) -> Figure:
+    """Accuracy, loss and learning rate of a retraining; columns epoch, train_top1 (share of 1), train_loss, lr."""
+    figure, panels = canvas(WIDTH, 2.7, (range(3),))
+    _curves(panels[0], history, {"train_top1": "train"}, "top-1 accuracy on train (%)", 100)
+    _curves(panels[1], history, {"train_loss": "train"}, "cross-entropy on train (nats)")
+    _curves(panels[2], history, {"lr": "learning rate"}, "learning rate")
+    return figure
+
+
+def pareto(points: pd.DataFrame) -> pd.DataFrame:
+    """The rows that no other beats in `cost` and `top1`, cheapest first."""
+    ordered = points.sort_values(["cost", "top1"], ascending=[True, False], kind="stable")
+    return ordered[ordered["top1"] > ordered["top1"].cummax().shift(fill_value=-math.inf)]
+
+
+def _scatter(axes: Axes, points: pd.DataFrame, groups: Sequence[str], x_label: str) -> list[np.ndarray]:
+    """Points by group, a line through DenseNAS, the Pareto front; returns the lines that labels should not cover."""
+    front = pareto(points)[["cost", "top1"]].to_numpy().repeat(2, axis=0)
+    lines = [np.column_stack([front[1:, 0], front[:-1, 1]])]
+    axes.plot(*lines[0].T, color=GREY, linewidth=0.9, zorder=1, label="Pareto front")
+    colours = iter(COLOURS)
+    for group, marker in zip(sorted(groups, key="DenseNAS".__ne__), "osD^vP*X" * len(groups), strict=False):
+        members = points[points["group"] == group].sort_values("cost", kind="stable")
+        colour = RED if group == "DenseNAS" else next(colours)
+        line = members[["cost", "top1"]].to_numpy()
+        joined = group == "DenseNAS"
+        style = {"marker": marker, "markersize": 6, "color": colour, "zorder": 3, "label": group}
+        axes.plot(*line.T, linestyle="-" if joined else "none", **style)
+        lines += [line] * joined
+        for row in members.dropna(subset="std").itertuples() if "std" in points else ():
+            lines.append(np.array([[row.cost, row.top1 - row.std], [row.cost, row.top1 + row.std]]))
+            axes.plot(*lines[-1].T, marker="_", color=colour, linewidth=1.2, zorder=2)
+    axes.margins(x=0.18, y=0.12)
+    axes.set(xlabel=x_label, ylabel="top-1 accuracy (%)")
+    return [Path(line).interpolated(30).vertices for line in lines if len(line) > 1]
+
+
+def _overlap(box: np.ndarray, others: np.ndarray) -> float:
+    """The area that a box (left, bottom, right, top) shares with others (n, 4), summed."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(sides.clip(0).prod(axis=1).sum())
+
+
+def _label(axes: Axes, points: pd.DataFrame, lines: list[np.ndarray]) -> None:
+    """Writes each name near its point: of a fixed list of places the one that covers least, in three rounds."""
+    axes.figure.draw_without_rendering()  # settles the layout, on which distances depend
+    point, place = axes.figure.dpi / 72, axes.transData.transform
+    centres = place(points[["cost", "top1"]].to_numpy())
+    along = place(np.concatenate([*lines, np.empty((0, 2))]))
+    fixed = np.concatenate([np.hstack([xy - r * point, xy + r * point]) for xy, r in ((centres, 4), (along, 1.5))])
+    texts = [axes.text(0, 0, name, size=SMALL) for name in points["name"]]
+    sizes = [np.array(text.get_window_extent().size) + 2 * point for text in texts]
+    frame, boxes = np.array([axes.bbox.extents]), np.zeros((len(texts), 4))
+    directions = [np.array([math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)]) for k in range(16)]
+    offsets = [(r * point, direction) for r in (5, 9, 14, 20, 28, 38) for direction in directions]
+    for _ in range(3):
+        for k, (centre, size) in enumerate(zip(centres, sizes, strict=True)):
+            others, options = np.concatenate([fixed, np.delete(boxes, k, axis=0)]), []
+            for distance, direction in offsets:
+                middle = centre + direction * (size / 2 + distance)
+                box = np.concatenate([middle - size / 2, middle + size / 2])
+                outside = size.prod() - _overlap(box, frame)
+                options.append((8 * _overlap(box, others) + 20 * outside + 5 * point * distance, box))
+            boxes[k] = min(options, key=lambda option: option[0])[1]
+    for text, xy, box, size, name in zip(texts, centres, boxes, sizes, points["name"], strict=True):
+        text.remove()
+        offset = (box[:2] + size / 2 - xy) / point
+        far = np.linalg.norm(np.maximum(abs(offset) - size / point / 2, 0)) > 8
+        arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if far else None
+        style = {"size": SMALL, "ha": "center", "va": "center", "color": INK, "zorder": 4, "arrowprops": arrow}
+        xy = axes.transData.inverted().transform(xy)
+        axes.annotate(name, xy, offset, textcoords="offset points", **style).set_in_layout(False)
+
+
+def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
+    """Top-1 accuracy in percent against cost, a named point per row: columns name, group, cost, top1 and perhaps std
+    (of top1, as a bar). A line joins the group DenseNAS, steps mark the Pareto front; `x_label` names cost and unit.
+    """
+    figure, (axes,) = canvas(7, 4.6)
+    lines = _scatter(axes, points, [*points["group"].unique()], x_label)
+    legend_above(axes)
+    _label(axes, points, lines)
+    return figure
+
+
+def published_accuracy(paper: Mapping[str, Any], against: Literal["mult_adds", "latency"]) -> Figure:
+    """ImageNet top-1 accuracy of published networks against their Mult-Adds or latency, in both of the paper's spaces.
+
+    `paper` is what data/paper.json holds. Networks without the wanted number are left out, the unnamed points of the
+    paper's curves are drawn without a label.
+    """
+    published, families = paper["published"], {"DenseNAS": "DenseNAS", "Random": "random search"}
+    families |= dict.fromkeys(("MobileNet", "ResNet"), "designed by hand") | {"": "other search"}
+    extra = {"mobilenetv2": ("curve", "FLOPs", "latency_ms", "top1"), "resnet": ("curve", "FLOPs", "top1")}
+    x_label = {"mult_adds": "Mult-Adds (millions)", "latency": "latency (ms, TITAN XP, batch 32)"}[against]
+    figure, panels = canvas(WIDTH, 4.6, (range(2),), width_ratios=(1.4, 1))
+    drawn = []
+    for axes, space, title in zip(panels, extra, ("MobileNetV2 space", "ResNet space"), strict=True):
+        rows = [dict(zip(published[f"{space}_space_columns"], row, strict=True)) for row in published[f"{space}_space"]]
+        rows += [dict(zip(extra[space], row, strict=True)) for row in published[f"{space}_curve_extra"]]
+        points = pd.DataFrame(rows, columns=["model", "curve", "FLOPs", "latency_ms", "top1"])
+        original, points["name"] = points["model"].fillna(points["curve"]), points["model"].fillna("")
+        points["group"] = [next(group for key, group in families.items() if key in name) for name in original]
+        flops = points["FLOPs"].str[:-1].astype(float) * points["FLOPs"].str[-1].map({"M": 1, "B": 1000})
+        points["cost"] = flops if against == "mult_adds" else points["latency_ms"]
+        points = points.dropna(subset="cost")
+        axes.set_title(title)
+        drawn.append((axes, points, _scatter(axes, points, [*dict.fromkeys(families.values())], x_label)))
+    legend_below(figure, panels[0].get_legend_handles_labels()[0])
+    for axes, points, lines in drawn:
+        _label(axes, points, lines)
+    return figure
+
+
+def confusion(matrix: list[list[int]], classes: list[str]) -> Figure:
+    """Counts of test images, truth (rows) by prediction (columns), on a logarithmic scale with zeros white; beside it
+    the accuracy of each class in percent, and their mean as a dotted line. Up to 20 classes are all named and numbered.
+    """
+    counts, many = np.array(matrix), len(classes) > MANY
+    side = min(6.2, 2.6 + 0.4 * len(classes))
+    figure, (left, right) = canvas(side + 1.8, side, ((0, 1),), width_ratios=(4.5, 1))
+    mesh = heat_map(left, np.ma.masked_equal(counts, 0), LogNorm(1, max(2, counts.max())), "" if many else "d")
+    names, ticks = short_names(classes), np.arange(0, len(classes), math.ceil(len(classes) / MANY))
+    rotation = 90 if max(map(len, names)) * min(len(names), MANY) > 60 else 0
+    left.set_xticks(ticks + 0.5, [names[k] for k in ticks], rotation=rotation)
+    left.set_yticks(ticks + 0.5, [names[k] for k in ticks])
+    left.set(xlabel="prediction" if many else "prediction (numbers: images)", ylabel="truth")
+    with np.errstate(invalid="ignore"):
+        accuracy = 100 * counts.diagonal() / counts.sum(axis=1)
+    right.barh(np.arange(len(classes)) + 0.5, accuracy, height=1 if many else 0.7, color=tint(BLUE, 0.7), linewidth=0)
+    right.axvline(np.nanmean(accuracy), color=INK, linestyle=":")
+    right.set(xlabel="accuracy (%)", xlim=(0, 100), ylim=(len(classes), 0), yticks=[])
+    right.set_title(f"mean {np.nanmean(accuracy):.1f} %", weight="normal")
+    if many:
+        figure.colorbar(mesh, ax=right, label="images", format="{x:g}").outline.set_visible(False)
+    return figure
+
+
+def image_grid(images: Tensor, labels: list[str]) -> Figure:
+    """Images (N, 3, S, S), uint8 or floats in [0, 1], in rows of up to ten with their labels above."""
+    columns = min(10, len(labels))
+    rows = math.ceil(len(labels) / columns)
+    cells = np.arange(rows * columns).reshape(rows, columns).tolist()
+    figure, grid = canvas(max(3, 0.88 * columns), 1.05 * rows, cells)
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, image, label in zip(grid, array(images), short_names(labels, 12), strict=False):
+        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        axes.set_title(label, size=SMALL, weight="normal", pad=2)
+    return figure
+
+
+def class_counts(counts: Mapping[str, list[int]], classes: list[str]) -> Figure:
+    """Images per class and split: bars, or for more than 20 classes their sorted numbers, largest class first."""
+    figure, (axes,) = canvas(WIDTH if len(classes) > 6 else 6, 3.2)
+    if len(classes) > MANY:
+        for split, numbers in counts.items():
+            axes.step(range(1, len(classes) + 1), sorted(numbers, reverse=True), where="mid", label=split)
+        axes.set(xlabel="classes, largest first (each split by itself)", ylim=(0, None))
+    else:
+        names = short_names(classes)
+        rotation = 90 if max(map(len, names)) * len(names) > 100 else 0
+        pd.DataFrame(counts, index=names).plot.bar(ax=axes, width=0.8, color=COLOURS, linewidth=0, rot=rotation)
+        axes.grid(False, axis="x")
+        axes.set(xlabel="class")
+    axes.set_ylabel("images")
+    legend_above(axes)
+    return figure

@@ -1,0 +1,186 @@
+"""Candidate operations: what a mixed layer chooses from, with the Mult-Adds of each.
+
+Supernet and derived networks are built from the same modules. They differ in their batch norm only: in the
+supernet it has neither affine parameters nor running statistics (weights are shared between paths, so
+averages over them mean nothing), in a derived network it has both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+MBCONV = re.compile(r"mbconv_k([357])_t([136])")
+SKIP = "skip_connect"
+KNOWN = "mbconv_k{3,5,7}_t{1,3,6}, basic_block, bottleneck, skip_connect"
+
+NetType = Literal["mbv2", "res"]
+
+
+def net_type(op: str) -> NetType | None:
+    """The family an op belongs to; None for a skip. Raises ValueError for an unknown op."""
+    if MBCONV.fullmatch(op):
+        return "mbv2"
+    if op in ("basic_block", "bottleneck"):
+        return "res"
+    if op == SKIP:
+        return None
+    raise ValueError(f"unknown op {op!r}, known are {KNOWN}")
+
+
+def family(names: Iterable[str]) -> NetType:
+    """The one family of these ops, skips aside; raises ValueError where they are of several."""
+    convolutions = {op for op in names if op != SKIP}
+    families = {net_type(op) for op in convolutions}
+    if len(families) > 1:
+        raise ValueError("MobileNetV2 and ResNet ops are mixed, one family is needed")
+    if {"basic_block", "bottleneck"} <= convolutions:
+        raise ValueError("basic_block and bottleneck leave different widths, so they cannot be mixed")
+    return families.pop()
+
+
+def out_channels(op: str, width: int) -> int:
+    """Channels that really leave an op of nominal `width`: four times as many for a Bottleneck."""
+    return width * Bottleneck.expansion if op == "bottleneck" else width
+
+
+def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> int:
+    """Multiply-adds of one op on one image, convolutions only (no BN, no biases, as published).
+
+    `size` is the side of the square input map in pixels, `in_channels` the real channels, `width` the nominal ones.
+    """
+    before, after = size**2, math.ceil(size / stride) ** 2
+    if op == SKIP:
+        return 0
+    if match := MBCONV.fullmatch(op):
+        kernel, expansion = map(int, match.groups())
+        hidden = in_channels * expansion
+        expand = in_channels * hidden * before if expansion > 1 else 0
+        return expand + hidden * kernel**2 * after + hidden * width * after
+    out = out_channels(op, width)
+    downsample = in_channels * out * after if stride > 1 or in_channels != out else 0
+    if op == "basic_block":
+        return 9 * in_channels * width * after + 9 * width * width * after + downsample
+    return in_channels * width * before + 9 * width * width * after + width * out * after + downsample
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Batch norm as a network wants it."""
+
+    affine: bool
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+    def __call__(self, channels: int, affine: bool = False) -> nn.BatchNorm2d:
+        """`affine` asks for the parameters even in the supernet, for the few layers that have them there."""
+        return nn.BatchNorm2d(
+            channels, self.eps, self.momentum, affine=self.affine or affine, track_running_stats=self.affine
+        )
+
+
+def conv_norm(in_channels: int, out: int, norm: nn.Module, act: nn.Module | None = None, **conv: int) -> nn.Sequential:
+    """Convolution without bias (1×1 unless told otherwise), batch norm and, where given, an activation."""
+    kernel = conv.pop("kernel_size", 1)
+    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm]
+    return nn.Sequential(*layers, *([act] if act else []))
+
+
+class MBConv(nn.Module):
+    """Inverted residual: 1×1 expand, depthwise k×k, linear 1×1 project (MobileNetV2)."""
+
+    def __init__(self, in_channels: int, out: int, stride: int, kernel: int, expansion: int, norm: Norm) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.residual = stride == 1 and in_channels == out
+        self.expand_conv = (
+            conv_norm(in_channels, hidden, norm(hidden), nn.ReLU6(inplace=True)) if expansion > 1 else nn.Identity()
+        )
+        self.depthwise_conv = conv_norm(
+            hidden, hidden, norm(hidden), nn.ReLU6(inplace=True), kernel_size=kernel, stride=stride, groups=hidden
+        )
+        self.project_conv = conv_norm(hidden, out, norm(out, affine=expansion == 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project_conv(self.depthwise_conv(self.expand_conv(x)))
+        return y + x if self.residual else y
+
+
+def shortcut(in_channels: int, out: int, stride: int, norm: Norm) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out:
+        return None
+    return conv_norm(in_channels, out, norm(out), stride=stride)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with a shortcut (ResNet-18/34), torchvision's layout and names."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, width, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y = y + (self.downsample(x) if self.downsample else x)
+        return self.relu(y)
+
+
+class Bottleneck(nn.Module):
+    """1×1 reduce, 3×3, 1×1 expand to four times the width, with a shortcut (ResNet-50), torchvision's names."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        out = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = norm(width, affine=True)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = norm(width, affine=True)
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.bn3 = norm(out, affine=True)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, out, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y = y + (self.downsample(x) if self.downsample else x)
+        return self.relu(y)
+
+
+def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
+    """The module of an op that maps real `in_channels` to nominal `width` with `stride`."""
+    if op == SKIP:
+        return nn.Identity()
+    if match := MBCONV.fullmatch(op):
+        kernel, expansion = map(int, match.groups())
+        return MBConv(in_channels, width, stride, kernel, expansion, norm)
+    block = BasicBlock if op == "basic_block" else Bottleneck
+    return block(in_channels, width, stride, norm)
+
+
+def init_weights(net: nn.Module, family: NetType) -> None:
+    """normal(0, sqrt(2 / (k·k·out / groups))) for MobileNetV2, Kaiming normal fan-out for ResNet; linear 0.01."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            if family == "res":
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            else:
+                fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,89 @@
+"""The report of a run: reports/<run>/index.html, one file that needs no network. `python -m densenas.report RUN`"""
+
+from __future__ import annotations
+
+import base64
+import math
+import sys
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+from densenas.config import PACKAGE, ROOT, write_text
+from densenas.run import Run
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share seen in n trials (Wilson 1927)."""
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def headline(run: Run) -> dict[str, str]:
+    """The run's main numbers in words, from its files."""
+    metrics, arch = run.read_json("metrics.json"), run.read_json("architecture.json")
+    test, search, training = metrics["evaluate"], metrics["search"], metrics["retrain"]
+    low, high = wilson(test["top1"], test["images"])
+    return {
+        "test accuracy": f"{test['top1']:.2%} of {test['images']} images (95 % interval {low:.1%} to {high:.1%})",
+        "derived network": f"{arch['mult_adds_m']:.3f} M Mult-Adds, {arch['params_m'] * 1000:.1f} k parameters,"
+        f" {arch['blocks']} routing blocks, {arch['layers']} layers",
+        "search": f"{search['epochs']} epochs in {search['seconds']:.0f} s, val accuracy {search['val_top1']:.1%}",
+        "retraining": f"{training['epochs']} epochs in {training['seconds']:.0f} s",
+    }
+
+
+def all_runs(dataset: str) -> pd.DataFrame:
+    """Every evaluated run on a data set: name, group (the space), cost (M Mult-Adds) and top1 (%)."""
+    rows = []
+    for folder in sorted((ROOT / "reports").glob("*/architecture.json")):
+        run = Run(folder.parent.name)
+        metrics, arch = run.read_json("metrics.json"), run.read_json("architecture.json")
+        if metrics.get("data", {}).get("dataset") == dataset and "evaluate" in metrics:
+            top1 = 100 * metrics["evaluate"]["top1"]
+            rows.append({"name": run.name, "group": arch["space"], "cost": arch["mult_adds_m"], "top1": top1})
+    return pd.DataFrame(rows, columns=["name", "group", "cost", "top1"])
+
+
+def write_report(run: Run) -> str:
+    """Writes index.html from the run's files; returns its path relative to the repository."""
+    captions = run.read_json("figures/captions.json")
+    figures = [
+        {
+            "name": name,
+            "caption": caption,
+            "source": base64.b64encode((run.reports / "figures" / f"{name}.svg").read_bytes()).decode(),
+        }
+        for name, caption in sorted(captions.items())
+    ]
+    metrics, provenance = run.read_json("metrics.json"), run.read_json("provenance.json")
+    jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = jinja.from_string((PACKAGE / "report.html.j2").read_text(encoding="utf-8"))
+    content: dict[str, Any] = {
+        "run": run.name,
+        "data": metrics["data"],
+        "search": metrics["search"],
+        "training": metrics["retrain"],
+        "test": metrics["evaluate"],
+        "interval": wilson(metrics["evaluate"]["top1"], metrics["evaluate"]["images"]),
+        "arch": run.read_json("architecture.json"),
+        "figures": figures,
+        "parameters": {stage: yaml.safe_dump(entry["parameters"]) for stage, entry in provenance.items()},
+        "environment": provenance["03-search"],
+        "notebooks": sorted(path.name for path in run.reports.glob("*.ipynb")),
+    }
+    path = run.reports / "index.html"
+    write_text(path, template.render(content))
+    return path.relative_to(run.reports.parents[1]).as_posix()
+
+
+if __name__ == "__main__":
+    run = Run(sys.argv[1])
+    path = write_report(run)
+    print(f"\nRun '{run.name}'")
+    for name, text in headline(run).items():
+        print(f"  {name:<16} {text}")
+    print(f"  {'report':<16} {path}\n")

@@ -1,0 +1,231 @@
+"""A run: its configuration, and its folders. reports/<run>/ is kept in git, runs/<run>/ is not."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+import torch
+from pydantic import Field, ValidationError
+from tqdm import tqdm
+
+from densenas.config import ROOT, Dataset, Strict, atomic, one_sentence, read_yaml, write_text
+from densenas.space import SearchSpace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "snakemake", "densenas")
+
+
+class DataConfig(Strict):
+    dataset: Dataset
+    source: str | None = None
+    num_classes: int | list[str] | None = None
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+
+
+class CostConfig(Strict):
+    kind: Literal["mult_adds"] = "mult_adds"
+
+
+class SearchConfig(Strict):
+    epochs: int | None = Field(None, ge=1)
+    arch_start_epoch: int | None = Field(None, ge=0)
+    batch_size: int | None = Field(None, ge=2)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class RetrainConfig(Strict):
+    net_config: str | None = None
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=2)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class EvaluateConfig(Strict):
+    model: str | None = None
+
+
+class RunConfig(Strict):
+    """One run as a YAML file: what the stages share on top, what one stage alone takes in its section.
+
+    Names and meanings are those of the notebooks' parameters; what is left out is None, the space's own recipe.
+    """
+
+    space: str
+    image_size: int | None = Field(None, ge=8)  # None: the space's own input size
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    data: DataConfig
+    cost: CostConfig = CostConfig()
+    search: SearchConfig = SearchConfig()
+    retrain: RetrainConfig = RetrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Reads and checks a run's file, its space included; ValueError or FileNotFoundError with one sentence."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no run configuration '{path}'")
+        try:
+            config = cls(**read_yaml(Path(path)))
+        except ValidationError as error:
+            raise one_sentence(error, str(path)) from None
+        space = SearchSpace.load(config.space)
+        space.maps(config.image_size or space.input_size)
+        return config
+
+    def parameters(self, run: str) -> dict[str, dict[str, Any]]:
+        """What each stage's notebook is given."""
+        size = self.image_size or SearchSpace.load(self.space).input_size
+        training = {"seed": self.seed, "device": self.device}
+        stages = {
+            "01-data": {**self.data.model_dump(), "image_size": size, "seed": self.seed},
+            "02-cost": {**self.cost.model_dump(), "space": self.space, "image_size": size},
+            "03-search": {**self.search.model_dump(), "space": self.space, **training},
+            "04-derive": {},
+            "05-retrain": {**self.retrain.model_dump(), **training},
+            "06-evaluate": {**self.evaluate.model_dump(), "device": self.device},
+            "07-figures": {},
+        }
+        return {stage: {"run": run, **values} for stage, values in stages.items()}
+
+
+class Run:
+    """Where a run keeps what: `reports` (small, for readers) and `work` (checkpoints and data, for machines)."""
+
+    def __init__(self, name: str) -> None:
+        if not re.fullmatch(r"[\w][\w.-]*", name):
+            raise ValueError(f"run name '{name}' is not usable as a folder name: use letters, digits, '.', '_', '-'")
+        self.name = name
+        self.reports = ROOT / "reports" / name
+        self.work = ROOT / "runs" / name
+
+    def need(self, path: Path, stage: str) -> Path:
+        """The path, if it is there; FileNotFoundError says which stage makes it."""
+        if not path.exists():
+            raise FileNotFoundError(f"run '{self.name}' has no {path.name} yet: run {stage} first")
+        return path
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Two stages that run at once must not lose each other's entries."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the report folder; empty where there is none yet."""
+        path = self.reports / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def update_json(self, name: str, section: str, value: Any) -> None:
+        """Replaces one section of a JSON file of the report folder, atomically."""
+        with self._locked():
+            content = {**self.read_json(name), section: value}
+            write_text(self.reports / name, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+    def write_history(self, stage: str, rows: list[dict[str, Any]]) -> None:
+        """Replaces the rows of one stage in history.csv."""
+        with self._locked():
+            old = self.history()
+            kept = old[old["stage"] != stage] if len(old) else old
+            new = pd.DataFrame([{"stage": stage, **row} for row in rows])
+            history = pd.concat([kept, new]) if len(kept) else new
+            # Search before retraining, whichever was run last.
+            history = history.sort_values(["stage", "epoch"], ascending=[False, True])
+            write_text(self.reports / "history.csv", history.to_csv(index=False))
+
+    def history(self, stage: str | None = None) -> pd.DataFrame:
+        """history.csv, or the rows of one stage with only the columns that it fills."""
+        path = self.reports / "history.csv"
+        history = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        if stage is None or not len(history):
+            return history
+        return history[history["stage"] == stage].dropna(axis=1, how="all").reset_index(drop=True)
+
+    def save_figure(self, figure: Figure, name: str, caption: str) -> Figure:
+        """Writes figures/<name>.svg and .png with its caption, and returns the figure, so that a notebook shows it."""
+        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+            with atomic(self.reports / "figures" / f"{name}{suffix}") as partial:
+                figure.savefig(partial, format=suffix[1:], bbox_inches="tight", **options)
+        self.update_json("figures/captions.json", name, caption)
+        return figure
+
+    def record_provenance(self, stage: str, **parameters: Any) -> None:
+        """Adds to provenance.json what this stage ran with: its parameters, code, packages, hardware."""
+        self.update_json("provenance.json", stage, {"parameters": parameters, **environment()})
+
+
+def environment() -> dict[str, Any]:
+    """Git revision, package versions and hardware of this process."""
+
+    def git(*command: str) -> str:
+        result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return {
+        "git": {
+            "revision": git("rev-parse", "HEAD") or "unknown",
+            # What a run itself writes is not a change of the code that made it.
+            "dirty": bool(git("status", "--porcelain", "--", ".", ":!reports")),
+        },
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hardware": {
+            "cpu": cpu.group(1) if cpu else platform.processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`auto` is the first CUDA device, or else the CPU; raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
+
+
+def progress(total: int, what: str, initial: int = 0) -> tqdm:
+    """A progress bar with time left: plain text, which reads the same in a terminal, Jupyter and papermill's log."""
+    return tqdm(total=total, initial=initial, desc=what, file=sys.stdout, mininterval=2.0, ncols=110)
+
+
+def save_checkpoint(path: Path, configuration: Mapping[str, Any], **state: Any) -> None:
+    """Writes atomically: a kill leaves the old checkpoint or the new one."""
+    with atomic(path) as partial:
+        torch.save({"configuration": json.dumps(configuration, sort_keys=True), **state}, partial)
+
+
+def load_checkpoint(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint, if there is one of the same configuration; otherwise None, and says what differs."""
+    if not path.exists():
+        return None
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    before, now = json.loads(checkpoint["configuration"]), json.loads(json.dumps(configuration))
+    if before != now:
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        print(f"{path.name} is of another configuration ({', '.join(changed)} differ): starting anew")
+        return None
+    return checkpoint

@@ -1,0 +1,284 @@
+"""The dense super network: every block, edge and candidate of a space at once (paper, sections 3.1 to 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from densenas import ops
+from densenas.architecture import Architecture, Block
+from densenas.cost import CostTable
+from densenas.space import SearchSpace
+
+Term = tuple[int, Tensor | None]  # an active candidate and its weight; None for a weight that can only be 1
+Indices = list[list[list[int]]]  # block → edge or layer → candidates
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Active candidates of every mixed layer: `head[b][edge]` and `stack[b][layer]` for block b + 1."""
+
+    head: Indices
+    stack: Indices
+
+
+class RoutingBlock(nn.Module):
+    """Shape-alignment layers (one mixed layer an incoming edge), then a stack of mixed layers."""
+
+    def __init__(self, space: SearchSpace, block: int, norm: ops.Norm) -> None:
+        super().__init__()
+        width, channels = space.chs[block], space.real_channels(block)
+        self.heads = nn.ModuleList(
+            nn.ModuleList(
+                ops.build_op(op, space.real_channels(i), width, space.stride(i, block), norm) for op in space.head_ops
+            )
+            for i in space.incoming(block)
+        )
+        self.stack = nn.ModuleList(
+            nn.ModuleList(ops.build_op(op, channels, width, 1, norm) for op in space.stack_ops)
+            for _ in range(space.num_layers[block])
+        )
+
+
+class SuperNet(nn.Module):
+    """images (B, 3, H, W) → logits (B, num_classes), by all candidates or by those of a `Choice`.
+
+    `beta[i]` (outgoing edges of block i), `alpha_head[b]` (incoming edges × head ops) and `alpha_stack[b]`
+    (layers × stack ops) of block b + 1 are the architecture parameters; they start at zero, so that everything is
+    equally probable. `temperature` divides beta and only beta.
+    """
+
+    def __init__(self, space: SearchSpace, num_classes: int) -> None:
+        super().__init__()
+        self.space = space
+        self.temperature = space.search.softmax_temp
+        norm = ops.Norm(affine=False, eps=space.bn_eps, momentum=space.bn_momentum)
+        activation = nn.ReLU6 if space.net_type == "mbv2" else nn.ReLU
+        self.stem = ops.conv_norm(
+            3, space.init_dim, norm(space.init_dim), activation(inplace=True), kernel_size=3, stride=2
+        )
+        if space.net_type == "mbv2":
+            self.stem.append(ops.build_op("mbconv_k3_t1", space.init_dim, space.chs[0], 1, norm))
+        blocks = range(1, space.num_blocks)
+        self.blocks = nn.ModuleList(RoutingBlock(space, block, norm) for block in blocks)
+        self.final = nn.ModuleList(
+            ops.conv_norm(space.real_channels(i), space.last_dim, norm(space.last_dim), nn.ReLU6(inplace=True))
+            for i in space.incoming(space.num_blocks)
+        )
+        self.classifier = nn.Linear(space.last_dim, num_classes)
+        ops.init_weights(self, space.net_type)
+
+        def logits(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape))
+
+        self.beta = nn.ParameterList(logits(len(space.outgoing(i))) for i in range(space.num_blocks))
+        self.alpha_head = nn.ParameterList(logits(len(space.incoming(b)), len(space.head_ops)) for b in blocks)
+        self.alpha_stack = nn.ParameterList(logits(space.num_layers[b], len(space.stack_ops)) for b in blocks)
+        self._incoming = [space.incoming(node) for node in range(space.num_blocks + 1)]
+        self._index_buffers()
+
+    def _index_buffers(self) -> None:
+        """Where edges and layers stand in the matrices below, kept on the device so that no step waits for the host."""
+        space, last = self.space, self.space.num_blocks
+        for name, values in (
+            ("edge", space.edges),  # rows of cat(beta)
+            ("head_edge", space.head_edges),
+            ("final_edge", [(i, last) for i in space.incoming(last)]),
+        ):
+            self.register_buffer(f"_{name}", torch.tensor(values).T.contiguous(), persistent=False)
+        owner = [j for j in range(1, last) for _ in range(space.num_layers[j])]
+        self.register_buffer("_layer_block", torch.tensor(owner, dtype=torch.long), persistent=False)
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        """alpha and beta."""
+        return [*self.beta, *self.alpha_head, *self.alpha_stack]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Everything else that is trained."""
+        arch = {id(p) for p in self.arch_parameters()}
+        return [p for p in self.parameters() if id(p) not in arch]
+
+    def path_probabilities(self) -> Tensor:
+        """p_ij = softmax(beta_i / temperature) as a matrix (blocks, nodes), 0 where there is no edge (section 3.2)."""
+        beta = torch.cat([*self.beta])
+        logits = beta.new_full((self.space.num_blocks, self.space.num_blocks + 1), -torch.inf)
+        return logits.index_put(tuple(self._edge), beta / self.temperature).softmax(dim=1)
+
+    def _mixtures(self, choice: Choice | None) -> tuple[Mixture, Mixture]:
+        """Mixing weights of all head layers and of all stacked layers."""
+        head, stack = (choice.head, choice.stack) if choice else (None, None)
+        return Mixture(self.alpha_head, head, "head"), Mixture(self.alpha_stack, stack, "stack")
+
+    def forward(self, images: Tensor, choice: Choice | None = None) -> Tensor:
+        head, stack = self._mixtures(choice)
+        p = self.path_probabilities()
+        heads = head.active_layers(p[tuple(self._head_edge)])
+        layers = stack.active_layers()
+        outputs = [self.stem(images)]
+        for number, block in enumerate(self.blocks, start=1):
+            x: Tensor | None = None
+            for candidates, i in zip(block.heads, self._incoming[number], strict=True):
+                x = mixed(candidates, outputs[i], next(heads), x)
+            for candidates in block.stack:
+                x = mixed(candidates, x, next(layers))
+            outputs.append(x)
+        # As published, the final node normalises the probabilities of its incoming edges once more.
+        weights = p[tuple(self._final_edge)].softmax(dim=0).unbind()
+        # Averaging before the sum is the same, costs less, and lets branches with maps of two sizes meet.
+        x = sum(
+            weight * branch(outputs[i]).mean(dim=(2, 3))
+            for branch, i, weight in zip(self.final, self._incoming[-1], weights, strict=True)
+        )
+        return self.classifier(x)
+
+    def cost(self, table: CostTable, choice: Choice | None = None) -> Tensor:
+        """Expected cost over all paths, chained from the final node back (section 3.3); 0-d, in the table's unit.
+
+        With r_i = Σ_j p_ij (head_ij + stack_j), the recursion C_i = r_i + Σ_j p_ij C_j is one triangular system.
+        """
+        if table.space != self.space:
+            raise ValueError(f"the cost table is of space {table.space.name}, the supernet of {self.space.name}")
+        head, stack = self._mixtures(choice)
+        p = self.path_probabilities()
+        head_cost, stack_cost, final_cost = table.tensors(like=p)
+        last = self.space.num_blocks
+        blocks = p.new_zeros(last + 1).index_add(0, self._layer_block, (stack.weights * stack_cost).sum(dim=1))
+        edges = torch.zeros_like(p)
+        edges = edges.index_put(tuple(self._head_edge), (head.weights * head_cost).sum(dim=1))
+        edges = edges.index_put(tuple(self._final_edge), final_cost)
+        onwards = (p * (edges + blocks)).sum(dim=1, keepdim=True)
+        system = torch.eye(last, dtype=p.dtype, device=p.device) - p[:, :last]
+        chained = torch.linalg.solve_triangular(system, onwards, upper=True, unitriangular=True)
+        return table.stem + chained[0, 0] + table.classifier
+
+    @torch.no_grad()
+    def sample(self, k: int, generator: torch.Generator | None = None) -> Choice:
+        """k candidates of every mixed layer, or all where there are fewer, by softmax(alpha) without replacement.
+
+        Drawn on the CPU, from `generator` or PyTorch's global one, so that every device gives the same choice.
+        """
+        if k < 1:
+            raise ValueError(f"k = {k} candidates asked for, at least 1 is needed")
+
+        def draw(alphas: nn.ParameterList) -> Indices:
+            probabilities = torch.cat([*alphas]).float().cpu().softmax(dim=1)
+            if not len(probabilities):
+                return [[] for _ in alphas]
+            count = min(k, probabilities.shape[1])
+            drawn = iter(torch.multinomial(probabilities, count, generator=generator).tolist())
+            return [[next(drawn) for _ in alpha] for alpha in alphas]
+
+        return Choice(draw(self.alpha_head), draw(self.alpha_stack))
+
+    @contextmanager
+    def keeping_mass(self, choice: Choice) -> Iterator[None]:
+        """Around an optimiser's step: shifts each layer's sampled alphas so that their summed exp stays what it was.
+
+        Only the shares among the sampled candidates are learnt from a sampled step (section 3.3).
+        """
+        with torch.no_grad():
+            before = [mixture.logits.logsumexp(dim=1) for mixture in self._mixtures(choice)]
+        yield
+        with torch.no_grad():
+            both = self.alpha_head, self.alpha_stack
+            for alphas, mixture, mass in zip(both, self._mixtures(choice), before, strict=True):
+                shift = (mass - mixture.logits.logsumexp(dim=1))[:, None] * (mixture.logits > -torch.inf)
+                torch._foreach_add_([*alphas], shift.split([len(alpha) for alpha in alphas]))
+
+    @torch.no_grad()
+    def best_path(self) -> list[int]:
+        """The most probable path from block 0 to the final node, by Viterbi from the back (section 3.4)."""
+        return best_path(self.space, self.path_probabilities())
+
+    @torch.no_grad()
+    def derive(self) -> Architecture:
+        """The most probable path and on it the most probable candidate of every layer (section 3.4)."""
+        head, stack = torch.cat([*self.alpha_head]), torch.cat([*self.alpha_stack])
+        return derive(self.space, self.path_probabilities(), head, stack)
+
+
+class Mixture:
+    """softmax(alpha over the active candidates) of all layers of one kind (section 3.2).
+
+    `weights` is (layers, candidates), 0 for the inactive ones. Raises ValueError where the choice does not fit.
+    """
+
+    def __init__(self, alphas: nn.ParameterList, choice: Indices | None, what: str) -> None:
+        alpha = torch.cat([*alphas])
+        layers, candidates = alpha.shape
+        self.rows = [[*range(candidates)]] * layers if choice is None else _rows(choice, alphas, what)
+        active = [row * candidates + index for row, indices in enumerate(self.rows) for index in indices]
+        # Pinned, the copy does not make the host wait for the device.
+        index = torch.tensor(active, dtype=torch.long, pin_memory=alpha.is_cuda)
+        self.active = index.to(alpha.device, non_blocking=True)
+        logits = torch.full_like(alpha, -torch.inf).flatten()
+        self.logits = logits.index_put((self.active,), alpha.flatten()[self.active]).view(layers, candidates)
+        self.weights = self.logits.softmax(dim=1)
+
+    def active_layers(self, scale: Tensor | None = None) -> Iterator[list[Term]]:
+        """For each layer its active candidates with their weights, times `scale` (layers,)."""
+        weights = self.weights if scale is None else self.weights * scale[:, None]
+        weights = iter(weights.flatten()[self.active].unbind())
+        for row in self.rows:
+            terms = [(index, next(weights)) for index in row]
+            yield [(row[0], None)] if scale is None and len(row) == 1 else terms
+
+
+def mixed(candidates: nn.ModuleList, x: Tensor, terms: list[Term], y: Tensor | None = None) -> Tensor:
+    """y + Σ weight · candidate(x) over the active candidates of one mixed layer (section 3.2)."""
+    for index, weight in terms:
+        out = candidates[index](x)
+        if weight is not None:
+            out = weight * out
+        y = out if y is None else y + out
+    return y
+
+
+def _rows(choice: Indices, alphas: nn.ParameterList, what: str) -> list[list[int]]:
+    """The layers of all blocks in one list; ValueError where a choice does not fit the supernet."""
+    if len(choice) != len(alphas):
+        raise ValueError(f"choice.{what} has {len(choice)} blocks, the space has {len(alphas)} after the stem")
+    for block, (layers, alpha) in enumerate(zip(choice, alphas, strict=True), start=1):
+        if len(layers) != len(alpha):
+            raise ValueError(f"choice.{what}: block {block} has {len(layers)} layers, the space has {len(alpha)}")
+        for row in layers:
+            if not row or len(set(row)) < len(row) or min(row) < 0 or max(row) >= alpha.shape[1]:
+                expected = f"expected different ones of 0 to {alpha.shape[1] - 1}"
+                raise ValueError(f"choice.{what}: block {block} has the candidates {row}, {expected}")
+    return [row for layers in choice for row in layers]
+
+
+def best_path(space: SearchSpace, p: Tensor) -> list[int]:
+    """The path of the largest product of p (blocks, nodes) from block 0 to the final node, by Viterbi (section 3.4)."""
+    log_p = p.double().log().cpu().tolist()
+    last = space.num_blocks
+    best, onward = [0.0] * (last + 1), [last] * (last + 1)
+    for i in reversed(range(last)):
+        best[i], onward[i] = max(((log_p[i][j] + best[j], j) for j in space.outgoing(i)), key=lambda pair: pair[0])
+    path = [0]
+    while path[-1] != last:
+        path.append(onward[path[-1]])
+    return path
+
+
+def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Architecture:
+    """Best path by p (blocks, nodes), and on it the largest of head (edges into blocks, ops) and stack (layers, ops).
+
+    `head` and `stack` are alphas or their softmax, rows in the supernet's order. Skips are dropped (section 3.4).
+    """
+    path = best_path(space, p)
+    rows = {edge: row for row, edge in enumerate(space.head_edges)}
+    best_head, best_stack = head.argmax(dim=1).tolist(), stack.argmax(dim=1).tolist() if stack.numel() else []
+    blocks = [Block(space.init_dim, space.chs[0], "mbconv_k3_t1", (), 1)] if space.net_type == "mbv2" else []
+    for i, j in pairwise(path[:-1]):
+        first = sum(space.num_layers[:j])
+        layers = [space.stack_ops[index] for index in best_stack[first : first + space.num_layers[j]]]
+        kept = tuple(op for op in layers if op != ops.SKIP)
+        op = space.head_ops[best_head[rows[i, j]]]
+        blocks.append(Block(space.chs[i], space.chs[j], op, kept, space.stride(i, j)))
+    return Architecture(tuple(blocks), space.last_dim if space.net_type == "mbv2" else None)
