@@ -1,0 +1,26 @@
+import os
+
+# Threads that spin for long make tiny networks many times slower once another process wants a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from densenas.run import Run
+
+settings.register_profile(
+    "densenas", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("densenas")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Runs keep their folders here instead of in the repository."""
+    monkeypatch.setattr("densenas.run.ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(root):
+    return Run("made-up")

@@ -1,0 +1,184 @@
+"""What several test files need: random small spaces, brute force over their paths, and checks of error sentences."""
+
+import math
+import re
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from densenas import CostTable, SearchSpace, SuperNet
+
+MBCONVS = [f"mbconv_k{kernel}_t{expansion}" for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
+SKIP = "skip_connect"
+RECIPES = {
+    "search": {"epochs": 1, "arch_start_epoch": 0, "batch_size": 2, "log_base": 2.0, "sub_loss_factor": 0.1},
+    "retrain": {},
+}
+
+
+@contextmanager
+def refused(kind, pattern):
+    """The block raises exactly this kind of error, with one line that matches the pattern."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert caught.type is kind
+    message = str(caught.value)
+    assert "\n" not in message
+    assert re.search(pattern, message), message
+
+
+def make_space(**settings):
+    usual = {"name": "made up", "input_size": 32, "max_connections": 3, "last_dim": 7, **RECIPES}
+    return SearchSpace(**{**usual, **settings})
+
+
+SMALL = make_space(
+    input_size=16,
+    init_dim=4,
+    chs=[4, 6, 8, 10],
+    fm_sizes=[8, 8, 4, 4],
+    stage=[0, 1, 1, 2, 2],
+    num_layers=[0, 1, 2, 0],
+    max_connections=2,
+    head_ops=["mbconv_k3_t3", "mbconv_k5_t6", "mbconv_k7_t3"],
+    stack_ops=["mbconv_k3_t3", "mbconv_k3_t1", "mbconv_k5_t6", SKIP],
+)
+
+
+@st.composite
+def spaces(draw, families=("mbv2", "basic_block", "bottleneck"), skip_reg=None, one_map_at_the_end=True):
+    """3 to 6 blocks of different widths on maps from 16 down to 1."""
+    family = draw(st.sampled_from(families))
+    candidates = MBCONVS if family == "mbv2" else [family]
+    blocks = draw(st.integers(3, 6))
+    maps, stages = [16], [0]
+    for _ in range(blocks - 1):
+        maps.append(maps[-1] // 2 if maps[-1] > 1 and draw(st.booleans()) else maps[-1])
+    for _ in range(blocks):
+        stages.append(stages[-1] + draw(st.integers(0, 1)))
+    widths = draw(st.lists(st.integers(1, 12), min_size=blocks, max_size=blocks, unique=True))
+    layers = [0, *draw(st.lists(st.integers(0, 2), min_size=blocks - 1, max_size=blocks - 1))]
+    some = st.lists(st.sampled_from(candidates), min_size=1, max_size=3, unique=True)
+    stack = st.lists(st.sampled_from([*candidates, SKIP]), min_size=1, max_size=3, unique=True)
+    settings = {
+        "init_dim": draw(st.integers(1, 8)) if family == "mbv2" else widths[0],
+        "chs": widths,
+        "fm_sizes": maps,
+        "stage": stages,
+        "num_layers": layers,
+        "last_dim": draw(st.integers(1, 9)),
+        "max_connections": draw(st.integers(1, blocks if family == "mbv2" else blocks - 1)),
+        "head_ops": draw(some),
+        "stack_ops": draw(stack),
+        "skip_reg": draw(st.booleans()) if skip_reg is None else skip_reg,
+    }
+    temperature = draw(st.sampled_from([0.5, 0.9, 1.0, 2.0]))
+    space = make_space(**settings, search={**RECIPES["search"], "softmax_temp": temperature})
+    assume(not one_map_at_the_end or all(maps[i] == maps[-1] for i in before(space, blocks)))
+    return space
+
+
+def smallest_input(space):
+    return 2 * space.fm_sizes[0] // space.fm_sizes[-1]
+
+
+def edges_by_rule(space):
+    """METHOD, section 1, word for word."""
+    maps = [*space.fm_sizes, space.fm_sizes[-1]]
+    last = len(space.chs)
+    found = []
+    for i in range(last):
+        for j in range(i + 1, last + 1):
+            if j - i > space.max_connections:
+                break
+            if space.stage[j] - space.stage[i] > 1 or maps[i] / maps[j] not in (1, 2):
+                break
+            found.append((i, j))
+    return found
+
+
+def block_paths(space):
+    """Every block path from block 0 to the final node."""
+    last, onward = len(space.chs), {}
+    for i, j in edges_by_rule(space):
+        onward.setdefault(i, []).append(j)
+
+    def extend(path):
+        if path[-1] == last:
+            yield path
+        else:
+            for j in onward[path[-1]]:
+                yield from extend([*path, j])
+
+    return list(extend([0]))
+
+
+def before(space, node):
+    """Blocks that feed a node, nearest first."""
+    return sorted((i for i, j in edges_by_rule(space) if j == node), reverse=True)
+
+
+def softmax(values, temperature=1.0):
+    powers = [math.exp((value - max(values)) / temperature) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+def edge_probabilities(net):
+    probabilities = {}
+    for i, beta in enumerate(net.beta):
+        after = sorted(j for k, j in edges_by_rule(net.space) if k == i)
+        for j, share in zip(after, softmax(beta.tolist(), net.temperature), strict=True):
+            probabilities[i, j] = share
+    return probabilities
+
+
+def path_probability(probabilities, path):
+    return math.prod(probabilities[edge] for edge in pairwise(path))
+
+
+def random_supernet(space, seed, num_classes=3, dtype=torch.float64):
+    """A supernet whose weights and architecture parameters are a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SuperNet(space, num_classes).to(dtype)
+        with torch.no_grad():
+            for parameter in net.arch_parameters():
+                parameter.copy_(1.5 * torch.randn_like(parameter))
+    return net
+
+
+def random_table(space, seed, equal_layers=False, spare_rows=0):
+    """Costs without any pattern in them, so that no two entries can be confused."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def row(count):
+        return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+
+    head, stack = [], []
+    for block in range(1, space.num_blocks):
+        head.append([row(len(space.head_ops)) for _ in before(space, block)])
+        layers = [row(len(space.stack_ops)) for _ in range(space.num_layers[block] + spare_rows)]
+        stack.append([layers[0] for _ in layers] if equal_layers else layers)
+    stem, classifier = row(2)
+    return CostTable(space, "latency", stem, head, stack, row(len(before(space, space.num_blocks))), classifier)
+
+
+def counted_mult_adds(net, images):
+    """What PyTorch itself counts for one image, in single Mult-Adds."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(images)
+    return counter.get_total_flops() / 2 / len(images)
+
+
+def candidates(net, choice):
+    """Every candidate module of the supernet, and whether it is chosen."""
+    for block, heads, layers in zip(net.blocks, choice.head, choice.stack, strict=True):
+        for modules, rows in ((block.heads, heads), (block.stack, layers)):
+            for layer, row in zip(modules, rows, strict=True):
+                for index, module in enumerate(layer):
+                    yield module, index in row

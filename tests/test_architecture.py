@@ -1,0 +1,252 @@
+"""Derived networks: the net_config text, what is refused in it, and published model folders."""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import MBCONVS, refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from densenas import Architecture, load_published
+from densenas.architecture import Block, save_published
+
+
+@st.composite
+def architectures(draw):
+    family = draw(st.sampled_from(["mbv2", "basic_block", "bottleneck"]))
+    ops = st.sampled_from(MBCONVS if family == "mbv2" else [family])
+    widths = draw(st.lists(st.integers(1, 10), min_size=2, max_size=6))
+    blocks = [
+        Block(before, after, draw(ops), tuple(draw(st.lists(ops, max_size=3))), draw(st.sampled_from([1, 2])))
+        for before, after in pairwise(widths)
+    ]
+    return Architecture(tuple(blocks), draw(st.integers(1, 99)) if family == "mbv2" else None)
+
+
+@given(architectures())
+def test_text_and_architecture_are_the_same_thing(arch):
+    text = str(arch)
+    assert Architecture.parse(text) == arch
+    assert str(Architecture.parse(text)) == text
+    assert str(Architecture.parse(f"\n {text.replace('|', ' | ').replace(',', ' ,')} \n")) == text
+
+
+def test_text_is_the_published_one():
+    blocks = (Block(16, 16, "mbconv_k3_t1", (), 1), Block(16, 24, "mbconv_k5_t3", ("mbconv_k3_t6",), 2))
+    assert str(Architecture(blocks, 1984)).split("|") == [
+        "[[16, 16], 'mbconv_k3_t1', [], 0, 1]",
+        "[[16, 24], 'mbconv_k5_t3', ['mbconv_k3_t6'], 1, 2]",
+        "[[24, 1984], 'conv1_1']",
+    ]
+
+
+def test_named_architectures_carry_the_published_figures():
+    for name in ("DenseNAS-A", "DenseNAS-B", "DenseNAS-C"):
+        arch = Architecture.named(name)
+        assert arch.published["name"] == name
+        assert str(arch) == arch.published["net_config"]
+        assert arch == Architecture.parse(str(arch))
+
+
+def test_unknown_name_lists_the_known_ones():
+    with refused(KeyError, r"no published layer list for 'DenseNAS-Z'.*DenseNAS-A, DenseNAS-B, DenseNAS-C"):
+        Architecture.named("DenseNAS-Z")
+
+
+@given(architectures(), st.sampled_from([16, 33]))
+def test_networks_run_on_any_size(arch, size):
+    with torch.device("meta"):
+        assert arch.build(4)(torch.empty(2, 3, size, size)).shape == (2, 4)
+
+
+FIRST = "[[8, 8], 'mbconv_k3_t1', [], 0, 1]"
+LAST = "[[8, 99], 'conv1_1']"
+RES = "[[8, 12], 'basic_block', ['basic_block'], 1, 2]"
+
+
+def second(text):
+    return f"{FIRST}|{text}|{LAST}"
+
+
+MALFORMED = {
+    "empty": ("", r"block 0 .*literal"),
+    "words": ("DenseNAS", r"block 0 .*literal"),
+    "words on two lines": ("Dense\nNAS", r"block 0 .*literal"),
+    "block is a word": (second("mbconv_k3_t3"), r"block 1 .*literal"),
+    "last block is a word": (f"{FIRST}|conv1_1", r"block 1 .*literal"),
+    "trailing bar": (f"{FIRST}|", r"block 1 .*literal"),
+    "bracket missing": (second("[[8, 8], 'mbconv_k3_t3', [], 0, 1"), r"block 1 .*literal"),
+    "a list as a key": (second("{[]: 8}"), r"block 1 "),
+    "nested too deep": (second("[" * 100_000), r"block 1 .*literal"),
+    "a number": (second("8"), r"block 1 .*expected \[\[in, out\]"),
+    "stride missing": (second("[[8, 8], 'mbconv_k3_t3', [], 0]"), r"block 1 .*expected \[\[in, out\]"),
+    "on two lines": (second("[[8, 8],\n'mbconv_k3_t3', [], 0]"), r"block 1 .*expected \[\[in, out\]"),
+    "one width": (second("[[8], 'mbconv_k3_t3', [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
+    "width as text": (second("[['8', 8], 'mbconv_k3_t3', [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
+    "width as a fraction": (second("[[8.0, 8], 'mbconv_k3_t3', [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
+    "width as a truth": (f"[[8, True], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*expected \[\[in, out\]"),
+    "head op as a number": (second("[[8, 8], 3, [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
+    "stack op as a number": (second("[[8, 8], 'mbconv_k3_t3', [3], 1, 1]"), r"block 1 .*(expected|op)"),
+    "stack op as a list": (second("[[8, 8], 'mbconv_k3_t3', [[]], 1, 1]"), r"block 1 .*(expected|op)"),
+    "stack as text": (second("[[8, 8], 'mbconv_k3_t3', 'mbconv_k3_t3', 12, 1]"), r"block 1 .*expected \[\[in, out\]"),
+    "width 0": (f"[[8, 0], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*widths 8 and 0.*positive"),
+    "width negative": (f"[[-8, 8], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*widths -8 and 8.*positive"),
+    "stride 3": (second("[[8, 8], 'mbconv_k3_t3', [], 0, 3]"), r"block 1 .*stride 3, strides are 1 or 2"),
+    "stride 0": (second("[[8, 8], 'mbconv_k3_t3', [], 0, 0]"), r"block 1 .*stride 0, strides are 1 or 2"),
+    "wrong count": (second("[[8, 8], 'mbconv_k3_t3', [], 2, 1]"), r"block 1 .*announces 2 stacked ops, but lists 0"),
+    "unknown head op": (second("[[8, 8], 'mbconv_k4_t3', [], 0, 1]"), r"block 1 .*unknown op 'mbconv_k4_t3', known"),
+    "unknown stack op": (second("[[8, 8], 'mbconv_k3_t3', ['conv'], 1, 1]"), r"block 1 .*unknown op 'conv', known are"),
+    "op with a line break": (second(r"[[8, 8], 'mbconv\nk3', [], 0, 1]"), r"block 1 .*unknown op"),
+    "skip as head": (second("[[8, 8], 'skip_connect', [], 0, 1]"), r"block 1 .*skip_connect.*derived network drops"),
+    "skip in the stack": (
+        second("[[8, 8], 'mbconv_k3_t3', ['skip_connect'], 1, 1]"),
+        r"block 1 .*skip_connect.*derived network drops",
+    ),
+    "conv1_1 in the middle": (f"{FIRST}|{LAST}|{LAST}", r"block 1 .*expected \[\[in, out\]"),
+    "conv1_1 alone": (LAST, r"no blocks"),
+    "conv1_1 missing": (FIRST, r"'conv1_1'\], which is missing"),
+    "conv1_1 of another width": (f"{FIRST}|[[9, 99], 'conv1_1']", r"conv1_1 takes 9 channels, the last block leaves 8"),
+    "conv1_1 to nothing": (f"{FIRST}|[[8, 0], 'conv1_1']", r"conv1_1 .*positive"),
+    "conv1_1 to less than nothing": (f"{FIRST}|[[8, -9], 'conv1_1']", r"conv1_1 .*positive"),
+    "conv1_1 of a ResNet": (f"{RES}|[[12, 99], 'conv1_1']", r"conv1_1"),
+    "widths do not meet": (
+        second("[[9, 8], 'mbconv_k3_t3', [], 0, 1]"),
+        r"block 1 takes 9 channels, block 0 leaves 8",
+    ),
+    "families mixed": (f"[[8, 8], 'basic_block', [], 0, 1]|{FIRST}|{LAST}", r"MobileNetV2 and ResNet ops are mixed"),
+    "families mixed in a block": (
+        second("[[8, 8], 'mbconv_k3_t3', ['basic_block'], 1, 1]"),
+        r"MobileNetV2 and ResNet ops are mixed",
+    ),
+    "two ResNet blocks mixed": (f"{RES}|[[12, 16], 'bottleneck', [], 0, 1]", r"basic_block and bottleneck|mixe"),
+    "two ResNet blocks mixed in a block": (
+        "[[8, 12], 'basic_block', ['bottleneck'], 1, 1]",
+        r"basic_block and bottleneck|mixe",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_net_config(name):
+    text, pattern = MALFORMED[name]
+    with refused(ValueError, rf"net_config.*({pattern})"):
+        Architecture.parse(text)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["__import__('os').system('touch {}')", "open('{}', 'w')", "[[8, 8], 'mbconv_k3_t3', [open('{}', 'w')], 1, 1]"],
+)
+@pytest.mark.parametrize("place", ["{code}", f"{FIRST}|{{code}}|{LAST}", f"{FIRST}|{{code}}"])
+def test_code_in_a_net_config_is_not_run(code, place, tmp_path):
+    touched = tmp_path / "touched"
+    with refused(ValueError, "Python literal"):
+        Architecture.parse(place.format(code=code.format(touched)))
+    assert not touched.exists()
+
+
+TINY = Architecture.parse(second("[[8, 8], 'mbconv_k3_t3', ['mbconv_k5_t6'], 1, 2]"))
+
+
+@pytest.fixture
+def published(tmp_path):
+    save_published(tmp_path, TINY, TINY.build(5))
+    return tmp_path
+
+
+def test_a_saved_network_loads_with_its_weights(published):
+    saved = torch.load(published / "weights.pt")
+    arch, net = load_published(published)
+    assert arch == TINY
+    assert net.classifier.out_features == 5
+    assert all(torch.equal(value, saved[key]) for key, value in net.state_dict().items())
+
+
+def test_net_type_may_be_left_out(published):
+    (published / "net_config").write_text(str(TINY))
+    assert load_published(str(published))[0] == TINY
+
+
+@pytest.mark.parametrize("name", ["net_config", "weights.pt"])
+def test_missing_file(name, published):
+    (published / name).unlink()
+    with refused(FileNotFoundError, rf"holds no {name}"):
+        load_published(published)
+
+
+def test_missing_folder(tmp_path):
+    with refused(FileNotFoundError, r"nowhere holds no net_config"):
+        load_published(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        (f"{TINY}\nnet_type: res\n", r"net_type is res, but the ops are mbv2"),
+        (f"{TINY}\nnet_type: mbv3\n", r"net_type is mbv3, but the ops are mbv2"),
+        ("", r"literal"),
+        ("net_type: mbv2\n", r"literal"),
+        (f"{FIRST}|{FIRST}\nnet_type: mbv2", r"'conv1_1'\], which is missing"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", r"text|UTF-8|decode"),
+    ],
+    ids=["other family", "unknown family", "empty", "no network", "no end", "binary"],
+)
+def test_broken_net_config_file(text, pattern, published):
+    (published / "net_config").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with refused(ValueError, rf"net_config.*({pattern})"):
+        load_published(published)
+
+
+def without_classifier(state):
+    return {key: value for key, value in state.items() if not key.startswith("classifier")}
+
+
+def without_one(state):
+    state.pop("blocks.1.head_layer.depthwise_conv.0.weight")
+    return state
+
+
+OTHER = Architecture.parse(second("[[8, 8], 'mbconv_k7_t3', [], 0, 2]"))
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda state: OTHER.build(5).state_dict(), r"does not fit its net_config"),
+        (without_one, r"does not fit its net_config.*blocks\.1\.head_layer\.depthwise_conv"),
+        (without_classifier, r"no classifier\.weight"),
+        (lambda state: {}, r"no classifier\.weight among the 0 entries"),
+        (lambda state: [*state.values()], r"state dict|entries|weights"),
+        (lambda state: state | {"classifier.weight": "five"}, r"classifier\.weight|does not fit"),
+    ],
+    ids=["another network", "one missing", "no classifier", "nothing", "a list", "a word"],
+)
+def test_weights_that_do_not_fit(change, pattern, published):
+    torch.save(change(torch.load(published / "weights.pt")), published / "weights.pt")
+    with refused(ValueError, rf"weights\.pt.*({pattern})"):
+        load_published(published)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04cut off"])
+def test_weights_that_are_no_weights(content, published):
+    (published / "weights.pt").write_bytes(content)
+    with refused(ValueError, r"weights\.pt"):
+        load_published(published)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_code_in_weights_is_not_run(published, tmp_path):
+    touched = tmp_path / "touched"
+    torch.save({"classifier.weight": Malicious(touched)}, published / "weights.pt")
+    with refused(ValueError, r"weights\.pt"):
+        load_published(published)
+    assert not touched.exists()

@@ -1,0 +1,397 @@
+"""Search, retraining and evaluation: what a step may move, seeds, interruptions, and what is refused."""
+
+import pkgutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SMALL, candidates, refused
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from densenas import Architecture, CostTable, SuperNet
+from densenas.config import RetrainRecipe, SearchRecipe
+from densenas.data import ImageData, Split
+from densenas.run import Run
+from densenas.search import load_search, search
+from densenas.train import evaluate, retrain
+
+TABLE = CostTable.mult_adds(SMALL, 16, 3)
+SEARCH = SearchRecipe(
+    epochs=3, arch_start_epoch=1, batch_size=8, log_base=2.0, sub_loss_factor=0.1, arch_lr=0.05, softmax_temp=0.9
+)
+RETRAIN = RetrainRecipe(epochs=3, batch_size=8, lr=0.1, warmup_epochs=1)
+ARCH = Architecture.parse(
+    "[[4, 4], 'mbconv_k3_t1', [], 0, 1]|[[4, 6], 'mbconv_k3_t3', ['mbconv_k5_t6'], 1, 2]|[[6, 7], 'conv1_1']"
+)
+
+
+def split(count, seed):
+    """Noise whose brightness is the class."""
+    labels = torch.arange(count) % 3
+    noise = torch.randint(0, 60, (count, 3, 16, 16), generator=torch.Generator().manual_seed(seed))
+    return Split((noise + 90 * labels[:, None, None, None]).byte(), labels)
+
+
+def image_data(train=24, val=16, test=10, seed=0):
+    parts = [split(count, 3 * seed + index) for index, count in enumerate((train, val, test))]
+    classes, digest = ["dark", "grey", "light"], f"made up {train} {val} {seed}"
+    return ImageData("digits", classes, *parts, [0.45] * 3, [0.3] * 3, digest)
+
+
+DATA = image_data()
+
+
+class Log:
+    """The parameters before every optimiser's step of a search, the step's kind and choice; and after the last."""
+
+    def __init__(self, monkeypatch):
+        self.net, self.choices, self.kinds, self.states = None, [], [], []
+        sample = SuperNet.sample
+
+        def recording(net, *args, **kwargs):
+            self.net = net
+            self.choices.append(sample(net, *args, **kwargs))
+            return self.choices[-1]
+
+        monkeypatch.setattr(SuperNet, "sample", recording)
+
+    def before_step(self, optimizer, *_):
+        self.kinds.append(type(optimizer).__name__)
+        self.states.append(self.state())
+
+    def state(self):
+        return {parameter: parameter.detach().clone() for parameter in self.net.parameters()}
+
+    def steps(self):
+        return list(zip(self.kinds, self.choices, self.states, self.states[1:], strict=False))
+
+
+@contextmanager
+def counting_steps(hook):
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def log(run, monkeypatch):
+    log = Log(monkeypatch)
+    with counting_steps(log.before_step):
+        search(run, DATA, TABLE, SEARCH)
+    log.states.append(log.state())
+    return log
+
+
+def moved(before, after, parameters):
+    return [parameter for parameter in parameters if not torch.equal(before[parameter], after[parameter])]
+
+
+def test_passes_alternate_once_the_architecture_is_learnt(log):
+    weights, architecture = ["SGD"] * 3, ["Adam"] * 2
+    assert log.kinds == weights + 2 * (architecture + weights)
+
+
+def test_architecture_stays_uniform_before_its_start(log):
+    first = log.kinds.index("Adam")
+    for state in log.states[: first + 1]:
+        assert all(not state[parameter].any() for parameter in log.net.arch_parameters())
+
+
+def test_a_weight_step_moves_the_sampled_weights_alone(log):
+    net = log.net
+    for kind, choice, before, after in log.steps():
+        if kind == "SGD":
+            assert not moved(before, after, net.arch_parameters())
+            assert all(len(row) == 1 for part in (choice.head, choice.stack) for rows in part for row in rows)
+            for module, chosen in candidates(net, choice):
+                weights = list(module.parameters())
+                assert len(moved(before, after, weights)) == (len(weights) if chosen else 0)
+
+
+def test_an_architecture_step_keeps_each_layers_sampled_mass_and_all_weights(log):
+    net = log.net
+    for kind, choice, before, after in log.steps():
+        if kind == "Adam":
+            assert not moved(before, after, net.weight_parameters())
+            assert moved(before, after, net.beta)
+            for parts, chosen in ((net.alpha_head, choice.head), (net.alpha_stack, choice.stack)):
+                for alpha, rows in zip(parts, chosen, strict=True):
+                    for old, new, row in zip(before[alpha], after[alpha], rows, strict=True):
+                        assert len(row) == 2
+                        assert not torch.equal(old[row], new[row])
+                        assert new[row].exp().sum().item() == pytest.approx(old[row].exp().sum().item(), rel=1e-5)
+
+
+def test_candidates_that_were_never_sampled_stay_where_they_are(log):
+    net = log.net
+    choice, before, after = next((choice, *states) for kind, choice, *states in log.steps() if kind == "Adam")
+    for parts, chosen in ((net.alpha_head, choice.head), (net.alpha_stack, choice.stack)):
+        for alpha, rows in zip(parts, chosen, strict=True):
+            for old, new, row in zip(before[alpha], after[alpha], rows, strict=True):
+                others = [index for index in range(len(old)) if index not in row]
+                assert torch.equal(old[others], new[others])
+
+
+def test_the_cost_term_makes_the_expected_network_cheaper(run):
+    def last_cost(factor):
+        recipe = SEARCH.model_copy(update={"epochs": 4, "arch_start_epoch": 0, "sub_loss_factor": factor})
+        return search(run, DATA, TABLE, recipe).history[-1]["expected_cost"]
+
+    assert last_cost(20.0) < 0.97 * last_cost(0.0)
+
+
+def identical(ours, theirs):
+    """The same values bit by bit, times aside."""
+    if isinstance(ours, dict):
+        compared = ours.keys() - {"seconds"}
+        return ours.keys() == theirs.keys() and all(identical(ours[key], theirs[key]) for key in compared)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(identical, ours, theirs))
+    if isinstance(ours, torch.Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    return ours == theirs
+
+
+def run_search(run, recipe=SEARCH, **settings):
+    result = search(run, DATA, TABLE, recipe, **settings)
+    return result.net, result.history
+
+
+def run_retrain(run, recipe=RETRAIN, **settings):
+    return retrain(run, DATA, ARCH, recipe, **settings)
+
+
+STAGES = {"search": (run_search, SEARCH), "retrain": (run_retrain, RETRAIN)}
+every_stage = pytest.mark.parametrize("stage", STAGES)
+
+
+def checkpoint(run, stage):
+    return torch.load(run.work / f"{stage}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The checkpoint that either stage ends with when nothing happens to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densenas.run.ROOT", tmp_path_factory.mktemp("undisturbed"))
+        run = Run("undisturbed")
+        for train, _ in STAGES.values():
+            train(run)
+        return {stage: checkpoint(run, stage) for stage in STAGES}
+
+
+@every_stage
+def test_the_same_seed_gives_the_same_run(stage, run, undisturbed):
+    train, _ = STAGES[stage]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(12345)
+        net, history = train(run)
+        assert torch.initial_seed() == 12345
+    assert identical(checkpoint(run, stage), undisturbed[stage])
+    assert identical(history, undisturbed[stage]["history"])
+    assert identical(dict(net.state_dict()), dict(undisturbed[stage]["net"]))
+
+
+@every_stage
+def test_another_seed_gives_another_run(stage, run, undisturbed):
+    net, history = STAGES[stage][0](run, seed=1)
+    assert history[-1]["train_loss"] != undisturbed[stage]["history"][-1]["train_loss"]
+    assert not identical(dict(net.state_dict()), dict(undisturbed[stage]["net"]))
+
+
+@every_stage
+def test_history_is_one_row_an_epoch_and_is_kept(stage, run):
+    _, history = STAGES[stage][0](run)
+    assert [row["epoch"] for row in history] == [0, 1, 2]
+    assert all(0 <= row["train_top1"] <= 1 and row["train_loss"] > 0 for row in history)
+    assert ["val_loss" in row for row in history] == [False, stage == "search", stage == "search"]
+    kept = run.history(stage)
+    assert kept["train_loss"].tolist() == pytest.approx([row["train_loss"] for row in history])
+
+
+def interrupting(function, call, before=None, after=False):
+    """The function, stopped by Ctrl-C at one of its calls."""
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        if len(calls) != call:
+            return function(*args, **kwargs)
+        if before:
+            before(*args)
+        if after:
+            function(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    return wrapper
+
+
+def half_a_file(_, path):
+    Path(path).write_bytes(b"half a checkpoint")
+
+
+INTERRUPTIONS = {
+    "after the second checkpoint": ("densenas.{stage}.save_checkpoint", {"call": 2, "after": True}),
+    "while writing the second checkpoint": ("torch.save", {"call": 2, "before": half_a_file}),
+    "in the middle of the second epoch": ("densenas.train.Meter.add", {"call": 5}),
+    "in the middle of the third epoch": ("densenas.train.Meter.add", {"call": 11}),
+    "before the first checkpoint": ("densenas.train.Meter.add", {"call": 2}),
+}
+
+
+@every_stage
+@pytest.mark.parametrize("when", INTERRUPTIONS)
+def test_an_interrupted_run_ends_as_if_undisturbed(stage, when, run, undisturbed, monkeypatch):
+    train, _ = STAGES[stage]
+    target, how = INTERRUPTIONS[when]
+    target = target.format(stage={"search": "search", "retrain": "train"}[stage])
+    with monkeypatch.context() as patch:
+        patch.setattr(target, interrupting(pkgutil.resolve_name(target), **how))
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    net, history = train(run)
+    assert identical(checkpoint(run, stage), undisturbed[stage])
+    assert identical(history, undisturbed[stage]["history"])
+    assert identical(dict(net.state_dict()), dict(undisturbed[stage]["net"]))
+    assert [path.name for path in run.work.glob("*.partial")] == []
+
+
+@every_stage
+def test_a_finished_run_is_not_trained_again(stage, run):
+    train, _ = STAGES[stage]
+    first_net, first = train(run)
+    steps = []
+    with counting_steps(lambda *_: steps.append(1)):
+        net, history = train(run)
+    assert steps == []
+    assert history == first
+    assert identical(dict(net.state_dict()), dict(first_net.state_dict()))
+
+
+@every_stage
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"lr": 0.05}, "recipe"), ({"epochs": 4}, "recipe"), ({}, "seed")],
+    ids=["learning rate", "epochs", "seed"],
+)
+def test_a_changed_recipe_starts_anew_and_says_so(stage, change, named, run, capsys):
+    train, recipe = STAGES[stage]
+    changed, seed = recipe.model_copy(update=change), int(named == "seed")
+    train(Run("fresh"), changed, seed=seed)
+    train(run)
+    assert "anew" not in capsys.readouterr().out
+    _, history = train(run, changed, seed=seed)
+    assert f"{stage}.pt is of another configuration ({named} differ): starting anew" in capsys.readouterr().out
+    assert len(history) == changed.epochs
+    assert identical(checkpoint(run, stage), checkpoint(Run("fresh"), stage))
+
+
+def test_other_data_start_a_search_anew(run, capsys):
+    run_search(run)
+    search(run, image_data(seed=1), TABLE, SEARCH)
+    assert "(data differ): starting anew" in capsys.readouterr().out
+
+
+def test_a_search_loads_back_as_it_ended(run):
+    recipe = SEARCH.model_copy(update={"softmax_temp": 0.3})
+    result = search(run, DATA, TABLE, recipe)
+    loaded = load_search(run, TABLE, 3)
+    assert loaded.net.temperature == recipe.softmax_temp
+    assert loaded.architecture == result.architecture == result.net.derive()
+    assert identical(dict(loaded.net.state_dict()), dict(result.net.state_dict()))
+    assert loaded.history == result.history
+    assert len(loaded.trace) == recipe.epochs + 1
+    assert loaded.derived() == result.derived()
+    assert loaded.derived()[-1] == result.architecture
+
+
+def test_loading_a_search_before_it_ran_names_the_stage(run):
+    with refused(FileNotFoundError, r"run 'made-up' has no search\.pt yet: run 03-search first"):
+        load_search(run, TABLE, 3)
+
+
+@every_stage
+def test_bf16_runs_and_is_not_fp32(stage, run, undisturbed):
+    net, history = STAGES[stage][0](run, precision="bf16")
+    exact = undisturbed[stage]["history"]
+    assert history[0]["train_loss"] != exact[0]["train_loss"]
+    assert history[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=0.1)
+    assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+
+
+@every_stage
+@pytest.mark.parametrize("precision", ["fp16", ""])
+def test_unknown_precision(stage, precision, run):
+    with refused(ValueError, rf"precision '{precision}' is unknown, known are fp32, bf16"):
+        STAGES[stage][0](run, precision=precision)
+
+
+@every_stage
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", ""])
+def test_device_that_is_not_there(stage, device, run):
+    with refused(ValueError, rf"device '{device}' cannot be used here: \S"):
+        STAGES[stage][0](run, device=device)
+
+
+@every_stage
+def test_a_loss_that_is_not_finite_names_the_step(stage, run):
+    train, recipe = STAGES[stage]
+    with refused(FloatingPointError, rf"{stage}, epoch 0: .*finite at step \d+"):
+        train(run, recipe.model_copy(update={"lr": 1e30, "warmup_epochs": 0}))
+
+
+def test_a_loss_that_is_not_finite_in_an_architecture_step(run):
+    """One weight step an epoch spoils the weights, the next architecture pass meets them."""
+    recipe = SEARCH.model_copy(update={"lr": 1e30, "arch_start_epoch": 0})
+    with refused(FloatingPointError, r"search, epoch 1: .*finite at step \d+"):
+        search(run, image_data(train=8), TABLE, recipe)
+
+
+def test_retraining_learns_what_the_images_show(run):
+    recipe = RETRAIN.model_copy(update={"epochs": 12})
+    net, history = run_retrain(run, recipe)
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert evaluate(net, DATA, DATA.test)["top1"] == 1.0
+
+
+class Prophet(nn.Module):
+    """Says what it was told to say, row by row."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.modes, self.said = logits, set(), 0
+
+    def forward(self, images):
+        self.modes.add(self.training)
+        self.said += len(images)
+        return self.logits[self.said - len(images) : self.said]
+
+
+@pytest.mark.parametrize("batch_size", [3, 10, 256])
+def test_evaluation_counts(batch_size):
+    scores = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
+    prophet, truth = Prophet(scores), DATA.test.labels.tolist()
+    result = evaluate(prophet, DATA, DATA.test, batch_size)
+    guesses = scores.argmax(dim=1).tolist()
+    confusion = [[0] * 3 for _ in range(3)]
+    for label, guess in zip(truth, guesses, strict=True):
+        confusion[label][guess] += 1
+    assert result["confusion"] == confusion
+    assert result["top1"] == pytest.approx(sum(confusion[label][label] for label in range(3)) / 10)
+    assert 0 < result["top1"] < 1
+    assert result["top5"] == 1.0
+    assert result["loss"] == pytest.approx(float(F.cross_entropy(scores, DATA.test.labels)))
+    assert (result["images"], prophet.modes) == (10, {False})
+
+
+def test_evaluation_counts_the_best_five_of_seven_classes():
+    labels = torch.tensor([0, 4, 5, 6])
+    images = Split(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), labels)
+    data = ImageData("digits", [*"abcdefg"], images, images, images, [0.5] * 3, [1.0] * 3, "made up")
+    result = evaluate(Prophet(torch.arange(7.0).neg().expand(4, 7)), data, images)
+    assert (result["top1"], result["top5"]) == (0.25, 0.5)
