@@ -152,6 +152,7 @@ class DerivedNet(nn.Module):
 
     def __init__(self, arch: Architecture, num_classes: int, init: bool = True) -> None:
         super().__init__()
+        self.arch = arch
         norm = ops.Norm(affine=True, eps=1e-3 if arch.net_type == "mbv2" else 1e-5)
         channels = arch.blocks[0].in_ch
         self.input_block = ops.conv_norm(3, channels, norm(channels), nn.ReLU6(inplace=True), kernel_size=3, stride=2)

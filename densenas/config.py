@@ -55,6 +55,7 @@ class RetrainRecipe(Strict):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(4e-5, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    grad_clip: float | None = Field(None, gt=0)  # largest norm of the gradient; None: unclipped
 
 
 Recipe = TypeVar("Recipe", SearchRecipe, RetrainRecipe)

@@ -6,7 +6,6 @@ import csv
 import gzip
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -280,56 +279,49 @@ def _statistics(parts: list[Tensor]) -> tuple[list[float], list[float]]:
     return mean, std
 
 
+def seed_of(*parts: object) -> int:
+    """A seed for everything that these parts name, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+
+
 class Batches:
-    """One pass over a split after another: normalised batches (B, 3, S, S) with labels (B,), on the device.
+    """Normalised batches (B, 3, S, S) with labels (B,), on the device. TO BE REPLACED BY THE DATA BRANCH."""
 
-    The images stay on the device as uint8 and are augmented there in batches. Order and augmentation come from
-    `generator` (on the CPU), so that every device sees the same images; without one the split is read in order,
-    unchanged. A training pass leaves out the last incomplete batch.
-    """
-
-    def __init__(
-        self,
-        data: ImageData,
-        split: Split,
-        batch_size: int,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.images = split.images.to(device)
-        self.labels = split.labels.to(device)
-        self.batch_size = min(batch_size, len(split))
-        self.generator = generator
+    def __init__(self, data, splits, batch_size, device, seed=None, *, workers=0, rank=0, world=1):
+        names = (splits,) if isinstance(splits, str) else splits
+        self.images = torch.cat([data.splits[name].images for name in names]).to(device)
+        self.labels = torch.cat([data.splits[name].labels for name in names]).to(device)
+        self.batch_size = min(batch_size, len(self.labels))
+        self.seed, self.rank, self.world = seed, rank, world
         self.flip = data.dataset in MIRRORED
-        shape = (1, 3, 1, 1)
-        self.mean = torch.tensor(data.mean, device=device).view(shape)
-        self.std = torch.tensor(data.std, device=device).view(shape)
+        self.mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(data.std, device=device).view(1, 3, 1, 1)
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.labels), self.batch_size)
-        return full if self.generator or not rest else full + 1
+        return full if self.seed is not None or not rest else full + 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch, start=0):
         count = len(self.labels)
-        order = torch.randperm(count, generator=self.generator) if self.generator else torch.arange(count)
-        order = order.to(self.labels.device)
-        for step in range(len(self)):
+        training = self.seed is not None
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(count, generator=generator) if training else torch.arange(count)
+        for step in range(start, len(self)):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             images = self.images[chosen]
-            if self.generator:
-                images = self._augment(images)
-            yield (images.float() / 255 - self.mean) / self.std, self.labels[chosen]
+            if training:
+                images = self._augment(images, torch.Generator().manual_seed(seed_of(self.seed, epoch, step)))
+            images, labels = images[self.rank :: self.world], self.labels[chosen][self.rank :: self.world]
+            yield (images.float() / 255 - self.mean) / self.std, labels
 
-    def _augment(self, images: Tensor) -> Tensor:
-        """Shifts each image by up to an eighth of its side and, where classes allow, mirrors every other one."""
+    def _augment(self, images, generator):
         count, _, size, _ = images.shape
         reach = size // 8
-        offset = torch.randint(0, 2 * reach + 1, (2, count), generator=self.generator)
-        mirror = torch.rand(count, generator=self.generator) < (0.5 if self.flip else 0)
+        offset = torch.randint(0, 2 * reach + 1, (2, count), generator=generator)
+        mirror = torch.rand(count, generator=generator) < (0.5 if self.flip else 0)
         rows = offset[0][:, None] + torch.arange(size)
         columns = offset[1][:, None] + torch.arange(size)
         columns = torch.where(mirror[:, None], columns.flip(1), columns)
-        rows, columns = rows.to(images.device), columns.to(images.device)
         padded = F.pad(images, (reach,) * 4)
-        picture = torch.arange(count, device=images.device)[:, None, None]
+        picture = torch.arange(count)[:, None, None]
         return padded.movedim(1, 3)[picture, rows[:, :, None], columns[:, None, :]].movedim(3, 1)

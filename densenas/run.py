@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,14 +44,16 @@ class SearchConfig(Strict):
     epochs: int | None = Field(None, ge=1)
     arch_start_epoch: int | None = Field(None, ge=0)
     batch_size: int | None = Field(None, ge=2)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    devices: int = Field(1, ge=1)
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
 
 class RetrainConfig(Strict):
     net_config: str | None = None
     epochs: int | None = Field(None, ge=1)
     batch_size: int | None = Field(None, ge=2)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    devices: int = Field(1, ge=1)
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
 
 class EvaluateConfig(Strict):
@@ -68,6 +70,7 @@ class RunConfig(Strict):
     image_size: int | None = Field(None, ge=8)  # None: the space's own input size
     seed: int = Field(0, ge=0)
     device: str = "auto"
+    deterministic: bool = False
     data: DataConfig
     cost: CostConfig = CostConfig()
     search: SearchConfig = SearchConfig()
@@ -90,7 +93,7 @@ class RunConfig(Strict):
     def parameters(self, run: str) -> dict[str, dict[str, Any]]:
         """What each stage's notebook is given."""
         size = self.image_size or SearchSpace.load(self.space).input_size
-        training = {"seed": self.seed, "device": self.device}
+        training = {"seed": self.seed, "device": self.device, "deterministic": self.deterministic}
         stages = {
             "01-data": {**self.data.model_dump(), "image_size": size, "seed": self.seed},
             "02-cost": {**self.cost.model_dump(), "space": self.space, "image_size": size},
@@ -191,6 +194,7 @@ def environment() -> dict[str, Any]:
             "cpu": cpu.group(1) if cpu else platform.processor(),
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
+            "deterministic": not torch.cuda.is_available() or torch.are_deterministic_algorithms_enabled(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
@@ -199,7 +203,8 @@ def environment() -> dict[str, Any]:
 def pick_device(device: str = "auto") -> torch.device:
     """`auto` is the first CUDA device, or else the CPU; raises ValueError for a device that is not there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # torchrun and `launch` give every process its own device.
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -207,25 +212,6 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def progress(total: int, what: str, initial: int = 0) -> tqdm:
+def progress(total: int, what: str, initial: int = 0, silent: bool = False) -> tqdm:
     """A progress bar with time left: plain text, which reads the same in a terminal, Jupyter and papermill's log."""
-    return tqdm(total=total, initial=initial, desc=what, file=sys.stdout, mininterval=2.0, ncols=110)
-
-
-def save_checkpoint(path: Path, configuration: Mapping[str, Any], **state: Any) -> None:
-    """Writes atomically: a kill leaves the old checkpoint or the new one."""
-    with atomic(path) as partial:
-        torch.save({"configuration": json.dumps(configuration, sort_keys=True), **state}, partial)
-
-
-def load_checkpoint(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint, if there is one of the same configuration; otherwise None, and says what differs."""
-    if not path.exists():
-        return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    before, now = json.loads(checkpoint["configuration"]), json.loads(json.dumps(configuration))
-    if before != now:
-        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        print(f"{path.name} is of another configuration ({', '.join(changed)} differ): starting anew")
-        return None
-    return checkpoint
+    return tqdm(total=total, initial=initial, desc=what, file=sys.stdout, mininterval=2.0, ncols=110, disable=silent)

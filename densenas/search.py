@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from densenas.architecture import Architecture, save_published
-from densenas.config import SearchRecipe, write_text
+from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
-from densenas.data import Batches, ImageData
-from densenas.run import Run, load_checkpoint, pick_device, progress, save_checkpoint
+from densenas.data import Batches, ImageData, load
+from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
+from densenas.run import Run
+from densenas.space import SearchSpace
 from densenas.supernet import SuperNet, derive
-from densenas.train import Meter, autocast, cosine
 
 
 @dataclass
@@ -51,6 +50,16 @@ class Probabilities:
         return cls(net.path_probabilities().cpu(), head, stack)
 
 
+class Trace(list[Probabilities]):
+    """Probabilities before the first epoch and after every one, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entries": [vars(entry) for entry in self]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self[:] = [Probabilities(**entry) for entry in state["entries"]]
+
+
 def search(
     run: Run,
     data: ImageData,
@@ -59,102 +68,90 @@ def search(
     seed: int = 0,
     precision: str = "fp32",
     device: str = "auto",
+    deterministic: bool = False,
 ) -> Search:
     """Trains the supernet of `table.space` on `data` and learns its architecture parameters.
 
     Until `arch_start_epoch` weights alone are trained; from then on each epoch is a pass over val that updates
-    alpha and beta, then a pass over train that updates weights. After every epoch a checkpoint is written; a rerun
-    with the same configuration goes on behind it.
+    alpha and beta, then a pass over train that updates weights. A killed search goes on when called again (`fit`).
     """
-    where = pick_device(device)
-    configuration = {
-        "space": table.space.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"), "cost": table.nested(),
-        "data": data.digest, "seed": seed, "precision": precision, "device": where.type,
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with training_on(device, precision, deterministic) as where:
+        configuration = {
+            "space": table.space.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
+            "cost": table.nested(), "data": data.digest, "seed": seed, "precision": precision, "device": where.type,
+        }  # fmt: skip
         torch.manual_seed(seed)
         net = SuperNet(table.space, len(data.classes))
-    net.temperature = recipe.softmax_temp
-    net.to(where, memory_format=torch.channels_last)
-    train = Batches(data, data.train, recipe.batch_size, where, generator)
-    val = Batches(data, data.val, recipe.batch_size, where, generator)
-    sgd = torch.optim.SGD(
-        net.weight_parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-    adam = torch.optim.Adam(
-        net.arch_parameters(), recipe.arch_lr, betas=recipe.arch_betas, weight_decay=recipe.arch_weight_decay
-    )
-    schedule = cosine(sgd, recipe.epochs * len(train), recipe.lr_min)
-    state = {"net": net, "sgd": sgd, "adam": adam, "schedule": schedule}
+        net.temperature = recipe.softmax_temp
+        net.to(where, memory_format=torch.channels_last)
+        weights, arch = net.weight_parameters(), net.arch_parameters()
+        share = dict(zip(("rank", "world"), rank_and_world(), strict=True))
+        train, val = (Batches(data, name, recipe.batch_size, where, seed, **share) for name in ("train", "val"))
+        sgd = torch.optim.SGD(weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        adam = torch.optim.Adam(arch, recipe.arch_lr, recipe.arch_betas, weight_decay=recipe.arch_weight_decay)
+        schedule = cosine(sgd, recipe.epochs * len(train), recipe.lr_min)
+        trace = Trace([Probabilities.of(net)])
 
-    def weight_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        choice = net.sample(1, generator)
-        with autocast(where, precision):
-            logits = net(images, choice)
-            loss = F.cross_entropy(logits, labels)
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-        schedule.step()
-        return loss, logits
+        def weight_step(images: Tensor, labels: Tensor) -> Tensor:
+            choice = net.sample(1)
+            with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = net(images, choice)
+                loss = F.cross_entropy(logits, labels)
+            sgd.zero_grad()
+            outcome = descend(loss, logits, labels, weights)
+            sgd.step()
+            schedule.step()
+            return outcome
 
-    def arch_step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        choice = net.sample(2, generator)
-        with autocast(where, precision):
-            logits = net(images, choice)
-            loss = F.cross_entropy(logits, labels)
-        cost = net.cost(table, choice)
-        adam.zero_grad()
-        (loss + recipe.sub_loss_factor * cost.log() / math.log(recipe.log_base)).backward()
-        with net.keeping_mass(choice):
-            adam.step()
-        return loss, logits
+        def arch_step(images: Tensor, labels: Tensor) -> Tensor:
+            choice = net.sample(2)
+            with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = net(images, choice)
+                loss = F.cross_entropy(logits, labels)
+            penalty = recipe.sub_loss_factor * net.cost(table, choice).log() / math.log(recipe.log_base)
+            adam.zero_grad()
+            outcome = descend(loss, logits, labels, arch, penalty)
+            with net.keeping_mass(choice):
+                adam.step()
+            return outcome
 
-    path = run.work / "search.pt"
-    history: list[dict[str, Any]] = []
-    trace = [Probabilities.of(net)]
-    if checkpoint := load_checkpoint(path, configuration):
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
-        generator.set_state(checkpoint["generator"])
-        history, trace = checkpoint["history"], [Probabilities(**entry) for entry in checkpoint["trace"]]
-    steps = [len(train) + (len(val) if epoch >= recipe.arch_start_epoch else 0) for epoch in range(recipe.epochs)]
-    bar = progress(sum(steps), "search", initial=sum(steps[: len(history)]))
+        def passes(epoch: int) -> list[Pass]:
+            both = [Pass("val", val, arch_step, arch, weights), Pass("train", train, weight_step, weights, arch)]
+            return both if epoch >= recipe.arch_start_epoch else both[1:]
 
-    def one_pass(batches: Batches, step: Callable, trained: list[nn.Parameter], fixed: list[nn.Parameter]) -> Meter:
-        # Fixed parameters are outside the graph: their gradients, half of a step's work, are never computed.
-        for parameters, wanted in ((trained, True), (fixed, False)):
-            for parameter in parameters:
-                parameter.requires_grad_(wanted)
-        meter = Meter(f"search, epoch {len(history)}", bar)
-        for images, labels in batches:
-            meter.add(*step(images, labels), labels)
-        return meter
+        @torch.no_grad()
+        def finish() -> dict[str, Any]:
+            trace.append(Probabilities.of(net))
+            return {
+                "lr": schedule.get_last_lr()[0],
+                "expected_cost": float(net.cost(table)),
+                "derived_cost": table.total(net.derive()),
+            }
 
-    weights, arch = net.weight_parameters(), net.arch_parameters()
-    net.train()
-    for epoch in range(len(history), recipe.epochs):
-        start = time.perf_counter()
-        row: dict[str, Any] = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
-        if epoch >= recipe.arch_start_epoch:
-            meter = one_pass(val, arch_step, trained=arch, fixed=weights)
-            row |= {"val_loss": meter.loss, "val_top1": meter.top1}
-        meter = one_pass(train, weight_step, trained=weights, fixed=arch)
-        row |= {"train_loss": meter.loss, "train_top1": meter.top1}
-        with torch.no_grad():
-            row["expected_cost"] = float(net.cost(table))
-        row["derived_cost"] = table.total(net.derive())
-        row["seconds"] = time.perf_counter() - start
-        history.append(row)
-        trace.append(Probabilities.of(net))
-        save_checkpoint(
-            path, configuration, generator=generator.get_state(), history=history,
-            trace=[vars(entry) for entry in trace], **{name: part.state_dict() for name, part in state.items()},
-        )  # fmt: skip
-    bar.close()
-    run.write_history("search", history)
+        net.train()
+        parts = {"net": net, "sgd": sgd, "adam": adam, "schedule": schedule, "trace": trace}
+        history = fit(run, "search", configuration, parts, recipe.epochs, passes, finish)
     return Search(net, net.derive(), history, trace)
+
+
+def search_run(
+    name: str,
+    space: str,
+    epochs: int | None = None,
+    arch_start_epoch: int | None = None,
+    batch_size: int | None = None,
+    **how: Any,
+) -> None:
+    """`search` as notebook 03 and torchrun call it: on the run's data and costs; None is the space's own recipe."""
+    shortened = {"epochs": epochs, "arch_start_epoch": arch_start_epoch, "batch_size": batch_size}
+    recipe = override(SearchSpace.load(space).search, **shortened)
+    run = Run(name)
+    table = CostTable.read(run.need(run.reports / "cost.json", "02-cost"))
+    rank, world = rank_and_world()
+    if rank == 0:
+        asked = {"space": space, **shortened, "devices": world, **how}
+        run.record_provenance("03-search", **asked, recipe=recipe.model_dump(mode="json"))
+    search(run, load(run), table, recipe, **how)
 
 
 def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
@@ -164,7 +161,9 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     net = SuperNet(table.space, num_classes)
     net.load_state_dict(checkpoint["net"])
     net.temperature = json.loads(checkpoint["configuration"])["recipe"]["softmax_temp"]
-    return Search(net, net.derive(), checkpoint["history"], [Probabilities(**entry) for entry in checkpoint["trace"]])
+    trace = Trace()
+    trace.load_state_dict(checkpoint["trace"])
+    return Search(net, net.derive(), checkpoint["position"]["history"], trace)
 
 
 def write_architecture(run: Run, arch: Architecture, table: CostTable, num_classes: int) -> dict[str, Any]:

@@ -1,146 +1,145 @@
-"""Training a derived network from scratch, and measuring one."""
+"""Training a network from scratch, and measuring one: derived, published, torchvision's or the user's own."""
 
 from __future__ import annotations
 
-import math
-import time
-from contextlib import AbstractContextManager
+import pkgutil
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
+from torch.utils.flop_counter import FlopCounterMode
 
-from densenas.architecture import Architecture
-from densenas.config import RetrainRecipe
-from densenas.data import Batches, ImageData, Split
-from densenas.run import Run, load_checkpoint, pick_device, progress, save_checkpoint
-
-PRECISIONS = ("fp32", "bf16")
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """fp32 as it is, or bf16 by autocast; ValueError for anything else."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+from densenas.architecture import Architecture, load_published, save_published
+from densenas.config import RetrainRecipe, atomic, override, read_text, write_text
+from densenas.cost import CostTable
+from densenas.data import Batches, ImageData, load
+from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
+from densenas.run import Run, pick_device, progress
 
 
-def cosine(optimizer: torch.optim.Optimizer, steps: int, lr_min: float, warmup: int = 0) -> LambdaLR:
-    """Per step: linear from `lr_min` over `warmup` steps, then half a cosine down to `lr_min` at `steps`."""
-    floor = lr_min / optimizer.param_groups[0]["lr"]
+def network(model: str, num_classes: int) -> nn.Module:
+    """A new network: a net_config, a published name, a torchvision model, or the user's own "package.module:function".
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return floor + (1 - floor) * (step + 1) / warmup
-        share = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
+    The function is called with `num_classes`. Raises ValueError with one sentence where there is no such network.
+    """
+    if ":" in model and not model.lstrip().startswith("["):
+        try:
+            return pkgutil.resolve_name(model)(num_classes=num_classes)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"model '{model}' cannot be imported: {error}") from None
+    if model in torchvision.models.list_models():
+        return torchvision.models.get_model(model, num_classes=num_classes)
+    return Architecture.read(model).build(num_classes)
 
-    return LambdaLR(optimizer, factor)
+
+def save_network(folder: Path, model: str, net: nn.Module) -> None:
+    """Keeps a trained network where `load_network` finds it; a derived one in the published format."""
+    if hasattr(net, "arch"):
+        save_published(folder, net.arch, net)
+        return
+    write_text(folder / "model", f"{model}\n")
+    with atomic(folder / "weights.pt") as partial:
+        torch.save({key: value.cpu() for key, value in net.state_dict().items()}, partial)
 
 
-class Meter:
-    """Mean loss and accuracy of a pass, shown in a progress bar."""
+def load_network(folder: str | Path, num_classes: int) -> nn.Module:
+    """The network in a published folder, or in one that `save_network` wrote."""
+    folder = Path(folder)
+    if not (folder / "model").is_file():
+        return load_published(folder)[1]
+    net = network(read_text(folder / "model").strip(), num_classes)
+    net.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+    return net
 
-    def __init__(self, what: str, bar: tqdm) -> None:
-        self.what, self.bar = what, bar
-        self.steps = self.images = 0
-        self.loss_sum = self.correct = 0.0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Counts one step; raises FloatingPointError, naming the step, when its loss is not finite."""
-        correct = (logits.argmax(dim=1) == labels).sum()
-        # The one place in a step where the host waits for the device.
-        loss_here, correct_here = torch.stack([loss.detach().float(), correct.float()]).tolist()
-        self.steps += 1
-        if not math.isfinite(loss_here):
-            raise FloatingPointError(f"{self.what}: the loss is not finite at step {self.steps}; lower lr and rerun")
-        self.images += len(labels)
-        self.loss_sum += loss_here * len(labels)
-        self.correct += correct_here
-        self.bar.set_postfix(loss=f"{self.loss:.3f}", top1=f"{self.top1:.1%}", refresh=False)
-        self.bar.update()
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.images
-
-    @property
-    def top1(self) -> float:
-        """Share of correct predictions, in [0, 1]."""
-        return self.correct / self.images
+def size(net: nn.Module, input_size: int) -> dict[str, float]:
+    """Mult-Adds for one square image (convolutions and linear layers, no biases) and parameters, in millions."""
+    net.eval()
+    first = next(net.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(first.new_zeros(1, 3, input_size, input_size))
+    params = sum(parameter.numel() for parameter in net.parameters())
+    return {"mult_adds_m": counter.get_total_flops() / 2e6, "params_m": params / 1e6}
 
 
 def retrain(
     run: Run,
     data: ImageData,
-    arch: Architecture,
+    model: str | Architecture,
     recipe: RetrainRecipe,
     seed: int = 0,
     precision: str = "fp32",
     device: str = "auto",
+    deterministic: bool = False,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Trains `arch` from scratch on all training images; returns the network and one history row an epoch.
+    """Trains `model` (see `network`) from scratch on all training images; returns it with one history row an epoch.
 
-    After every epoch a checkpoint is written; a rerun with the same configuration goes on behind it. The test split
-    is looked at once, after the last epoch, by `evaluate`.
+    A killed training goes on when called again (`fit`). The test split is looked at once, by `evaluate`.
     """
-    where = pick_device(device)
-    configuration = {
-        "net_config": str(arch), "recipe": recipe.model_dump(mode="json"), "data": data.digest, "seed": seed,
-        "precision": precision, "device": where.type,
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with training_on(device, precision, deterministic) as where:
+        configuration = {
+            "model": str(model), "recipe": recipe.model_dump(mode="json"), "data": data.digest, "seed": seed,
+            "precision": precision, "device": where.type,
+        }  # fmt: skip
         torch.manual_seed(seed)
-        net = arch.build(len(data.classes))
-    net.to(where, memory_format=torch.channels_last)
-    batches = Batches(data, data.train_and_val, recipe.batch_size, where, generator)
-    sgd = torch.optim.SGD(
-        net.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
-    )
-    schedule = cosine(
-        sgd, recipe.epochs * len(batches), recipe.lr_min, warmup=round(recipe.warmup_epochs * len(batches))
-    )
-    state = {"net": net, "sgd": sgd, "schedule": schedule}
-    path = run.work / "retrain.pt"
-    history: list[dict[str, Any]] = []
-    if checkpoint := load_checkpoint(path, configuration):
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
-        generator.set_state(checkpoint["generator"])
-        history = checkpoint["history"]
-    bar = progress(recipe.epochs * len(batches), "retrain", initial=len(history) * len(batches))
-    net.train()
-    for epoch in range(len(history), recipe.epochs):
-        start = time.perf_counter()
-        row: dict[str, Any] = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
-        meter = Meter(f"retrain, epoch {epoch}", bar)
-        for images, labels in batches:
-            with autocast(where, precision):
+        net = network(str(model), len(data.classes)).to(where, memory_format=torch.channels_last)
+        weights = list(net.parameters())
+        share = dict(zip(("rank", "world"), rank_and_world(), strict=True))
+        batches = Batches(data, ("train", "val"), recipe.batch_size, where, seed, **share)
+        sgd = torch.optim.SGD(weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        warmup = round(recipe.warmup_epochs * len(batches))
+        schedule = cosine(sgd, recipe.epochs * len(batches), recipe.lr_min, warmup)
+
+        def step(images: Tensor, labels: Tensor) -> Tensor:
+            with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = net(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             sgd.zero_grad()
-            loss.backward()
+            outcome = descend(loss, logits, labels, weights)
+            if recipe.grad_clip:
+                nn.utils.clip_grad_norm_(weights, recipe.grad_clip)
             sgd.step()
             schedule.step()
-            meter.add(loss, logits, labels)
-        row |= {"train_loss": meter.loss, "train_top1": meter.top1, "seconds": time.perf_counter() - start}
-        history.append(row)
-        save_checkpoint(
-            path, configuration, generator=generator.get_state(), history=history,
-            **{name: part.state_dict() for name, part in state.items()},
+            return outcome
+
+        net.train()
+        parts = {"net": net, "sgd": sgd, "schedule": schedule}
+        one_pass = [Pass("train", batches, step, weights)]
+        history = fit(
+            run, "retrain", configuration, parts, recipe.epochs, lambda _: one_pass,
+            lambda: {"lr": schedule.get_last_lr()[0]},
         )  # fmt: skip
-    bar.close()
-    run.write_history("retrain", history)
     return net, history
+
+
+def retrain_run(
+    name: str,
+    net_config: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    **how: Any,
+) -> None:
+    """`retrain` as notebook 05 and torchrun call it: on the run's data; None is the run's own network and recipe."""
+    run = Run(name)
+    derived = run.need(run.reports / "architecture.json", "04-derive")
+    model = net_config or run.read_json(derived.name)["net_config"]
+    shortened = {"epochs": epochs, "batch_size": batch_size}
+    recipe = override(CostTable.read(run.reports / "cost.json").space.retrain, **shortened)
+    rank, world = rank_and_world()
+    if rank == 0:
+        asked = {"net_config": net_config, **shortened, "devices": world, **how}
+        run.record_provenance("05-retrain", **asked, recipe=recipe.model_dump(mode="json"))
+    net, _ = retrain(run, load(run), model, recipe, **how)
+    if rank == 0:
+        save_network(run.work / "model", model, net)
 
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, data: ImageData, split: Split, batch_size: int = 256, device: str = "auto"
+    net: nn.Module, data: ImageData, split: str = "test", batch_size: int = 256, device: str = "auto"
 ) -> dict[str, Any]:
     """Accuracy of a network in evaluation mode.
 
@@ -151,12 +150,14 @@ def evaluate(
     batches = Batches(data, split, batch_size, where)
     bar = progress(len(batches), "evaluate")
     logits, labels = [], []
-    for images, truth in batches:
+    for images, truth in batches.epoch(0):
         logits.append(net(images).float())
         labels.append(truth)
         bar.update()
     bar.close()
     scores, truth = torch.cat(logits), torch.cat(labels)
+    if scores.shape[1] != len(data.classes):
+        raise ValueError(f"the network tells {scores.shape[1]} classes apart, the data set has {len(data.classes)}")
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices
     hits = best == truth[:, None]
     classes = len(data.classes)

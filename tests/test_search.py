@@ -193,14 +193,14 @@ def test_the_same_seed_gives_the_same_run(stage, run, undisturbed):
         net, history = train(run)
         assert torch.initial_seed() == 12345
     assert identical(checkpoint(run, stage), undisturbed[stage])
-    assert identical(history, undisturbed[stage]["history"])
+    assert identical(history, undisturbed[stage]["position"]["history"])
     assert identical(dict(net.state_dict()), dict(undisturbed[stage]["net"]))
 
 
 @every_stage
 def test_another_seed_gives_another_run(stage, run, undisturbed):
     net, history = STAGES[stage][0](run, seed=1)
-    assert history[-1]["train_loss"] != undisturbed[stage]["history"][-1]["train_loss"]
+    assert history[-1]["train_loss"] != undisturbed[stage]["position"]["history"][-1]["train_loss"]
     assert not identical(dict(net.state_dict()), dict(undisturbed[stage]["net"]))
 
 
@@ -236,11 +236,11 @@ def half_a_file(_, path):
 
 
 INTERRUPTIONS = {
-    "after the second checkpoint": ("densenas.{stage}.save_checkpoint", {"call": 2, "after": True}),
+    "after the second checkpoint": ("densenas.engine.save_checkpoint", {"call": 2, "after": True}),
     "while writing the second checkpoint": ("torch.save", {"call": 2, "before": half_a_file}),
-    "in the middle of the second epoch": ("densenas.train.Meter.add", {"call": 5}),
-    "in the middle of the third epoch": ("densenas.train.Meter.add", {"call": 11}),
-    "before the first checkpoint": ("densenas.train.Meter.add", {"call": 2}),
+    "in the middle of the second epoch": ("densenas.engine.Position.add", {"call": 5}),
+    "in the middle of the third epoch": ("densenas.engine.Position.add", {"call": 11}),
+    "before the first checkpoint": ("densenas.engine.Position.add", {"call": 2}),
 }
 
 
@@ -256,7 +256,7 @@ def test_an_interrupted_run_ends_as_if_undisturbed(stage, when, run, undisturbed
             train(run)
     net, history = train(run)
     assert identical(checkpoint(run, stage), undisturbed[stage])
-    assert identical(history, undisturbed[stage]["history"])
+    assert identical(history, undisturbed[stage]["position"]["history"])
     assert identical(dict(net.state_dict()), dict(undisturbed[stage]["net"]))
     assert [path.name for path in run.work.glob("*.partial")] == []
 
@@ -318,7 +318,7 @@ def test_loading_a_search_before_it_ran_names_the_stage(run):
 @every_stage
 def test_bf16_runs_and_is_not_fp32(stage, run, undisturbed):
     net, history = STAGES[stage][0](run, precision="bf16")
-    exact = undisturbed[stage]["history"]
+    exact = undisturbed[stage]["position"]["history"]
     assert history[0]["train_loss"] != exact[0]["train_loss"]
     assert history[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=0.1)
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
@@ -327,7 +327,7 @@ def test_bf16_runs_and_is_not_fp32(stage, run, undisturbed):
 @every_stage
 @pytest.mark.parametrize("precision", ["fp16", ""])
 def test_unknown_precision(stage, precision, run):
-    with refused(ValueError, rf"precision '{precision}' is unknown, known are fp32, bf16"):
+    with refused(ValueError, rf"precision '{precision}' is unknown, known are fp32, tf32, bf16"):
         STAGES[stage][0](run, precision=precision)
 
 
@@ -356,7 +356,7 @@ def test_retraining_learns_what_the_images_show(run):
     recipe = RETRAIN.model_copy(update={"epochs": 12})
     net, history = run_retrain(run, recipe)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert evaluate(net, DATA, DATA.test)["top1"] == 1.0
+    assert evaluate(net, DATA, "test")["top1"] == 1.0
 
 
 class Prophet(nn.Module):
@@ -376,7 +376,7 @@ class Prophet(nn.Module):
 def test_evaluation_counts(batch_size):
     scores = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
     prophet, truth = Prophet(scores), DATA.test.labels.tolist()
-    result = evaluate(prophet, DATA, DATA.test, batch_size)
+    result = evaluate(prophet, DATA, "test", batch_size)
     guesses = scores.argmax(dim=1).tolist()
     confusion = [[0] * 3 for _ in range(3)]
     for label, guess in zip(truth, guesses, strict=True):
@@ -393,5 +393,5 @@ def test_evaluation_counts_the_best_five_of_seven_classes():
     labels = torch.tensor([0, 4, 5, 6])
     images = Split(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), labels)
     data = ImageData("digits", [*"abcdefg"], images, images, images, [0.5] * 3, [1.0] * 3, "made up")
-    result = evaluate(Prophet(torch.arange(7.0).neg().expand(4, 7)), data, images)
+    result = evaluate(Prophet(torch.arange(7.0).neg().expand(4, 7)), data, "test")
     assert (result["top1"], result["top5"]) == (0.25, 0.5)

@@ -1,0 +1,163 @@
+"""What training survives: kill -9 at any step, lost processes; and that many processes do what one does."""
+
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from helpers import refused
+from test_search import ARCH, DATA, RETRAIN, SEARCH, TABLE, checkpoint, identical
+
+from densenas import CostTable, SearchSpace, SuperNet, data, engine
+from densenas.architecture import DerivedNet
+from densenas.config import ROOT
+from densenas.engine import Position, launch
+from densenas.run import Run
+from densenas.search import search
+from densenas.train import retrain
+
+RECIPES = {"search": SEARCH, "retrain": RETRAIN}
+
+
+def train(root, stage, epochs=6, checkpoint_seconds=0.0, die_at=None, pause=0.0):
+    """One stage on made-up images; with `die_at` = (rank, call) that process kills itself at a step."""
+    add, calls, recipe = Position.add, [], RECIPES[stage].model_copy(update={"epochs": epochs})
+
+    def counting(position, *values):
+        calls.append(values)
+        if die_at == (engine.rank_and_world()[0], len(calls)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(pause)
+        add(position, *values)
+
+    with (
+        mock.patch("densenas.run.ROOT", Path(root)),
+        mock.patch.object(engine, "CHECKPOINT_SECONDS", checkpoint_seconds),
+        mock.patch.object(Position, "add", counting),
+    ):
+        run = Run("made-up")
+        if stage == "search":
+            search(run, DATA, TABLE, recipe)
+        else:
+            retrain(run, DATA, ARCH, recipe)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start at once: forked off one that has PyTorch imported, but never used."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["densenas.search", "densenas.train", "torch.utils.tensorboard"])
+    return context
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_twenty_times_killed_it_ends_as_if_undisturbed(stage, processes, root):
+    (root / "undisturbed").mkdir()
+    train(root / "undisturbed", stage, epochs=40, checkpoint_seconds=1e9)
+    dice, path, within = random.Random(0), root / "runs/made-up" / f"{stage}.pt", 0
+    for kill in range(21):
+        process = processes.Process(target=train, args=(root, stage, 40, 0.0, None, 0.01))
+        before = path.stat().st_mtime_ns if kill else None
+        process.start()
+        if kill == 20:
+            process.join()
+            break
+        while not path.exists() or path.stat().st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it ended before the last kill: more epochs are needed"
+        within += Position(**torch.load(path, weights_only=True)["position"]).steps > 0
+    assert process.exitcode == 0 and within > 5
+    with mock.patch("densenas.run.ROOT", root):
+        ours = checkpoint(Run("made-up"), stage)
+    with mock.patch("densenas.run.ROOT", root / "undisturbed"):
+        theirs = checkpoint(Run("made-up"), stage)
+    assert identical(ours, theirs)
+
+
+def in_shares(forward):
+    """The forward pass of a network as two processes do it: each share of the batch has its own batch statistics."""
+
+    def wrapper(net, images, *choice):
+        logits = [forward(net, images[rank::2], *choice) for rank in range(2)]
+        return torch.stack(logits, dim=1).flatten(0, 1)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(("stage", "net"), [("search", SuperNet), ("retrain", DerivedNet)])
+def test_two_processes_do_what_one_does(stage, net, root):
+    (root / "one").mkdir()
+    with mock.patch.object(net, "forward", in_shares(net.forward)):
+        train(root / "one", stage)
+    launch(train, 2, str(root), stage)
+    ours, theirs = (torch.load(folder / f"runs/made-up/{stage}.pt") for folder in (root, root / "one"))
+    for key, value in theirs["net"].items():
+        if not re.search("running|tracked", key):  # those are of the first process alone
+            torch.testing.assert_close(ours["net"][key], value, rtol=1e-5, atol=1e-5)
+    for row, expected in zip(ours["position"]["history"], theirs["position"]["history"], strict=True):
+        assert {**row, "seconds": 0} == pytest.approx({**expected, "seconds": 0}, rel=1e-4, abs=1e-5)
+
+
+def test_a_lost_process_ends_the_run_and_any_number_goes_on(root):
+    with refused(RuntimeError, r"process 1 of 2 ended .*goes on from the last checkpoint, with any number of devices"):
+        launch(train, 2, str(root), "search", die_at=(1, 5))
+    with mock.patch("densenas.run.ROOT", root):
+        position = Position(**checkpoint(Run("made-up"), "search")["position"])
+        assert 0 < len(position.history) < 6
+        train(root, "search")
+        assert len(checkpoint(Run("made-up"), "search")["position"]["history"]) == 6
+
+
+def test_a_mistake_in_a_process_is_told_as_it_is(root):
+    with refused(RuntimeError, r"process \d of 2 ended \(.*KeyError: 'nonsense'.*\)"):
+        launch(train, 2, str(root), "nonsense")
+
+
+@pytest.mark.parametrize("devices", [0, -1])
+def test_a_number_of_devices_that_cannot_be(devices):
+    with refused(ValueError, rf"devices is {devices}, expected at least 1"):
+        launch(print, devices)
+
+
+def test_two_machines_train_one_search(tmp_path):
+    """torchrun on two rendezvous endpoints, as a user starts it on two machines."""
+    name, config = f"test-{os.getpid()}", tmp_path / "tiny.yml"
+    config.write_text(
+        "space: digits\ndata: {dataset: digits}\nsearch: {epochs: 2, arch_start_epoch: 1, batch_size: 64}\n"
+        "retrain: {epochs: 1, batch_size: 64}\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    run = Run(name)
+    try:
+        data.prepare(run)
+        CostTable.mult_adds(SearchSpace.load("digits"), 32, 10).write(run.reports / "cost.json")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=densenas"]
+        command += ["-m", "densenas.engine", name, "03-search", str(config)]
+        machines = [
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(2)
+        ]
+        outputs = [machine.communicate(timeout=240)[0] for machine in machines]
+        assert [machine.returncode for machine in machines] == [0, 0], outputs
+        assert sum("search: 100%" in output for output in outputs) == 1, "one process alone shows progress"
+        assert len(run.history("search")) == 2
+        assert run.read_json("provenance.json")["03-search"]["parameters"]["recipe"]["batch_size"] == 64
+    finally:
+        for folder in (run.reports, run.work):
+            shutil.rmtree(folder, ignore_errors=True)
