@@ -176,7 +176,7 @@ def write_architecture(run: Run, arch: Architecture, table: CostTable, num_class
         "params_m": arch.params(num_classes),
         "cost": table.total(arch),
         "cost_unit": table.unit,
-        "blocks": len(arch.blocks),
+        "blocks": len(arch.blocks) - (arch.net_type == "mbv2"),  # the stem's own is none of the search
         "layers": sum(1 + len(block.stack) for block in arch.blocks),
         "input_size": size,
         "num_classes": num_classes,

@@ -94,6 +94,7 @@ def _scatter(axes: Axes, points: pd.DataFrame, groups: Sequence[str], x_label: s
             lines.append(np.array([[row.cost, row.top1 - row.std], [row.cost, row.top1 + row.std]]))
             axes.plot(*lines[-1].T, marker="_", color=colour, linewidth=1.2, zorder=2)
     axes.margins(x=0.18, y=0.12)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.set(xlabel=x_label, ylabel="top-1 accuracy (%)")
     return [Path(line).interpolated(30).vertices for line in lines if len(line) > 1]
 
