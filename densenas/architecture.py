@@ -83,6 +83,16 @@ class Architecture:
             raise ValueError(f"net_config: conv1_1 leaves {self.last_dim} channels, widths must be positive")
 
     @property
+    def routing_blocks(self) -> tuple[Block, ...]:
+        """The blocks that a search chose: all but the stem's own."""
+        return self.blocks[1:] if self.net_type == "mbv2" else self.blocks
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of these blocks: one shape alignment each, and their stacks."""
+        return sum(1 + len(block.stack) for block in self.routing_blocks)
+
+    @property
     def net_type(self) -> ops.NetType:
         return ops.net_type(self.blocks[0].head)
 

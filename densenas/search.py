@@ -176,8 +176,8 @@ def write_architecture(run: Run, arch: Architecture, table: CostTable, num_class
         "params_m": arch.params(num_classes),
         "cost": table.total(arch),
         "cost_unit": table.unit,
-        "blocks": len(arch.blocks) - (arch.net_type == "mbv2"),  # the stem's own is none of the search
-        "layers": sum(1 + len(block.stack) for block in arch.blocks),
+        "blocks": len(arch.routing_blocks),
+        "layers": arch.num_layers,
         "input_size": size,
         "num_classes": num_classes,
         "space": table.space.name,

@@ -218,7 +218,7 @@ def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: li
     members = {s: [block for block in range(1, space.num_blocks) if space.stage[block] == s] for s in colours}
     counts = [visits[:, blocks].sum(axis=1) for blocks in members.values()]
     left.stackplot(range(len(trace)), counts, colors=[tint(c, 0.7) for c in colours.values()], linewidth=0)
-    searched = [len(arch.blocks) - (arch.net_type == "mbv2") for arch in derived]
+    searched = [len(arch.routing_blocks) for arch in derived]
     left.step(range(len(trace) - len(derived), len(trace)), searched, where="mid", color=RED)
     left.set(xlabel="epochs searched", xlim=(0, max(1, len(trace) - 1)))
     left.set(ylabel="blocks (expected, stacked by stage)", ylim=(0, 1.05 * max(*searched, *sum(counts))))
@@ -243,7 +243,7 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
     """Each architecture as a row of bars, one per layer from input to output, its width (channels) written inside.
 
     Colours are kernels (or kinds of ResNet block), heights expansions; a frame holds the layers of one block, wide gaps
-    are where the map halves. The last 1×1 convolution is drawn, but counts as neither block nor layer.
+    are where the map halves. Stem and last 1×1 convolution are drawn, but count as neither block nor layer.
     """
     rows = []  # per architecture, per block: where it starts (in bars), its ops, its width
     for arch in named.values():
@@ -271,8 +271,8 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
         centres = np.arange(count) + 0.5 if bar > 0.14 else [count / 2] * (count * bar > 0.14)  # where numbers fit
         for centre in centres:
             axes.text(x + centre, y, width, rotation=0 if bar * count / len(centres) > 0.3 else 90, **text)
-    layers = {name: sum(1 + len(block.stack) for block in arch.blocks) for name, arch in named.items()}
-    labels = [f"{name}\nblocks: {len(arch.blocks)}, layers: {layers[name]}" for name, arch in named.items()]
+    counts = [(len(arch.routing_blocks), arch.num_layers) for arch in named.values()]
+    labels = [f"{name}\nblocks: {b}, layers: {n}" for name, (b, n) in zip(named, counts, strict=True)]
     axes.set_yticks(range(len(named)), labels)
     axes.set(xlim=(-0.2, extent + 0.2), ylim=(len(named) - 0.45, -0.55), xticks=[])
     axes.set_xlabel("layers, from input to output (inside: width in channels; wide gaps: stride 2)")
