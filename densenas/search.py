@@ -18,7 +18,7 @@ from densenas.data import Batches, ImageData, load
 from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
 from densenas.run import Run
 from densenas.space import SearchSpace
-from densenas.supernet import SuperNet, derive
+from densenas.supernet import Choice, SuperNet, derive
 
 
 @dataclass
@@ -60,6 +60,48 @@ class Trace(list[Probabilities]):
         self[:] = [Probabilities(**entry) for entry in state["entries"]]
 
 
+class SearchTrainer:
+    """A supernet with its two optimisers, and the two kinds of step of a search (section 3.3).
+
+    `steps` weight steps bring the learning rate down; `precision` is fp32, tf32 or bf16 (autocast).
+    """
+
+    def __init__(self, net: SuperNet, table: CostTable, recipe: SearchRecipe, steps: int, precision: str) -> None:
+        self.net, self.table, self.recipe, self.precision = net, table, recipe, precision
+        self.weights, self.arch = net.weight_parameters(), net.arch_parameters()
+        self.sgd = torch.optim.SGD(self.weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        self.adam = torch.optim.Adam(
+            self.arch, recipe.arch_lr, recipe.arch_betas, weight_decay=recipe.arch_weight_decay
+        )
+        self.schedule = cosine(self.sgd, steps, recipe.lr_min)
+
+    def _classify(self, images: Tensor, labels: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.net(images, choice)
+            return F.cross_entropy(logits, labels), logits
+
+    def weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One candidate a mixed layer; moves the weights that took part."""
+        loss, logits = self._classify(images, labels, self.net.sample(1))
+        self.sgd.zero_grad()
+        outcome = descend(loss, logits, labels, self.weights)
+        self.sgd.step()
+        self.schedule.step()
+        return outcome
+
+    def arch_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Two candidates a mixed layer, cross-entropy and the chained cost; moves alpha and beta."""
+        choice = self.net.sample(2)
+        loss, logits = self._classify(images, labels, choice)
+        cost = self.net.cost(self.table, choice)
+        penalty = self.recipe.sub_loss_factor * cost.log() / math.log(self.recipe.log_base)
+        self.adam.zero_grad()
+        outcome = descend(loss, logits, labels, self.arch, penalty)
+        with self.net.keeping_mass(choice):
+            self.adam.step()
+        return outcome
+
+
 def search(
     run: Run,
     data: ImageData,
@@ -83,53 +125,27 @@ def search(
         torch.manual_seed(seed)
         net = SuperNet(table.space, len(data.classes))
         net.temperature = recipe.softmax_temp
-        net.to(where, memory_format=torch.channels_last)
-        weights, arch = net.weight_parameters(), net.arch_parameters()
-        share = dict(zip(("rank", "world"), rank_and_world(), strict=True))
+        net.to(where, memory_format=torch.channels_last).train()
+        rank, world = rank_and_world()
+        share = {"rank": rank, "world": world}
         train, val = (Batches(data, name, recipe.batch_size, where, seed, **share) for name in ("train", "val"))
-        sgd = torch.optim.SGD(weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        adam = torch.optim.Adam(arch, recipe.arch_lr, recipe.arch_betas, weight_decay=recipe.arch_weight_decay)
-        schedule = cosine(sgd, recipe.epochs * len(train), recipe.lr_min)
+        trainer = SearchTrainer(net, table, recipe, recipe.epochs * len(train), precision)
         trace = Trace([Probabilities.of(net)])
 
-        def weight_step(images: Tensor, labels: Tensor) -> Tensor:
-            choice = net.sample(1)
-            with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = net(images, choice)
-                loss = F.cross_entropy(logits, labels)
-            sgd.zero_grad()
-            outcome = descend(loss, logits, labels, weights)
-            sgd.step()
-            schedule.step()
-            return outcome
-
-        def arch_step(images: Tensor, labels: Tensor) -> Tensor:
-            choice = net.sample(2)
-            with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = net(images, choice)
-                loss = F.cross_entropy(logits, labels)
-            penalty = recipe.sub_loss_factor * net.cost(table, choice).log() / math.log(recipe.log_base)
-            adam.zero_grad()
-            outcome = descend(loss, logits, labels, arch, penalty)
-            with net.keeping_mass(choice):
-                adam.step()
-            return outcome
-
         def passes(epoch: int) -> list[Pass]:
-            both = [Pass("val", val, arch_step, arch, weights), Pass("train", train, weight_step, weights, arch)]
+            both = [
+                Pass("val", val, trainer.arch_step, trainer.arch, trainer.weights),
+                Pass("train", train, trainer.weight_step, trainer.weights, trainer.arch),
+            ]
             return both if epoch >= recipe.arch_start_epoch else both[1:]
 
         @torch.no_grad()
         def finish() -> dict[str, Any]:
             trace.append(Probabilities.of(net))
-            return {
-                "lr": schedule.get_last_lr()[0],
-                "expected_cost": float(net.cost(table)),
-                "derived_cost": table.total(net.derive()),
-            }
+            lr, cost = trainer.schedule.get_last_lr()[0], float(net.cost(table))
+            return {"lr": lr, "expected_cost": cost, "derived_cost": table.total(net.derive())}
 
-        net.train()
-        parts = {"net": net, "sgd": sgd, "adam": adam, "schedule": schedule, "trace": trace}
+        parts = {"net": net, "trace": trace} | {name: getattr(trainer, name) for name in ("sgd", "adam", "schedule")}
         history = fit(run, "search", configuration, parts, recipe.epochs, passes, finish)
     return Search(net, net.derive(), history, trace)
 

@@ -32,7 +32,11 @@ def network(model: str, num_classes: int) -> nn.Module:
             raise ValueError(f"model '{model}' cannot be imported: {error}") from None
     if model in torchvision.models.list_models():
         return torchvision.models.get_model(model, num_classes=num_classes)
-    return Architecture.read(model).build(num_classes)
+    try:
+        return Architecture.read(model).build(num_classes)
+    except KeyError:
+        kinds = "DenseNAS-A, -B or -C, a torchvision model, a net_config or package.module:function"
+        raise ValueError(f"no network '{model}', expected {kinds}") from None
 
 
 def save_network(folder: Path, model: str, net: nn.Module) -> None:
