@@ -136,7 +136,7 @@ def test_two_machines_train_one_search(tmp_path):
     """torchrun on two rendezvous endpoints, as a user starts it on two machines."""
     name, config = f"test-{os.getpid()}", tmp_path / "tiny.yml"
     config.write_text(
-        "space: digits\ndata: {dataset: digits}\nsearch: {epochs: 2, arch_start_epoch: 1, batch_size: 64}\n"
+        "space: digits\ndata: {dataset: digits}\nsearch: {epochs: 2, arch_start_epoch: 1, batch_size: 256}\n"
         "retrain: {epochs: 1, batch_size: 64}\n"
     )
     with socket.socket() as free:
@@ -157,7 +157,7 @@ def test_two_machines_train_one_search(tmp_path):
         assert [machine.returncode for machine in machines] == [0, 0], outputs
         assert sum("search: 100%" in output for output in outputs) == 1, "one process alone shows progress"
         assert len(run.history("search")) == 2
-        assert run.read_json("provenance.json")["03-search"]["parameters"]["recipe"]["batch_size"] == 64
+        assert run.read_json("provenance.json")["03-search"]["parameters"]["recipe"]["batch_size"] == 256
     finally:
         for folder in (run.reports, run.work):
             shutil.rmtree(folder, ignore_errors=True)
