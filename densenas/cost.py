@@ -81,6 +81,17 @@ class CostTable:
         """The published nesting: [stem, [[edges × ops, layers × ops] per block], [final edges], classifier]."""
         return [self.stem, [[h, s] for h, s in zip(self.head, self.stack, strict=True)], self.final, self.classifier]
 
+    def derived_ends(self) -> dict[int, float]:
+        """What a derived network costs behind the last block i of its path, for each i.
+
+        A derived ResNet has no 1×1 convolution there, its classifier takes the block's own channels; a latency table
+        of ours measures just that (`final`).
+        """
+        last = self.space.incoming(self.space.num_blocks)
+        if self.space.net_type == "res" and self.kind == "mult_adds":
+            return {i: self.space.real_channels(i) * self.conditions["num_classes"] / 1e6 for i in last}
+        return {i: cost + self.classifier for i, cost in zip(last, self.final, strict=True)}
+
     def write(self, path: str | Path) -> None:
         """Writes the table as JSON, atomically; `read` gives it back."""
         record = {

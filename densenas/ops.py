@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,11 @@ def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> 
     if op == "basic_block":
         return 9 * in_channels * width * after + 9 * width * width * after + downsample
     return in_channels * width * before + 9 * width * width * after + width * out * after + downsample
+
+
+def cheapest(names: Sequence[str]) -> int:
+    """The index of the op with the fewest Mult-Adds, the same at any width and map."""
+    return min(range(len(names)), key=lambda index: mult_adds(names[index], 64, 64, 14, 1))
 
 
 @dataclass(frozen=True)

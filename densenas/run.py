@@ -21,6 +21,8 @@ from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from densenas.config import ROOT, Dataset, Strict, atomic, one_sentence, read_yaml, write_text
+from densenas.cost import CostTable
+from densenas.derivation import Lattice
 from densenas.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -37,13 +39,16 @@ class DataConfig(Strict):
 
 
 class CostConfig(Strict):
-    kind: Literal["mult_adds"] = "mult_adds"
+    kind: Literal["mult_adds", "latency"] = "mult_adds"
+    batch_size: int = Field(1, ge=1)
+    networks: int = Field(0, ge=0)
 
 
 class SearchConfig(Strict):
     epochs: int | None = Field(None, ge=1)
     arch_start_epoch: int | None = Field(None, ge=0)
     batch_size: int | None = Field(None, ge=2)
+    target_cost: float | None = Field(None, gt=0)
     devices: int = Field(1, ge=1)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
@@ -87,7 +92,16 @@ class RunConfig(Strict):
         except ValidationError as error:
             raise one_sentence(error, str(path)) from None
         space = SearchSpace.load(config.space)
-        space.maps(config.image_size or space.input_size)
+        size, target = config.image_size or space.input_size, config.search.target_cost
+        tables = [CostTable.mult_adds(space, size, classes) for classes in (2, 10_000)]
+        if target is not None and config.cost.kind == "mult_adds":
+            # The classes are not counted yet, the classifier's share is small.
+            low, high = Lattice(tables[0]).reach[0], Lattice(tables[1]).reach[1]
+            if not low <= target <= high:
+                raise ValueError(
+                    f"{path}: search.target_cost is {target:g} million Mult-Adds, networks of space {space.name} at"
+                    f" {size} pixels have {low:.4g} to {high:.4g}"
+                )
         return config
 
     def parameters(self, run: str) -> dict[str, dict[str, Any]]:
@@ -96,7 +110,7 @@ class RunConfig(Strict):
         training = {"seed": self.seed, "device": self.device, "deterministic": self.deterministic}
         stages = {
             "01-data": {**self.data.model_dump(), "image_size": size, "seed": self.seed},
-            "02-cost": {**self.cost.model_dump(), "space": self.space, "image_size": size},
+            "02-cost": {**self.cost.model_dump(), "space": self.space, "image_size": size, "device": self.device},
             "03-search": {**self.search.model_dump(), "space": self.space, **training},
             "04-derive": {},
             "05-retrain": {**self.retrain.model_dump(), **training},

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenas.architecture import Architecture, save_published
+from densenas import ops
+from densenas.architecture import save_published
 from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
 from densenas.data import Batches, ImageData, load
+from densenas.derivation import Candidate, Lattice, visit_probabilities
 from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
 from densenas.run import Run
 from densenas.space import SearchSpace
-from densenas.supernet import Choice, SuperNet, derive
+from densenas.supernet import Choice, SuperNet
 
 
 @dataclass
@@ -26,13 +28,19 @@ class Search:
     """A finished search: the supernet, its most probable architecture, and what happened in every epoch."""
 
     net: SuperNet
-    architecture: Architecture
+    table: CostTable
+    target_cost: float | None
     history: list[dict[str, Any]]
     trace: list[Probabilities]  # before the first epoch and after every one
 
-    def derived(self) -> list[Architecture]:
-        """The most probable architecture at every moment of the trace."""
-        return [derive(self.net.space, moment.p, moment.head, moment.stack) for moment in self.trace]
+    @property
+    def best(self) -> Candidate:
+        """What the search found."""
+        return self.trace[-1].derive(self.table, self.target_cost)
+
+    def derived(self) -> list[Candidate]:
+        """What would be derived at every moment of the trace, the last one being the result."""
+        return [moment.derive(self.table, self.target_cost) for moment in self.trace]
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,42 @@ class Probabilities:
         head, stack = (torch.cat([*alphas]).softmax(dim=1).cpu() for alphas in (net.alpha_head, net.alpha_stack))
         return cls(net.path_probabilities().cpu(), head, stack)
 
+    def derive(self, table: CostTable, target_cost: float | None) -> Candidate:
+        """The most probable architecture, or the most probable one at the target (see `Lattice.at`)."""
+        lattice = Lattice(table, self.p, self.head, self.stack)
+        return lattice.best()[0] if target_cost is None else lattice.at(target_cost)
+
+    def health(self, space: SearchSpace) -> dict[str, float]:
+        """How decided a search is, and for what; every value but expected_layers is a share from 0 to 1.
+
+        Entropies are means over layers (alpha) and blocks (beta), 1 for a uniform choice. Expectations are over paths:
+        layers of a network, and on its path the probability of a skip and of the cheapest op, a skip included.
+        """
+        visits, size = visit_probabilities(self.p), space.num_blocks
+
+        def entropy(rows: Tensor) -> Tensor:
+            choices = (rows > 0).sum(dim=1)
+            return (torch.special.entr(rows).sum(dim=1) / choices.clamp(min=2).log())[choices > 1]
+
+        owner = torch.tensor([j for j in range(size) for _ in range(space.num_layers[j])], dtype=torch.long)
+        edges = torch.tensor(space.head_edges).T
+        head_weight, stack_weight = visits[edges[0]] * self.p[edges[0], edges[1]], visits[owner]
+        layers = head_weight.sum() + stack_weight.sum()
+        skip = self.stack.new_zeros(len(self.stack))
+        if ops.SKIP in space.stack_ops:
+            skip = self.stack[:, space.stack_ops.index(ops.SKIP)]
+        cheap_head = self.head[:, ops.cheapest(space.head_ops)]
+        cheap_stack = self.stack[:, ops.cheapest(space.stack_ops)] if len(self.stack) else skip
+        skipped = (stack_weight * skip).sum()
+        alphas = torch.cat([entropy(self.head), entropy(self.stack)])
+        return {
+            "alpha_entropy": float(alphas.mean()) if len(alphas) else 0.0,
+            "beta_entropy": float(entropy(self.p).mean()),
+            "expected_layers": float(layers - skipped),
+            "skip_share": float(skipped / stack_weight.sum()) if len(owner) else 0.0,
+            "cheapest_share": float(((head_weight * cheap_head).sum() + (stack_weight * cheap_stack).sum()) / layers),
+        }
+
 
 class Trace(list[Probabilities]):
     """Probabilities before the first epoch and after every one, as a part of a checkpoint."""
@@ -60,14 +104,49 @@ class Trace(list[Probabilities]):
         self[:] = [Probabilities(**entry) for entry in state["entries"]]
 
 
+class Target:
+    """A penalty that brings the expected cost to a target from either side, without a factor to tune.
+
+    With g = log(cost / target) the loss gains multiplier · g + g² / 2, and after every step the multiplier grows by
+    RATE · g: it settles where the pull of accuracy is balanced at g = 0 (the method of multipliers).
+    """
+
+    RATE = 0.05
+
+    def __init__(self, cost: float, device: torch.device) -> None:
+        self.cost = cost
+        self.multiplier = torch.zeros((), device=device)
+
+    def penalty(self, cost: Tensor) -> Tensor:
+        gap = (cost / self.cost).log()
+        penalty = self.multiplier * gap + gap.square() / 2
+        self.multiplier = self.multiplier + self.RATE * gap.detach()
+        return penalty
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"multiplier": self.multiplier}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.multiplier = state["multiplier"].to(self.multiplier.device)
+
+
 class SearchTrainer:
     """A supernet with its two optimisers, and the two kinds of step of a search (section 3.3).
 
     `steps` weight steps bring the learning rate down; `precision` is fp32, tf32 or bf16 (autocast).
     """
 
-    def __init__(self, net: SuperNet, table: CostTable, recipe: SearchRecipe, steps: int, precision: str) -> None:
+    def __init__(
+        self,
+        net: SuperNet,
+        table: CostTable,
+        recipe: SearchRecipe,
+        steps: int,
+        precision: str,
+        target_cost: float | None = None,
+    ) -> None:
         self.net, self.table, self.recipe, self.precision = net, table, recipe, precision
+        self.target = None if target_cost is None else Target(target_cost, net.beta[0].device)
         self.weights, self.arch = net.weight_parameters(), net.arch_parameters()
         self.sgd = torch.optim.SGD(self.weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         self.adam = torch.optim.Adam(
@@ -94,7 +173,10 @@ class SearchTrainer:
         choice = self.net.sample(2)
         loss, logits = self._classify(images, labels, choice)
         cost = self.net.cost(self.table, choice)
-        penalty = self.recipe.sub_loss_factor * cost.log() / math.log(self.recipe.log_base)
+        if self.target:
+            penalty = self.target.penalty(cost)
+        else:
+            penalty = self.recipe.sub_loss_factor * cost.log() / math.log(self.recipe.log_base)
         self.adam.zero_grad()
         outcome = descend(loss, logits, labels, self.arch, penalty)
         with self.net.keeping_mass(choice):
@@ -107,6 +189,7 @@ def search(
     data: ImageData,
     table: CostTable,
     recipe: SearchRecipe,
+    target_cost: float | None = None,
     seed: int = 0,
     precision: str = "fp32",
     device: str = "auto",
@@ -114,14 +197,19 @@ def search(
 ) -> Search:
     """Trains the supernet of `table.space` on `data` and learns its architecture parameters.
 
-    Until `arch_start_epoch` weights alone are trained; from then on each epoch is a pass over val that updates
+    Without `target_cost` (in the table's unit) the architecture step has the paper's loss; with it the expected cost
+    is brought there, and what is derived costs that much within 3 %. Raises ValueError where the space has no such
+    network. Until `arch_start_epoch` weights alone are trained; from then on each epoch is a pass over val that updates
     alpha and beta, then a pass over train that updates weights. A killed search goes on when called again (`fit`).
     """
     with training_on(device, precision, deterministic) as where:
         configuration = {
             "space": table.space.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
-            "cost": table.nested(), "data": data.digest, "seed": seed, "precision": precision, "device": where.type,
+            "cost": table.nested(), "target_cost": target_cost, "data": data.digest, "seed": seed,
+            "precision": precision, "device": where.type,
         }  # fmt: skip
+        if target_cost is not None:
+            Lattice(table).at(target_cost)  # refuses what cannot be reached
         torch.manual_seed(seed)
         net = SuperNet(table.space, len(data.classes))
         net.temperature = recipe.softmax_temp
@@ -129,7 +217,7 @@ def search(
         rank, world = rank_and_world()
         share = {"rank": rank, "world": world}
         train, val = (Batches(data, name, recipe.batch_size, where, seed, **share) for name in ("train", "val"))
-        trainer = SearchTrainer(net, table, recipe, recipe.epochs * len(train), precision)
+        trainer = SearchTrainer(net, table, recipe, recipe.epochs * len(train), precision, target_cost)
         trace = Trace([Probabilities.of(net)])
 
         def passes(epoch: int) -> list[Pass]:
@@ -142,12 +230,17 @@ def search(
         @torch.no_grad()
         def finish() -> dict[str, Any]:
             trace.append(Probabilities.of(net))
-            lr, cost = trainer.schedule.get_last_lr()[0], float(net.cost(table))
-            return {"lr": lr, "expected_cost": cost, "derived_cost": table.total(net.derive())}
+            row = {"lr": trainer.schedule.get_last_lr()[0], "expected_cost": float(net.cost(table))}
+            row["derived_cost"] = trace[-1].derive(table, target_cost).cost
+            if target_cost is not None:
+                row |= {"target_cost": target_cost, "multiplier": float(trainer.target.multiplier)}
+            return row | trace[-1].health(table.space)
 
         parts = {"net": net, "trace": trace} | {name: getattr(trainer, name) for name in ("sgd", "adam", "schedule")}
+        if trainer.target:
+            parts["target"] = trainer.target
         history = fit(run, "search", configuration, parts, recipe.epochs, passes, finish)
-    return Search(net, net.derive(), history, trace)
+    return Search(net, table, target_cost, history, trace)
 
 
 def search_run(
@@ -156,6 +249,7 @@ def search_run(
     epochs: int | None = None,
     arch_start_epoch: int | None = None,
     batch_size: int | None = None,
+    target_cost: float | None = None,
     **how: Any,
 ) -> None:
     """`search` as notebook 03 and torchrun call it: on the run's data and costs; None is the space's own recipe."""
@@ -165,9 +259,9 @@ def search_run(
     table = CostTable.read(run.need(run.reports / "cost.json", "02-cost"))
     rank, world = rank_and_world()
     if rank == 0:
-        asked = {"space": space, **shortened, "devices": world, **how}
+        asked = {"space": space, **shortened, "target_cost": target_cost, "devices": world, **how}
         run.record_provenance("03-search", **asked, recipe=recipe.model_dump(mode="json"))
-    search(run, load(run), table, recipe, **how)
+    search(run, load(run), table, recipe, target_cost, **how)
 
 
 def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
@@ -176,21 +270,37 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     net = SuperNet(table.space, num_classes)
     net.load_state_dict(checkpoint["net"])
-    net.temperature = json.loads(checkpoint["configuration"])["recipe"]["softmax_temp"]
+    configuration = json.loads(checkpoint["configuration"])
+    net.temperature = configuration["recipe"]["softmax_temp"]
     trace = Trace()
     trace.load_state_dict(checkpoint["trace"])
-    return Search(net, net.derive(), checkpoint["position"]["history"], trace)
+    return Search(net, table, configuration["target_cost"], checkpoint["position"]["history"], trace)
 
 
-def write_architecture(run: Run, arch: Architecture, table: CostTable, num_classes: int) -> dict[str, Any]:
+def collapsed(history: list[dict[str, Any]]) -> str | None:
+    """A warning in words where a search ended at the cheapest ops for the cost's sake, with what to change."""
+    first, last = history[0], history[-1]
+    if last["cheapest_share"] < 0.8 or last["cheapest_share"] < 1.5 * first["cheapest_share"]:
+        return None
+    return (
+        f"The search has collapsed: {last['cheapest_share']:.0%} of the choices on a path fall on the cheapest op"
+        f" ({first['cheapest_share']:.0%} at its start), {last['skip_share']:.0%} of the stacked layers are skipped."
+        " Cost outweighs accuracy. Give a target_cost, or lower sub_loss_factor; a later arch_start_epoch lets the"
+        " weights tell candidates apart before these are judged."
+    )
+
+
+def write_architecture(run: Run, candidate: Candidate, table: CostTable, num_classes: int) -> dict[str, Any]:
     """Keeps a derived architecture as architecture.json and net_config; returns what the former holds."""
+    arch = candidate.architecture
     size = table.conditions["input_size"]
     search_parameters = run.read_json("provenance.json").get("03-search", {}).get("parameters", {})
     record = {
         "net_config": str(arch),
         "mult_adds_m": arch.mult_adds(size, num_classes),
         "params_m": arch.params(num_classes),
-        "cost": table.total(arch),
+        "cost": candidate.cost,
+        "target_cost": search_parameters.get("target_cost"),
         "cost_unit": table.unit,
         "blocks": len(arch.routing_blocks),
         "layers": arch.num_layers,

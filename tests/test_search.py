@@ -302,12 +302,13 @@ def test_a_search_loads_back_as_it_ended(run):
     result = search(run, DATA, TABLE, recipe)
     loaded = load_search(run, TABLE, 3)
     assert loaded.net.temperature == recipe.softmax_temp
-    assert loaded.architecture == result.architecture == result.net.derive()
+    assert loaded.best == result.best
+    assert loaded.best.architecture == result.net.derive()
     assert identical(dict(loaded.net.state_dict()), dict(result.net.state_dict()))
     assert loaded.history == result.history
     assert len(loaded.trace) == recipe.epochs + 1
     assert loaded.derived() == result.derived()
-    assert loaded.derived()[-1] == result.architecture
+    assert loaded.derived()[-1] == result.best
 
 
 def test_loading_a_search_before_it_ran_names_the_stage(run):

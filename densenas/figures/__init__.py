@@ -10,20 +10,22 @@ from densenas.figures.networks import (
     operation_probabilities,
     path_probabilities,
     search_space,
-    visit_probabilities,
 )
 from densenas.figures.results import (
     accuracy_against_cost,
     class_counts,
     confusion,
     image_grid,
+    predicted_latency,
     published_accuracy,
+    search_health,
     search_history,
     training_history,
 )
 
 __all__ = [
     "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
-    "image_grid", "operation_probabilities", "path_probabilities", "published_accuracy", "search_history",
-    "search_space", "training_history", "visit_probabilities",
+    "image_grid", "operation_probabilities", "path_probabilities", "predicted_latency", "published_accuracy", "search_health",
+    "search_history",
+    "search_space", "training_history",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from densenas import ops
 from densenas.architecture import Architecture
+from densenas.derivation import Candidate, visit_probabilities
 from densenas.figures.style import (
     COLOURS,
     GREY,
@@ -36,7 +37,6 @@ from densenas.figures.style import (
     tint,
 )
 from densenas.space import SearchSpace
-from densenas.supernet import best_path
 
 
 def _stages(space: SearchSpace) -> tuple[dict[int, Any], list[Patch]]:
@@ -44,15 +44,6 @@ def _stages(space: SearchSpace) -> tuple[dict[int, Any], list[Patch]]:
     colours = {stage: COLOURS[k % len(COLOURS)] for k, stage in enumerate(sorted({*space.stage[:-1]}))}
     names = {stage: f"stage {stage}" + " (stem)" * (stage == space.stage[0]) for stage in colours}
     return colours, [Patch(facecolor=tint(colour), edgecolor=colour, label=names[s]) for s, colour in colours.items()]
-
-
-def visit_probabilities(p: Tensor) -> Tensor:
-    """The probability (nodes,) that a path visits a node: the sum over all paths to it, by forward recursion over p."""
-    visits = torch.zeros(p.shape[1], dtype=p.dtype, device=p.device)
-    visits[0] = 1
-    for node in range(1, p.shape[1]):
-        visits[node] = visits[:-1] @ p[:, node]
-    return visits
 
 
 def search_space(space: SearchSpace, p: Tensor | None = None, path: list[int] | None = None) -> Figure:
@@ -207,7 +198,7 @@ def cost_table(space: SearchSpace, head: list[list[list[float]]], stack: list[li
     return figure
 
 
-def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: list[Architecture]) -> Figure:
+def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: list[Candidate]) -> Figure:
     """Left, how many blocks of each stage a path visits on average, over the epochs of a trace of p (blocks, nodes),
     and how many the derived architectures have (one for each of the trace's last entries), without the stem.
     Right, the channels of the last one's layers, and as thin lines the widths that its stages offer.
@@ -218,13 +209,13 @@ def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: li
     members = {s: [block for block in range(1, space.num_blocks) if space.stage[block] == s] for s in colours}
     counts = [visits[:, blocks].sum(axis=1) for blocks in members.values()]
     left.stackplot(range(len(trace)), counts, colors=[tint(c, 0.7) for c in colours.values()], linewidth=0)
-    searched = [len(arch.routing_blocks) for arch in derived]
+    searched = [len(one.architecture.routing_blocks) for one in derived]
     left.step(range(len(trace) - len(derived), len(trace)), searched, where="mid", color=RED)
     left.set(xlabel="epochs searched", xlim=(0, max(1, len(trace) - 1)))
     left.set(ylabel="blocks (expected, stacked by stage)", ylim=(0, 1.05 * max(*searched, *sum(counts))))
     integers(left.xaxis, left.yaxis, right.xaxis)
-    arch, path, depth = derived[-1], best_path(space, trace[-1])[:-1], 0
-    for block, number in zip(arch.blocks, path[len(path) - len(arch.blocks) :], strict=True):
+    depth = 0
+    for block, number in zip(derived[-1].architecture.routing_blocks, derived[-1].path[1:-1], strict=True):
         end, colour = depth + 1 + len(block.stack), colours[space.stage[number]]
         right.add_patch(Rectangle((depth, 0), end - depth, block.out_ch, facecolor=tint(colour, 0.4), linewidth=0))
         offered = [width for width, stage in zip(space.chs, space.stage, strict=False) if stage == space.stage[number]]

@@ -47,17 +47,47 @@ def _curves(axes: Axes, history: pd.DataFrame, columns: Mapping[str, str], label
 
 def search_history(history: pd.DataFrame, unit: str) -> Figure:
     """Accuracy, loss and cost over the epochs of a search; columns epoch, train_loss, val_loss, train_top1, val_top1
-    (shares of 1), expected_cost and derived_cost (in `unit`). Where val_* begin, alpha and beta are trained too.
+    (shares of 1), expected_cost and derived_cost (in `unit`), perhaps target_cost. Where val_* begin, alpha and beta
+    are trained too.
     """
     figure, panels = canvas(WIDTH, 3.1, (range(3),))
     _curves(panels[0], history, {"train_top1": "train", "val_top1": "val"}, "top-1 accuracy (%)", 100)
     _curves(panels[1], history, {"train_loss": "train", "val_loss": "val"}, "cross-entropy (nats)")
     _curves(panels[2], history, {"expected_cost": "expected", "derived_cost": "derived"}, f"cost ({unit})")
+    if "target_cost" in history:
+        panels[2].axhline(history["target_cost"].iloc[-1], color=RED, linewidth=1, zorder=1, label="target")
+        legend_above(panels[2])
     updated = history.loc[history["val_loss"].notna(), "epoch"] if "val_loss" in history else history[:0]
     if len(updated):
         label = f"from epoch {updated.iloc[0]} on alpha and beta are trained too"
         lines = [axes.axvline(updated.iloc[0], color=GREY, linestyle=":", zorder=1, label=label) for axes in panels]
         legend_below(figure, lines[:1])
+    return figure
+
+
+def search_health(history: pd.DataFrame) -> Figure:
+    """How decided a search is and for what, over its epochs; columns as `Probabilities.health` gives them."""
+    figure, panels = canvas(WIDTH, 2.9, (range(3),))
+    _curves(panels[0], history, {"alpha_entropy": "alpha", "beta_entropy": "beta"}, "entropy (1: undecided)")
+    _curves(
+        panels[1], history, {"cheapest_share": "cheapest op", "skip_share": "skip"}, "expected share on a path (%)", 100
+    )
+    _curves(panels[2], history, {"expected_layers": ""}, "expected depth (layers)")
+    for axes in panels[:2]:
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def predicted_latency(frame: pd.DataFrame) -> Figure:
+    """Measured latency of whole networks against the sum of their ops; columns predicted, corrected, measured (ms)."""
+    figure, (axes,) = canvas(4.6, 4.2)
+    for name, marker, colour in (("predicted", "o", BLUE), ("corrected", "s", ORANGE)):
+        label = {"predicted": "sum of the ops", "corrected": "and one fixed overhead"}[name]
+        axes.plot(frame[name], frame["measured"], marker, color=colour, markersize=4.5, label=label)
+    both = 0, 1.05 * frame.to_numpy().max()
+    axes.plot(both, both, color=GREY, linewidth=0.9, zorder=1)
+    axes.set(xlabel="predicted (ms)", ylabel="measured (ms)", xlim=both, ylim=both, aspect="equal")
+    legend_above(axes)
     return figure
 
 

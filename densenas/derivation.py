@@ -1,0 +1,222 @@
+"""From probabilities to architectures: the k best, the best at a given cost, and random ones (paper, section 3.4).
+
+A network is a walk through one small graph: over an edge with a head op into a block, through its stack out of the
+block, and on to the final node. Probabilities multiply along a walk and costs add, so dynamic programming is exact.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from densenas import ops
+from densenas.architecture import Architecture, Block
+from densenas.cost import CostTable
+
+BINS = 16384  # of cost, from nothing to the dearest network of interest
+
+
+def visit_probabilities(p: Tensor) -> Tensor:
+    """The probability (nodes,) that a path visits a node: the sum over all paths to it, by forward recursion over p."""
+    visits = torch.zeros(p.shape[1], dtype=p.dtype, device=p.device)
+    visits[0] = 1
+    for node in range(1, p.shape[1]):
+        visits[node] = visits[:-1] @ p[:, node]
+    return visits
+
+
+class Arc(NamedTuple):
+    """One choice: the op of an edge or the ops of a stack, with what it adds to log-probability and cost."""
+
+    to: int
+    ops: tuple[str, ...]
+    log_p: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture with its path (nodes from 0 to the final one), log-probability and cost in the table's unit."""
+
+    architecture: Architecture
+    path: tuple[int, ...]
+    log_probability: float
+    cost: float
+
+
+class Lattice:
+    """All architectures of a table's space, each as a walk over arcs; state 2j enters block j, state 2j + 1 leaves it.
+
+    `p` (blocks, nodes), `head` (edges into blocks, head ops) and `stack` (layers, stack ops) are probabilities, rows in
+    the supernet's order; without them everything is equally probable. Costs are those of derived networks: a skip
+    costs nothing, and a ResNet has no last 1×1 convolution.
+
+    The log-probability of a candidate is that of its path plus, for each layer on it, the log-odds of its op against
+    the layer's best one. This is the probability of a choice for *all* layers, visited or not, up to a constant, so the
+    best candidate is what `SuperNet.derive` gives; the plain product over visited layers would favour short paths.
+    """
+
+    def __init__(
+        self, table: CostTable, p: Tensor | None = None, head: Tensor | None = None, stack: Tensor | None = None
+    ) -> None:
+        self.table, self.space = table, table.space
+        space, last = self.space, self.space.num_blocks
+        p = torch.ones(last, last + 1) if p is None else p
+        head = torch.ones(len(space.head_edges), len(space.head_ops)) if head is None else head
+        stack = torch.ones(sum(space.num_layers), len(space.stack_ops)) if stack is None else stack
+        log_p = p.double().log().tolist()
+        log_head, log_stack = ((v.double().log() - v.double().amax(1, True).log()).tolist() for v in (head, stack))
+        rows = {edge: row for row, edge in enumerate(space.head_edges)}
+        ends = table.derived_ends()
+        self.start, self.end = 1, 2 * last
+        self.arcs: dict[int, list[Arc]] = {}
+        layer = 0
+        for j in range(last):
+            if j:
+                stop = layer + space.num_layers[j]
+                self.arcs[2 * j] = self._stacks(j, log_stack[layer:stop])
+                layer = stop
+            self.arcs[2 * j + 1] = [
+                Arc(
+                    2 * k,
+                    (op,),
+                    log_p[j][k] + log_head[rows[j, k]][o],
+                    table.head[k - 1][space.incoming(k).index(j)][o],
+                )
+                for k in space.outgoing(j)
+                if k != last
+                for o, op in enumerate(space.head_ops)
+            ] + [Arc(self.end, (), log_p[j][k], ends[j]) for k in space.outgoing(j) if k == last]
+
+    def _stacks(self, block: int, log_p: list[list[float]]) -> list[Arc]:
+        """Every sequence of ops that the block's layers can become once skips are dropped."""
+        sequences: dict[tuple[str, ...], tuple[float, float]] = {(): (0.0, 0.0)}
+        for chances, costs in zip(log_p, self.table.stack[block - 1], strict=False):
+            longer: dict[tuple[str, ...], tuple[float, float]] = {}
+            for sequence, (so_far, spent) in sequences.items():
+                for op, chance, cost in zip(self.space.stack_ops, chances, costs, strict=True):
+                    skip = op == ops.SKIP
+                    key = sequence if skip else (*sequence, op)
+                    entry = so_far + chance, spent + (0.0 if skip and self.space.skip_reg else cost)
+                    if key not in longer or entry[0] > longer[key][0]:
+                        longer[key] = entry
+            sequences = longer
+        return [Arc(2 * block + 1, sequence, *entry) for sequence, entry in sequences.items()]
+
+    def _candidate(self, arcs: list[Arc]) -> Candidate:
+        space, path, blocks = self.space, [0], []
+        for edge, inside in zip(arcs[:-1:2], arcs[1::2], strict=True):
+            i, j = path[-1], edge.to // 2
+            blocks.append(Block(space.chs[i], space.chs[j], edge.ops[0], inside.ops, space.stride(i, j)))
+            path.append(j)
+        mobile = space.net_type == "mbv2"
+        stem = [Block(space.init_dim, space.chs[0], "mbconv_k3_t1", (), 1)] if mobile else []
+        arch = Architecture((*stem, *blocks), space.last_dim if mobile else None)
+        log_p, cost = sum(arc.log_p for arc in arcs), sum(arc.cost for arc in arcs)
+        return Candidate(arch, (*path, space.num_blocks), log_p, self.table.stem + cost)
+
+    def best(self, k: int = 1) -> list[Candidate]:
+        """The k most probable architectures, the best first."""
+        walks: dict[int, list[tuple[float, tuple[Arc, ...]]]] = {self.end: [(0.0, ())]}
+        for state in sorted(self.arcs, reverse=True):
+            onward = ((arc.log_p + log_p, (arc, *rest)) for arc in self.arcs[state] for log_p, rest in walks[arc.to])
+            walks[state] = heapq.nlargest(k, onward, key=lambda walk: walk[0])
+        return [self._candidate([*arcs]) for _, arcs in walks[self.start]]
+
+    @cached_property
+    def reach(self) -> tuple[float, float]:
+        """The costs of the cheapest and of the dearest architecture."""
+        bounds = []
+        for choose in (min, max):
+            cost = {self.end: 0.0}
+            for state in sorted(self.arcs, reverse=True):
+                cost[state] = choose(arc.cost + cost[arc.to] for arc in self.arcs[state])
+            bounds.append(self.table.stem + cost[self.start])
+        return bounds[0], bounds[1]
+
+    def within(self, low: float, high: float) -> Candidate:
+        """The most probable architecture that costs from `low` to `high`; ValueError where the space has none.
+
+        Costs are counted in bins as fine as 1/16,384 of `high`; the window shrinks by what rounding could add, so the
+        cost found is inside for sure.
+        """
+        width = high / BINS
+        margin = width * (self.space.num_blocks + 1)  # half a bin for each of at most two arcs a block
+        first, final = (
+            math.ceil((low - self.table.stem + margin) / width),
+            math.floor((high - self.table.stem - margin) / width),
+        )
+        best = {self.end: np.where(np.arange(BINS + 1) == 0, 0.0, -np.inf)}
+        chosen: dict[int, np.ndarray] = {}
+        for state in sorted(self.arcs, reverse=True):
+            best[state], chosen[state] = np.full(BINS + 1, -np.inf), np.zeros(BINS + 1, dtype=np.int32)
+            for index, arc in enumerate(self.arcs[state]):
+                if (shift := round(arc.cost / width)) <= BINS:
+                    value = best[arc.to][: BINS + 1 - shift] + arc.log_p
+                    better = value > best[state][shift:]
+                    np.copyto(best[state][shift:], value, where=better)
+                    np.copyto(chosen[state][shift:], index, where=better)
+        window = best[self.start][max(0, first) : max(0, final + 1)]
+        if not window.size or np.isneginf(window.max()):
+            unit, (cheapest, dearest) = self.table.unit, self.reach
+            raise ValueError(
+                f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {unit},"
+                f" it reaches from {cheapest:.4g} to {dearest:.4g}"
+            )
+        position, state, walk = max(0, first) + int(window.argmax()), self.start, []
+        while state != self.end:
+            walk.append(self.arcs[state][chosen[state][position]])
+            position, state = position - round(walk[-1].cost / width), walk[-1].to
+        return self._candidate(walk)
+
+    def at(self, target: float, tolerance: float = 0.03) -> Candidate:
+        """The most probable architecture whose cost is within `tolerance` (a share) of `target`."""
+        return self.within(target * (1 - tolerance), target * (1 + tolerance))
+
+    @cached_property
+    def _counts(self) -> tuple[float, dict[int, np.ndarray]]:
+        """The width of a cost bin, and how many ways lead from each state to the end at each cost."""
+        width = self.reach[1] / BINS
+        counts = {self.end: np.where(np.arange(BINS + 1) == 0, 1.0, 0.0)}
+        for state in sorted(self.arcs, reverse=True):
+            counts[state] = np.zeros(BINS + 1)
+            for arc in self.arcs[state]:
+                shift = round(arc.cost / width)
+                counts[state][shift:] += counts[arc.to][: BINS + 1 - shift]
+        return width, counts
+
+    def quantile(self, share: float) -> float:
+        """The cost that this share of all architectures stays below, each counted once."""
+        width, counts = self._counts
+        below = counts[self.start].cumsum()
+        return self.table.stem + width * int(np.searchsorted(below, share * below[-1]))
+
+    def sample(self, n: int, seed: int = 0, low: float = 0.0, high: float = math.inf) -> list[Candidate]:
+        """n architectures drawn uniformly from all that cost `low` to `high` (up to rounding), with replacement."""
+        (width, counts), dice = self._counts, np.random.default_rng(seed)
+        costs = self.table.stem + width * np.arange(BINS + 1)
+        weights = counts[self.start] * ((costs >= low) & (costs <= high))
+        if not weights.any():
+            raise ValueError(
+                f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {self.table.unit}"
+            )
+        candidates = []
+        for position in dice.choice(BINS + 1, n, p=weights / weights.sum()):
+            state, walk = self.start, []
+            while state != self.end:
+                rests = [position - round(arc.cost / width) for arc in self.arcs[state]]
+                ways = [
+                    counts[arc.to][rest] if rest >= 0 else 0 for arc, rest in zip(self.arcs[state], rests, strict=True)
+                ]
+                index = dice.choice(len(ways), p=np.array(ways) / sum(ways))
+                walk.append(self.arcs[state][index])
+                position, state = rests[index], walk[-1].to
+            candidates.append(self._candidate(walk))
+        return candidates

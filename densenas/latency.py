@@ -1,0 +1,172 @@
+"""Latency on the user's own machine: of every op of a space, and of whole networks to judge their sum by."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from densenas import ops
+from densenas.cost import CostTable
+from densenas.derivation import Lattice
+from densenas.run import environment, pick_device, progress
+from densenas.space import SearchSpace
+
+SECONDS = 0.03  # of each timing
+
+Key = tuple[str, int, int, int, int]  # op, input channels, width, side of the input map, stride
+
+
+def build(key: Key, space: SearchSpace, num_classes: int) -> nn.Module:
+    """The module behind a key, as it stands in a derived network."""
+    op, in_channels, width, _, stride = key
+    norm = ops.Norm(affine=True, eps=space.bn_eps)
+    if op == "stem":
+        stem = ops.conv_norm(3, space.init_dim, norm(space.init_dim), nn.ReLU6(inplace=True), kernel_size=3, stride=2)
+        if space.net_type == "mbv2":
+            stem.append(ops.build_op("mbconv_k3_t1", space.init_dim, width, 1, norm))
+        return stem
+    if op == "conv1_1":
+        return ops.conv_norm(in_channels, width, norm(width), nn.ReLU6(inplace=True))
+    if op == "classifier":
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
+    return ops.build_op(op, in_channels, width, stride, norm)
+
+
+def time_module(module: nn.Module, x: Tensor) -> float:
+    """Milliseconds of a call without gradients, after a warm-up; waits for the device once, behind the last call."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no matter
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads())
+    with torch.inference_mode():
+        return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
+
+
+def measure(
+    space: SearchSpace,
+    input_size: int,
+    num_classes: int,
+    log: Path,
+    batch_size: int = 1,
+    device: str = "auto",
+    rounds: int = 5,
+    seed: int = 0,
+) -> CostTable:
+    """Times every distinct op of a space (fp32, evaluation mode, channels last); gives a table in milliseconds.
+
+    An op is one entry however often the space uses it: the median of `rounds` timings, each round in another order, so
+    that a drift of the machine favours none. Each timing is appended to `log` as a JSON line; a killed measurement
+    goes on behind the last whole line of the same conditions. A skip costs nothing: a derived network drops it.
+    """
+    where, sizes = pick_device(device), space.maps(input_size)
+    conditions: dict[str, Any] = {
+        "input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, "dtype": "float32",
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else environment()["hardware"]["cpu"],
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    real = [space.real_channels(block) for block in range(space.num_blocks)]
+    last, mobile = space.num_blocks, space.net_type == "mbv2"
+
+    def layer(op: str, in_channels: int, block: int, size: int, stride: int) -> Key:
+        return (op, in_channels, space.chs[block], size, stride)
+
+    head = [
+        [[layer(op, real[i], j, sizes[i], space.stride(i, j)) for op in space.head_ops] for i in space.incoming(j)]
+        for j in range(1, last)
+    ]
+    stack = [
+        [[layer(op, real[j], j, sizes[j], 1) for op in space.stack_ops]] * space.num_layers[j] for j in range(1, last)
+    ]
+    ends = [("conv1_1" if mobile else "classifier", real[i], space.last_dim, sizes[i], 1) for i in space.incoming(last)]
+    stem = ("stem", 3, space.chs[0], input_size, 2)
+    classifier = ("classifier", space.last_dim, num_classes, sizes[-1], 1)
+    nested = [row for part in (head, stack) for block in part for layers in block for row in layers]
+    keys = sorted({key for key in (*nested, *ends, stem, *[classifier] * mobile) if key[0] != ops.SKIP})
+
+    times = defaultdict(list)
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill
+        if entry["conditions"] == conditions:
+            times[tuple(entry["key"])].append(entry["ms"])
+    dice = random.Random(seed)
+    bar = progress(rounds * len(keys), "latency", sum(min(rounds, len(values)) for values in times.values()))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write("\n")
+        for number in range(rounds):
+            for key in dice.sample(keys, len(keys)):
+                if len(times[key]) <= number:
+                    module = build(key, space, num_classes).eval().to(where, memory_format=torch.channels_last)
+                    x = torch.randn(batch_size, key[1], key[3], key[3], device=where)
+                    times[key].append(time_module(module, x.contiguous(memory_format=torch.channels_last)))
+                    file.write(json.dumps({"key": key, "ms": times[key][-1], "conditions": conditions}) + "\n")
+                    file.flush()
+                    bar.update()
+    bar.close()
+    ms = {key: median(times[key]) for key in keys}
+
+    def costs(rows: list[list[Key]]) -> list[list[float]]:
+        return [[ms.get(key, 0.0) for key in row] for row in rows]
+
+    names = ("op", "in_channels", "width", "map", "stride")
+    entries = [
+        {**dict(zip(names, key, strict=True)), "ms": ms[key], "min": min(times[key]), "max": max(times[key])}
+        for key in keys
+    ]
+    return CostTable(
+        space, "latency", ms[stem], [costs(rows) for rows in head], [costs(rows) for rows in stack],
+        [ms[key] for key in ends], ms.get(classifier, 0.0), conditions | {"rounds": rounds, "entries": entries},
+    )  # fmt: skip
+
+
+def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 5, seed: int = 0) -> pd.DataFrame:
+    """Predicted and measured latency (ms) of n random architectures, one from each of n equal bands of predicted cost.
+
+    Columns predicted, measured, and corrected: the prediction plus one fixed overhead, the median of what it lacks.
+    """
+    where, conditions, lattice = pick_device(device), table.conditions, Lattice(table)
+    edges = np.linspace(*lattice.reach, n + 1)
+    candidates = [lattice.sample(1, seed, low, high)[0] for low, high in pairwise(edges)]
+    times: list[list[float]] = [[] for _ in candidates]
+    shape = (conditions["batch_size"], 3, conditions["input_size"], conditions["input_size"])
+    x = torch.randn(shape, device=where).contiguous(memory_format=torch.channels_last)
+    nets = [one.architecture.build(conditions["num_classes"]).eval() for one in candidates]
+    bar, dice = progress(rounds * n, "networks"), random.Random(seed)
+    for _ in range(rounds):
+        for index in dice.sample(range(n), n):
+            net = nets[index].to(where, memory_format=torch.channels_last)
+            times[index].append(time_module(net, x))
+            bar.update()
+    bar.close()
+    frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": [median(t) for t in times]})
+    frame["corrected"] = frame["predicted"] + (frame["measured"] - frame["predicted"]).median()
+    return frame
+
+
+def agreement(frame: pd.DataFrame) -> dict[str, float]:
+    """Spearman's rank correlation and the mean absolute percentage error, plain and corrected, of what `judge` gave."""
+    error = {
+        name: float(100 * ((frame[name] - frame["measured"]).abs() / frame["measured"]).mean())
+        for name in ("predicted", "corrected")
+    }
+    rank = float(frame["predicted"].rank().corr(frame["measured"].rank()))
+    return {
+        "networks": len(frame),
+        "spearman": rank,
+        "error": error["predicted"],
+        "error_corrected": error["corrected"],
+    }

@@ -1,0 +1,72 @@
+"""Measured tables: every distinct op once, resumed op by op, convertible; and judged by whole networks."""
+
+import json
+from unittest import mock
+
+import pytest
+from helpers import SKIP, SMALL
+
+from densenas import CostTable, SearchSpace, latency
+from densenas.latency import agreement, judge, measure
+
+RES = SearchSpace.load("cifar_resnet")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+
+
+def entries(table):
+    names = ("op", "in_channels", "width", "map", "stride")
+    return {tuple(entry[name] for name in names): entry for entry in table.conditions["entries"]}
+
+
+def test_every_distinct_op_is_measured_once_and_stands_where_it_is_used(quick, tmp_path):
+    table = measure(SMALL, 16, 3, tmp_path / "log.jsonl", rounds=2)
+    known = entries(table)
+    assert len(known) == len(table.conditions["entries"])
+    sizes = SMALL.maps(16)
+    for j in range(1, SMALL.num_blocks):
+        for i, row in zip(SMALL.incoming(j), table.head[j - 1], strict=True):
+            for op, ms in zip(SMALL.head_ops, row, strict=True):
+                assert ms == known[op, SMALL.chs[i], SMALL.chs[j], sizes[i], SMALL.stride(i, j)]["ms"] > 0
+        for row in table.stack[j - 1]:
+            for op, ms in zip(SMALL.stack_ops, row, strict=True):
+                assert ms == (0 if op == SKIP else known[op, SMALL.chs[j], SMALL.chs[j], sizes[j], 1]["ms"])
+    assert all(entry["min"] <= entry["ms"] <= entry["max"] for entry in known.values())
+    assert table.unit == "ms" and {"device", "threads", "torch", "batch_size", "dtype"} <= table.conditions.keys()
+
+
+def test_a_killed_measurement_goes_on_behind_its_last_line(quick, tmp_path):
+    log = tmp_path / "log.jsonl"
+    whole = measure(SMALL, 16, 3, log, rounds=2)
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(lines[: len(lines) // 2]) + "\n" + lines[-1][:20])
+    with mock.patch.object(latency, "time_module", wraps=latency.time_module) as timed:
+        again = measure(SMALL, 16, 3, log, rounds=2)
+        assert 0 < timed.call_count < 2 * len(entries(whole))
+        before = timed.call_count
+        assert measure(SMALL, 16, 3, log, rounds=2) == again
+        assert timed.call_count == before
+        measure(SMALL, 16, 3, log, batch_size=2, rounds=1)  # other conditions are measured anew
+        assert timed.call_count == before + len(entries(whole))
+
+
+def test_a_table_is_written_read_and_turned_into_the_published_literal(quick, tmp_path):
+    table = measure(SMALL, 16, 3, tmp_path / "log.jsonl", rounds=1)
+    table.write(tmp_path / "cost.json")
+    assert CostTable.read(tmp_path / "cost.json") == table
+    assert json.loads((tmp_path / "cost.json").read_text())["unit"] == "ms"
+    (tmp_path / "lat_list").write_text(str(table.nested()))
+    assert CostTable.read(tmp_path / "lat_list", SMALL).nested() == table.nested()
+
+
+@pytest.mark.parametrize("space", [SMALL, RES], ids=["mbv2", "res"])
+def test_whole_networks_judge_the_table(quick, space, tmp_path):
+    table = measure(space, space.input_size, 3, tmp_path / "log.jsonl", rounds=1)
+    frame = judge(table, 6, rounds=1)
+    assert len(frame) == 6 and (frame > 0).all(axis=None)
+    assert frame["predicted"].is_monotonic_increasing, "one from each band of cost"
+    assert agreement(frame)["spearman"] == pytest.approx(frame.corr("spearman").loc["predicted", "measured"])
+    assert agreement(frame.assign(measured=frame["predicted"]))["error"] == 0
