@@ -117,7 +117,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` at the end: no reader and no kill meets half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")  # the suffix stays last, some writers look at it
     try:
         yield partial
         partial.replace(path)

@@ -198,8 +198,13 @@ class Lattice:
         below = counts[self.start].cumsum()
         return self.table.stem + width * int(np.searchsorted(below, share * below[-1]))
 
-    def sample(self, n: int, seed: int = 0, low: float = 0.0, high: float = math.inf) -> list[Candidate]:
-        """n architectures drawn uniformly from all that cost `low` to `high` (up to rounding), with replacement."""
+    def sample(
+        self, n: int, seed: int = 0, low: float = 0.0, high: float = math.inf, even: bool = False
+    ) -> list[Candidate]:
+        """n architectures drawn uniformly from all that cost `low` to `high` (up to rounding), with replacement.
+
+        Most architectures of a space cost about the same; `even` gives each cost that occurs the same chance instead.
+        """
         (width, counts), dice = self._counts, np.random.default_rng(seed)
         costs = self.table.stem + width * np.arange(BINS + 1)
         weights = counts[self.start] * ((costs >= low) & (costs <= high))
@@ -207,6 +212,7 @@ class Lattice:
             raise ValueError(
                 f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {self.table.unit}"
             )
+        weights = weights > 0 if even else weights
         candidates = []
         for position in dice.choice(BINS + 1, n, p=weights / weights.sum()):
             state, walk = self.start, []

@@ -6,12 +6,11 @@ import json
 import logging
 import random
 from collections import defaultdict
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ def build(key: Key, space: SearchSpace, num_classes: int) -> nn.Module:
     return ops.build_op(op, in_channels, width, stride, norm)
 
 
-def time_module(module: nn.Module, x: Tensor) -> float:
+def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
     """Milliseconds of a call without gradients, after a warm-up; waits for the device once, behind the last call."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no matter
     from torch.utils.benchmark import Timer
@@ -112,7 +111,7 @@ def measure(
                 if len(times[key]) <= number:
                     module = build(key, space, num_classes).eval().to(where, memory_format=torch.channels_last)
                     x = torch.randn(batch_size, key[1], key[3], key[3], device=where)
-                    times[key].append(time_module(module, x.contiguous(memory_format=torch.channels_last)))
+                    times[key].append(milliseconds(module, x.contiguous(memory_format=torch.channels_last)))
                     file.write(json.dumps({"key": key, "ms": times[key][-1], "conditions": conditions}) + "\n")
                     file.flush()
                     bar.update()
@@ -134,13 +133,12 @@ def measure(
 
 
 def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 5, seed: int = 0) -> pd.DataFrame:
-    """Predicted and measured latency (ms) of n random architectures, one from each of n equal bands of predicted cost.
+    """Predicted and measured latency (ms) of n random architectures, over all latencies of the space alike.
 
     Columns predicted, measured, and corrected: the prediction plus one fixed overhead, the median of what it lacks.
     """
-    where, conditions, lattice = pick_device(device), table.conditions, Lattice(table)
-    edges = np.linspace(*lattice.reach, n + 1)
-    candidates = [lattice.sample(1, seed, low, high)[0] for low, high in pairwise(edges)]
+    where, conditions = pick_device(device), table.conditions
+    candidates = Lattice(table).sample(n, seed, even=True)
     times: list[list[float]] = [[] for _ in candidates]
     shape = (conditions["batch_size"], 3, conditions["input_size"], conditions["input_size"])
     x = torch.randn(shape, device=where).contiguous(memory_format=torch.channels_last)
@@ -149,7 +147,7 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 5, 
     for _ in range(rounds):
         for index in dice.sample(range(n), n):
             net = nets[index].to(where, memory_format=torch.channels_last)
-            times[index].append(time_module(net, x))
+            times[index].append(milliseconds(net, x))
             bar.update()
     bar.close()
     frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": [median(t) for t in times]})

@@ -42,6 +42,7 @@ class CostConfig(Strict):
     kind: Literal["mult_adds", "latency"] = "mult_adds"
     batch_size: int = Field(1, ge=1)
     networks: int = Field(0, ge=0)
+    rounds: int = Field(5, ge=1)
 
 
 class SearchConfig(Strict):

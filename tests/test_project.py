@@ -78,8 +78,15 @@ def test_a_configuration_sets_parameters_that_the_notebooks_have(path):
         ("dataset: digits", "dataset: digts", r"data\.dataset.*'digits'.*digts"),
         ("val_fraction: 0.2", "val_fraction: 1.5", r"val_fraction.*less than 1.*1\.5"),
         ("seed: 0", "seed: 0\nimage_size: 4", r"image_size.*8"),
-        ("seed: 0", "seed: 0\nsearch: {epochs: 0}", r"search\.epochs.*1"),
+        ("target_cost: 1.0", "epochs: 0", r"search\.epochs.*1"),
         ("seed: 0", "seed: [", r"not valid YAML"),
+        (
+            "target_cost: 1.0",
+            "target_cost: 0.01",
+            r"search\.target_cost is 0\.01 million.*networks of space digits.*have",
+        ),
+        ("target_cost: 1.0", "target_cost: 400", r"search\.target_cost is 400 million.*at 32 pixels have"),
+        ("networks: 30", "kind: joules", r"cost\.kind.*mult_adds.*latency.*joules"),
     ],
 )
 def test_a_wrong_configuration_is_refused_in_one_sentence(tmp_path, line, wrong, sentence):

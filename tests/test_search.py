@@ -1,21 +1,23 @@
 """Search, retraining and evaluation: what a step may move, seeds, interruptions, and what is refused."""
 
 import pkgutil
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, candidates, refused
+from helpers import SMALL, candidates, random_table, refused
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from densenas import Architecture, CostTable, SuperNet
 from densenas.config import RetrainRecipe, SearchRecipe
 from densenas.data import ImageData, Split
+from densenas.derivation import Lattice
 from densenas.run import Run
-from densenas.search import load_search, search
+from densenas.search import collapsed, load_search, search
 from densenas.train import evaluate, retrain
 
 TABLE = CostTable.mult_adds(SMALL, 16, 3)
@@ -145,6 +147,46 @@ def test_the_cost_term_makes_the_expected_network_cheaper(run):
     assert last_cost(20.0) < 0.97 * last_cost(0.0)
 
 
+@pytest.mark.parametrize("kind", ["mult_adds", "latency"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_target_is_hit(kind, share, seed, run):
+    table = TABLE if kind == "mult_adds" else random_table(SMALL, seed, equal_layers=True)
+    target = Lattice(table).quantile(share)
+    recipe = SEARCH.model_copy(update={"epochs": 2})
+    result = search(run, DATA, table, recipe, target_cost=target, seed=seed)
+    assert result.best.cost == pytest.approx(target, rel=0.05)
+    assert table.total(result.best.architecture) == pytest.approx(result.best.cost) or kind == "latency"
+    if kind == "mult_adds":
+        assert result.best.architecture.mult_adds(16, 3) == pytest.approx(target, rel=0.05)
+    assert result.history[-1]["derived_cost"] == result.best.cost
+    assert load_search(run, table, 3).best == result.best
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_target_pulls_the_expected_cost_from_either_side(share, run):
+    low, high = Lattice(TABLE).reach
+    target = low + share * (high - low)
+    recipe = SEARCH.model_copy(update={"epochs": 60, "arch_start_epoch": 0, "arch_lr": 0.1})
+    history = search(run, DATA, TABLE, recipe, target_cost=target).history
+    first, last = (abs(row["expected_cost"] / target - 1) for row in (history[0], history[-1]))
+    assert last < 0.15 and last < first
+
+
+@pytest.mark.parametrize("target", [1e-3, 1e3])
+def test_a_target_out_of_reach_is_refused_with_the_range(target, run):
+    low, high = Lattice(TABLE).reach
+    with refused(ValueError, rf"no architecture of .* million Mult-Adds, it reaches from {low:.4g} to {high:.4g}"):
+        search(run, DATA, TABLE, SEARCH, target_cost=target)
+
+
+def test_a_collapse_is_told_in_words_with_what_to_change(run):
+    recipe = SEARCH.model_copy(update={"epochs": 40, "arch_start_epoch": 0, "sub_loss_factor": 300.0, "arch_lr": 0.3})
+    warning = collapsed(search(run, DATA, TABLE, recipe).history)
+    assert re.search(r"collapsed: \d+%.*cheapest op.*target_cost.*sub_loss_factor.*arch_start_epoch", warning)
+    assert collapsed(search(Run("sound"), DATA, TABLE, SEARCH).history) is None
+
+
 def identical(ours, theirs):
     """The same values bit by bit, times aside."""
     if isinstance(ours, dict):
@@ -258,7 +300,7 @@ def test_an_interrupted_run_ends_as_if_undisturbed(stage, when, run, undisturbed
     assert identical(checkpoint(run, stage), undisturbed[stage])
     assert identical(history, undisturbed[stage]["position"]["history"])
     assert identical(dict(net.state_dict()), dict(undisturbed[stage]["net"]))
-    assert [path.name for path in run.work.glob("*.partial")] == []
+    assert [path.name for path in run.work.glob(".partial*")] == []
 
 
 @every_stage

@@ -226,7 +226,7 @@ def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: li
     right.set(xlabel="depth (layers; dotted: block borders)", xlim=(0, depth))
     right.set(ylabel="width (channels)", ylim=(0, 1.05 * max(space.chs)))
     right.grid(False)
-    legend_below(figure, [*handles, Line2D([], [], color=RED, label="derived architecture")])
+    legend_below(figure, [*handles[1:], Line2D([], [], color=RED, label="derived architecture")])
     return figure
 
 

@@ -1,0 +1,48 @@
+"""A trained network for other programs: torch.export and ONNX, checked against PyTorch and timed beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from densenas.config import atomic
+from densenas.latency import milliseconds
+
+
+def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float = 1e-4) -> pd.DataFrame:
+    """Writes model.pt2 and model.onnx for any number of images (N, 3, input_size, input_size) into `folder`.
+
+    Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on this CPU and the
+    largest deviation of the logits from PyTorch's. Raises RuntimeError where that is more than `tolerance` times the
+    largest logit.
+    """
+    import onnxruntime  # these two take seconds to import
+    import torch.onnx
+
+    net, images = net.cpu().eval(), torch.randn(2, 3, input_size, input_size)
+    with torch.no_grad():
+        logits = net(images)
+    program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("images")},))
+    with atomic(Path(folder) / "model.pt2") as partial:
+        torch.export.save(program, partial)
+    with atomic(Path(folder) / "model.onnx") as partial:
+        torch.onnx.export(program, f=str(partial), dynamo=True, external_data=False, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"])
+    exported = torch.export.load(Path(folder) / "model.pt2").module()
+
+    def in_onnxruntime(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+    rows = []
+    for name, run in (("PyTorch", net), ("torch.export", exported), ("ONNX Runtime", in_onnxruntime)):
+        with torch.no_grad():
+            deviation = float((run(images) - logits).abs().max())
+        if deviation > tolerance * max(1.0, float(logits.abs().max())):
+            raise RuntimeError(f"the network exported for {name} deviates by {deviation:.2g} from PyTorch's")
+        rows.append({"runtime": name, "ms": milliseconds(run, images[:1]), "deviation": deviation})
+    return pd.DataFrame(rows)

@@ -1,0 +1,38 @@
+"""What leaves for other programs is the same network, for any number of images."""
+
+import onnxruntime
+import pytest
+import torch
+from test_architecture import TINY
+from test_search import ARCH
+
+from densenas import Architecture
+from densenas.export import export
+
+RES = Architecture.parse("[[8, 12], 'basic_block', ['basic_block'], 1, 2]|[[12, 16], 'basic_block', [], 0, 1]")
+
+
+@pytest.mark.parametrize("arch", [TINY, ARCH, RES], ids=["mbv2", "with an odd width", "res"])
+def test_exported_networks_compute_what_pytorch_computes(arch, tmp_path):
+    net = arch.build(3).eval()
+    for module in net.modules():  # statistics and scales as training leaves them
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+    frame = export(net, tmp_path, 32)
+    assert frame["runtime"].tolist() == ["PyTorch", "torch.export", "ONNX Runtime"] and (frame["ms"] > 0).all()
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        logits = net(images)
+        exported = torch.export.load(tmp_path / "model.pt2").module()(images)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (computed,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(exported, logits)
+    torch.testing.assert_close(torch.from_numpy(computed), logits, rtol=1e-4, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.pt2"]
+
+
+def test_a_network_that_changes_on_its_way_out_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="exported for PyTorch deviates"):
+        export(TINY.build(3), tmp_path, 32, tolerance=-1.0)
