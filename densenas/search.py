@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from densenas.architecture import Architecture, save_published
 from densenas.config import SearchRecipe, write_text
 from densenas.cost import CostTable
-from densenas.data import Batches, ImageData
+from densenas.data import ImageData
+from densenas.loading import Batches
 from densenas.run import Run, load_checkpoint, pick_device, progress, save_checkpoint
 from densenas.supernet import SuperNet, derive
 from densenas.train import Meter, autocast, cosine
@@ -77,8 +78,8 @@ def search(
         net = SuperNet(table.space, len(data.classes))
     net.temperature = recipe.softmax_temp
     net.to(where, memory_format=torch.channels_last)
-    train = Batches(data, data.train, recipe.batch_size, where, generator)
-    val = Batches(data, data.val, recipe.batch_size, where, generator)
+    train = Batches(data, "train", recipe.batch_size, where, seed)
+    val = Batches(data, "val", recipe.batch_size, where, seed)
     sgd = torch.optim.SGD(
         net.weight_parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
@@ -128,7 +129,7 @@ def search(
             for parameter in parameters:
                 parameter.requires_grad_(wanted)
         meter = Meter(f"search, epoch {len(history)}", bar)
-        for images, labels in batches:
+        for images, labels in batches.epoch(len(history)):
             meter.add(*step(images, labels), labels)
         return meter
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from densenas.architecture import Architecture
 from densenas.config import RetrainRecipe
-from densenas.data import Batches, ImageData, Split
+from densenas.data import ImageData
+from densenas.loading import Batches
 from densenas.run import Run, load_checkpoint, pick_device, progress, save_checkpoint
 
 PRECISIONS = ("fp32", "bf16")
@@ -97,7 +98,7 @@ def retrain(
         torch.manual_seed(seed)
         net = arch.build(len(data.classes))
     net.to(where, memory_format=torch.channels_last)
-    batches = Batches(data, data.train_and_val, recipe.batch_size, where, generator)
+    batches = Batches(data, ("train", "val"), recipe.batch_size, where, seed)
     sgd = torch.optim.SGD(
         net.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
@@ -118,7 +119,7 @@ def retrain(
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "lr": schedule.get_last_lr()[0]}
         meter = Meter(f"retrain, epoch {epoch}", bar)
-        for images, labels in batches:
+        for images, labels in batches.epoch(epoch):
             with autocast(where, precision):
                 logits = net(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -140,7 +141,7 @@ def retrain(
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, data: ImageData, split: Split, batch_size: int = 256, device: str = "auto"
+    net: nn.Module, data: ImageData, split: str, batch_size: int = 256, device: str = "auto"
 ) -> dict[str, Any]:
     """Accuracy of a network in evaluation mode.
 
@@ -151,7 +152,7 @@ def evaluate(
     batches = Batches(data, split, batch_size, where)
     bar = progress(len(batches), "evaluate")
     logits, labels = [], []
-    for images, truth in batches:
+    for images, truth in batches.epoch(0):
         logits.append(net(images).float())
         labels.append(truth)
         bar.update()
