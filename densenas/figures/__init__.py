@@ -17,6 +17,7 @@ from densenas.figures.results import (
     class_counts,
     confusion,
     image_grid,
+    image_sizes,
     published_accuracy,
     search_history,
     training_history,
@@ -24,6 +25,6 @@ from densenas.figures.results import (
 
 __all__ = [
     "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
-    "image_grid", "operation_probabilities", "path_probabilities", "published_accuracy", "search_history",
+    "image_grid", "image_sizes", "operation_probabilities", "path_probabilities", "published_accuracy", "search_history",
     "search_space", "training_history", "visit_probabilities",
 ]  # fmt: skip
