@@ -18,6 +18,7 @@ ROOT = PACKAGE.parent  # the repository, where reports/ and runs/ live
 DATA = next(folder for folder in (PACKAGE / "data", ROOT / "data") if folder.is_dir())
 
 Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
+Augment = Literal["weak", "random_sized", "rand_scale"]  # the published training transforms
 
 
 class Strict(BaseModel):

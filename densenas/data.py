@@ -1,38 +1,50 @@
-"""Images: from a data set to uint8 tensors in train, val and test, and from these to batches on the device."""
+"""Images: from a data set to a verified pack with train, val and test, and from that to what training reads."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import hashlib
-from collections import defaultdict
+import json
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms import v2
 
-from densenas.config import DATA, Dataset, atomic
-from densenas.run import Run, progress
+from densenas.config import DATA, Augment, Dataset, write_text
+from densenas.loading import transform
+from densenas.pack import Item, Packed, read_manifest, verify, write_pack
+from densenas.run import Run
 
 TEST_FRACTION = 0.2  # where a data set brings no test split of its own
-MIRRORED = ("cifar10", "imagenette", "folder")  # sets in which a mirror image keeps its class
+SPLITS = ("train", "val", "test")
+RESIDENT_BYTES = 1 << 30  # decoded, up to which a data set is held in memory
+SAMPLE = 2000  # images that stand for a set too large to be held, in its mean and standard deviation
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and standard deviation, as every published model has
+ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".webp"}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images as uint8 (N, 3, size, size) with labels (N,) as int64."""
+    """Images in memory as uint8 (N, 3, size, size) with labels (N,) as int64."""
 
     images: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        return self.images.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -41,25 +53,22 @@ class ImageData:
 
     dataset: str
     classes: list[str]
-    train: Split
-    val: Split
-    test: Split
+    train: Split | Packed
+    val: Split | Packed
+    test: Split | Packed
     mean: list[float]  # of the training images per channel, in [0, 1]
     std: list[float]
-    digest: str  # of all images, labels and splits
+    digest: str  # of all images, labels and splits, and of how they are read
+    augment: Augment = "weak"  # what training does to an image
+    resident: bool = True  # held in memory at image_size, or else read from the pack again in every epoch
 
     @property
-    def splits(self) -> dict[str, Split]:
+    def splits(self) -> dict[str, Split | Packed]:
         return {"train": self.train, "val": self.val, "test": self.test}
 
     @property
     def image_size(self) -> int:
-        return self.train.images.shape[-1]
-
-    @property
-    def train_and_val(self) -> Split:
-        """All training images: what a derived network is trained on."""
-        return Split(torch.cat([self.train.images, self.val.images]), torch.cat([self.train.labels, self.val.labels]))
+        return self.train.image_size
 
 
 def prepare(
@@ -69,12 +78,18 @@ def prepare(
     num_classes: int | list[str] | None = None,
     val_fraction: float = 0.2,
     image_size: int = 32,
+    pack: Literal["original"] | int | None = None,
+    quality: int = 90,
+    augment: Augment | None = None,
+    skip_broken: bool = False,
     seed: int = 0,
 ) -> ImageData:
-    """Reads a data set, splits it and keeps it in the run's work folder; `load` gives it back.
+    """Splits and packs a data set in the run's work folder and verifies the pack; `load` gives it back.
 
-    `num_classes` keeps the first n classes in sorted order, or those named. Raises ValueError or FileNotFoundError
-    with one sentence where the set cannot be had or split.
+    `num_classes` keeps the first n classes in sorted order, or those named. `pack`: None keeps original bytes, and
+    decodes small sets into memory; "original" reads them from the pack again in every epoch; a number also resizes
+    them once to that shorter side (JPEG of `quality`). `augment` None: weak in memory, otherwise random_sized.
+    Raises ValueError or FileNotFoundError with one sentence where the set cannot be had, split or packed.
     """
     if dataset not in get_args(Dataset):
         raise ValueError(f"unknown data set '{dataset}', known are {', '.join(get_args(Dataset))}")
@@ -82,66 +97,42 @@ def prepare(
         raise ValueError(f"val_fraction is {val_fraction}, expected a share between 0 and 1")
     if image_size < 8:
         raise ValueError(f"image_size is {image_size} pixels, at least 8 are needed")
-    items = _SOURCES[dataset](source)
+    if pack not in (None, "original") and not (isinstance(pack, int) and pack >= image_size):
+        raise ValueError(f"pack is {pack!r}, expected 'original' or a shorter side of at least {image_size} pixels")
+    if augment not in (None, *get_args(Augment)):
+        raise ValueError(f"unknown augment '{augment}', known are {', '.join(get_args(Augment))}")
+    folder = run.work / "data"
+    if dataset == "folder" and source is not None:
+        places = [Path(source).expanduser().resolve(), folder.resolve()]
+        if places[0] in places[1].parents or places[1] in (places[0], *places[0].parents):
+            raise ValueError(f"source '{source}' and the pack '{folder}' lie in one another, move one of them")
+    items = {"digits": _digits, "folder": _folder}.get(dataset, partial(_torchvision, dataset))(source)
     classes = _classes(sorted({item.label for item in items}), num_classes)
     items = [item for item in items if item.label in classes]
     split = _assign(items, val_fraction, seed)
-    for name in ("train", "val", "test"):
-        missing = set(classes) - {item.label for item in items if split[item.key] == name}
-        if missing:
-            raise ValueError(f"class '{min(missing)}' has no image left for {name}: more images a class are needed")
-    resize = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
-    parts = {}
-    digest = hashlib.sha256()
-    with progress(len(items), f"reading {dataset}") as bar:
-        for name in ("train", "val", "test"):
-            chosen = [item for item in items if split[item.key] == name]
-            images = torch.empty(len(chosen), 3, image_size, image_size, dtype=torch.uint8)
-            for index, item in enumerate(chosen):
-                images[index] = resize(item.read())
-                bar.update()
-            labels = torch.tensor([classes.index(item.label) for item in chosen])
-            parts[name] = Split(images, labels)
-            digest.update(images.numpy())
-            digest.update(labels.numpy())
-    mean, std = _statistics([parts["train"].images, parts["val"].images])
-    data = ImageData(dataset, classes, **parts, mean=mean, std=std, digest=digest.hexdigest())
-    _write_manifest(run.work / "manifest.csv", items, split, classes)
-    _save(run.work / "data.pt", data)
-    return data
+    parts = {name: [item for item in items if split[item.key] == name] for name in SPLITS}
+    _refuse_missing(classes, {name: {item.label for item in part} for name, part in parts.items()})
+    write_pack(folder, parts, pack if isinstance(pack, int) else None, quality, skip_broken)
+    count = verify(folder)
+    small = 3 * count * image_size**2 <= RESIDENT_BYTES
+    resident = small and pack is None and augment in (None, "weak")
+    settings = {
+        "dataset": dataset, "classes": classes, "image_size": image_size, "pack": pack, "resident": resident,
+        "augment": augment or ("weak" if resident else "random_sized"),
+    }  # fmt: skip
+    manifest = read_manifest(folder)
+    _refuse_missing(classes, manifest.groupby("split")["class"].agg(set).to_dict())
+    text = json.dumps([settings, quality, manifest.drop(columns="class").to_numpy().tolist()])
+    settings["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    data = _data(folder, **settings, mean=[0.0], std=[1.0])
+    settings["mean"], settings["std"] = _statistics(data)
+    write_text(run.work / "data.json", json.dumps(settings, indent=1))
+    return _data(folder, **settings)
 
 
 def load(run: Run) -> ImageData:
     """What `prepare` kept for this run."""
-    state = torch.load(run.need(run.work / "data.pt", "01-data"), weights_only=True)
-    splits = {name: Split(**state.pop(name)) for name in ("train", "val", "test")}
-    return ImageData(**splits, **state)
-
-
-def _save(path: Path, data: ImageData) -> None:
-    state: dict[str, Any] = {key: getattr(data, key) for key in ("dataset", "classes", "mean", "std", "digest")}
-    with atomic(path) as partial:
-        torch.save(state | {name: vars(split) for name, split in data.splits.items()}, partial)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image before it is decoded: a file or an array, its class, a key that names it on every machine."""
-
-    key: str
-    label: str
-    test: bool | None  # None: the set brings no test split of its own
-    content: Path | Tensor
-
-    def read(self) -> Tensor:
-        """uint8 (3, H, W)."""
-        if isinstance(self.content, Tensor):
-            return self.content.expand(3, -1, -1)
-        try:
-            image = decode_image(str(self.content), mode=ImageReadMode.RGB)
-            return image if image.ndim == 3 else image[0]  # an animation: its first picture
-        except RuntimeError as error:
-            raise ValueError(f"{self.content} cannot be decoded as an image: {str(error).splitlines()[0]}") from None
+    return _data(run.work / "data", **json.loads(run.need(run.work / "data.json", "01-data").read_text("utf-8")))
 
 
 def _digits(source: str | None) -> list[Item]:
@@ -158,65 +149,67 @@ def _digits(source: str | None) -> list[Item]:
 def _torchvision(dataset: str, source: str | None) -> list[Item]:
     """CIFAR-10, Fashion-MNIST or Imagenette out of `source`, downloaded into it where they are missing."""
     root = Path(source or f"runs/downloads/{dataset}")
-    make = {
-        "cifar10": lambda train: torchvision.datasets.CIFAR10(root, train=train, download=True),
-        "fashion_mnist": lambda train: torchvision.datasets.FashionMNIST(root, train=train, download=True),
-        "imagenette": lambda train: torchvision.datasets.Imagenette(
-            root, "train" if train else "val", size="320px", download=not (root / "imagenette2-320").exists()
-        ),
-    }[dataset]
+    folder = root / "imagenette2-320"
+    try:
+        if dataset != "imagenette":
+            kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion_mnist": torchvision.datasets.FashionMNIST}[
+                dataset
+            ]
+            parts = {name: kind(root, train=name == "train", download=True) for name in ("train", "test")}
+        elif not folder.is_dir():
+            torchvision.datasets.Imagenette(root, size="320px", download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{dataset} is not in '{root}' and could not be downloaded ({reason}); put it there or set source"
+        ) from None
+    if dataset == "imagenette":
+        return _folder(str(folder))
     items = []
-    for train in (True, False):
-        try:
-            part = make(train)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise FileNotFoundError(
-                f"{dataset} is not in '{root}' and could not be downloaded ({reason}); put it there or set source"
-            ) from None
-        where = "train" if train else "test"
-        if dataset == "imagenette":
-            entries = [(path, label, Path(path)) for path, label in part._samples]
-            names = [" ".join(name) if isinstance(name, tuple) else name for name in part.classes]
-        else:
-            arrays = torch.as_tensor(part.data)
-            arrays = arrays.permute(0, 3, 1, 2) if arrays.ndim == 4 else arrays[:, None]
-            labels = torch.as_tensor(part.targets).tolist()
-            entries = [(f"{i:05d}", label, array) for i, (label, array) in enumerate(zip(labels, arrays, strict=True))]
-            names = part.classes
-        items += [Item(f"{where}/{Path(key).name}", names[label], not train, image) for key, label, image in entries]
+    for name, part in parts.items():
+        arrays = torch.as_tensor(part.data)
+        arrays = arrays.movedim(3, 1) if arrays.ndim == 4 else arrays[:, None]
+        for index, (label, array) in enumerate(zip(part.targets, arrays, strict=True)):
+            items.append(Item(f"{name}/{index:05d}", part.classes[label], name, array))
     return items
 
 
 def _folder(source: str | None) -> list[Item]:
-    """Class folders, flat or below train/ and test/ (or val/, as ImageNet calls what a network is tested on)."""
+    """Class folders, flat or below train/, val/ and test/; a val/ without test/ is ImageNet's, to be tested on."""
     if source is None:
         raise ValueError("data set 'folder' needs source, the folder that holds the class folders")
     root = Path(source).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"source '{source}' is not a folder")
-    if not (root / "train").is_dir():
-        return _class_folders(root, root, test=None)
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    train = _class_folders(root, root / "train", test=None if held_out is None else False)
-    return train + (_class_folders(root, held_out, test=True) if held_out else [])
+    own = [name for name in SPLITS if (root / name).is_dir()]
+    if "train" not in own:
+        return _class_folders(root, root, None)
+    if own == ["train"]:
+        return _class_folders(root, root / "train", None)
+    parts = [name if "test" in own or name == "train" else "test" for name in own]
+    return [item for name, part in zip(own, parts, strict=True) for item in _class_folders(root, root / name, part)]
 
 
-def _class_folders(root: Path, folder: Path, test: bool | None) -> list[Item]:
-    endings = {".jpg", ".jpeg", ".png", ".gif", ".webp"}
-    files = sorted(path for path in folder.glob("*/**/*") if path.suffix.lower() in endings)
-    if not files:
-        raise ValueError(f"'{folder}' holds no class folders with images ({', '.join(sorted(endings))})")
-    return [Item(path.relative_to(root).as_posix(), path.relative_to(folder).parts[0], test, path) for path in files]
-
-
-_SOURCES = {
-    "digits": _digits,
-    "cifar10": lambda source: _torchvision("cifar10", source),
-    "fashion_mnist": lambda source: _torchvision("fashion_mnist", source),
-    "imagenette": lambda source: _torchvision("imagenette", source),
-    "folder": _folder,
-}
+def _class_folders(root: Path, folder: Path, part: str | None) -> list[Item]:
+    """The images below each class folder; says what it passes over. Names that start with a dot are not looked at."""
+    items, others = [], Counter()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        above = {parent.resolve() for parent in (Path(place), *Path(place).parents)}  # where a loop of links would lead
+        folders[:] = (name for name in folders if name[0] != "." and Path(place, name).resolve() not in above)
+        for name in (name for name in names if name[0] != "."):
+            path = Path(place, name)
+            if Path(place) == folder or path.suffix.lower() not in ENDINGS:
+                others[path.suffix or name] += 1
+                continue
+            # Composed, or one and the same name would have another hash on a file system that decomposes it.
+            key = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+            items.append(Item(key, unicodedata.normalize("NFC", path.relative_to(folder).parts[0]), part, path))
+    if not items:
+        raise ValueError(f"'{folder}' holds no class folders with images ({', '.join(sorted(ENDINGS))})")
+    if others:
+        found = ", ".join(f"{count} × {ending}" for ending, count in sorted(others.items()))
+        print(f"passed over in '{folder}', because they are no images or in no class folder: {found}")
+    return sorted(items, key=lambda item: item.key)
 
 
 def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
@@ -237,91 +230,69 @@ def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
 
 
 def _assign(items: list[Item], val_fraction: float, seed: int) -> dict[str, str]:
-    """train, val or test for every key: per class, the first ones in the order of a hash of key and seed.
+    """train, val or test for every key: what the source says, and what it leaves open by a hash of the key.
 
     A test split drawn here has no seed in its hash: another seed must not leak test images into training.
     """
-    split = {item.key: "test" if item.test else "train" for item in items}
+    split = {item.key: item.part or "train" for item in items}
+    own = {item.part for item in items}
     by_class = defaultdict(list)
     for item in items:
-        by_class[item.label].append(item)
-    for members in by_class.values():
-        if members[0].test is None:
-            for key in _first(members, TEST_FRACTION, "test"):
-                split[key] = "test"
-        for key in _first([item for item in members if split[item.key] == "train"], val_fraction, f"val {seed}"):
-            split[key] = "val"
+        by_class[item.label].append(item.key)
+    for keys in by_class.values():
+        if None in own:
+            split |= dict.fromkeys(_draw(keys, TEST_FRACTION, "test"), "test")
+        if "val" not in own:
+            train = [key for key in keys if split[key] == "train"]
+            split |= dict.fromkeys(_draw(train, val_fraction, f"val {seed}"), "val")
     return split
 
 
-def _first(items: list[Item], fraction: float, salt: str) -> list[str]:
-    ordered = sorted((hashlib.sha256(f"{salt}:{item.key}".encode()).digest(), item.key) for item in items)
-    return [key for _, key in ordered[: round(fraction * len(items))]]
+def _draw(keys: list[str], fraction: float, salt: str) -> list[str]:
+    """The keys whose hash, a number in [0, 1), is below `fraction`.
+
+    Each key stands for itself, so that images added later move no other; of n images f·n ± 2·√(f·(1 - f)·n) are drawn
+    in 19 of 20 classes. Only a class that would get none, or give all, sends or keeps the image that is nearest to
+    the threshold: the alternative would be to refuse small classes.
+    """
+
+    def share(key: str) -> float:
+        return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
+
+    ordered = sorted(keys, key=share)
+    below = sum(share(key) < fraction for key in keys)
+    return ordered[: max(1, min(below, len(keys) - 1))] if len(keys) > 1 else []
 
 
-def _write_manifest(path: Path, items: list[Item], split: dict[str, str], classes: list[str]) -> None:
-    with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["split", "class", "label", "key"])
-        writer.writerows([split[item.key], item.label, classes.index(item.label), item.key] for item in items)
+def _refuse_missing(classes: list[str], present: dict[str, set[str]]) -> None:
+    for name in SPLITS:
+        if missing := set(classes) - present.get(name, set()):
+            raise ValueError(f"class '{min(missing)}' has no image left for {name}: more images a class are needed")
 
 
-def _statistics(parts: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel in [0, 1], from exact integer histograms."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean, std = [], []
-    for channel in range(3):
-        counts = sum(torch.bincount(images[:, channel].flatten(), minlength=256) for images in parts)
-        share = counts.double() / counts.sum()
-        centre = float((share * values).sum())
-        mean.append(centre)
-        std.append(float((share * (values - centre) ** 2).sum().sqrt()) or 1.0)
-    return mean, std
+def _data(folder: Path, image_size: int, pack: object, **settings: Any) -> ImageData:
+    parts = {name: Packed(folder, rows, image_size) for name, rows in read_manifest(folder).groupby("split")}
+    return ImageData(**settings, **parts)
 
 
-def seed_of(*parts: object) -> int:
-    """A seed for everything that these parts name, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel in [0, 1] of the training images, from exact integer histograms.
 
-
-class Batches:
-    """Normalised batches (B, 3, S, S) with labels (B,), on the device. TO BE REPLACED BY THE DATA BRANCH."""
-
-    def __init__(self, data, splits, batch_size, device, seed=None, *, workers=0, rank=0, world=1):
-        names = (splits,) if isinstance(splits, str) else splits
-        self.images = torch.cat([data.splits[name].images for name in names]).to(device)
-        self.labels = torch.cat([data.splits[name].labels for name in names]).to(device)
-        self.batch_size = min(batch_size, len(self.labels))
-        self.seed, self.rank, self.world = seed, rank, world
-        self.flip = data.dataset in MIRRORED
-        self.mean = torch.tensor(data.mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(data.std, device=device).view(1, 3, 1, 1)
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.labels), self.batch_size)
-        return full if self.seed is not None or not rest else full + 1
-
-    def epoch(self, epoch, start=0):
-        count = len(self.labels)
-        training = self.seed is not None
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        order = torch.randperm(count, generator=generator) if training else torch.arange(count)
-        for step in range(start, len(self)):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            images = self.images[chosen]
-            if training:
-                images = self._augment(images, torch.Generator().manual_seed(seed_of(self.seed, epoch, step)))
-            images, labels = images[self.rank :: self.world], self.labels[chosen][self.rank :: self.world]
-            yield (images.float() / 255 - self.mean) / self.std, labels
-
-    def _augment(self, images, generator):
-        count, _, size, _ = images.shape
-        reach = size // 8
-        offset = torch.randint(0, 2 * reach + 1, (2, count), generator=generator)
-        mirror = torch.rand(count, generator=generator) < (0.5 if self.flip else 0)
-        rows = offset[0][:, None] + torch.arange(size)
-        columns = offset[1][:, None] + torch.arange(size)
-        columns = torch.where(mirror[:, None], columns.flip(1), columns)
-        padded = F.pad(images, (reach,) * 4)
-        picture = torch.arange(count)[:, None, None]
-        return padded.movedim(1, 3)[picture, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+    Those of a set that is read from its pack come from 2,000 images evenly spaced, as validation sees them. ImageNet,
+    known by its class folders' names (n01440764), and its part Imagenette have the usual constants.
+    """
+    if data.dataset == "imagenette" or all(re.fullmatch(r"n\d{8}", name) for name in data.classes):
+        return IMAGENET
+    if data.resident:
+        parts = [data.train.images, data.val.images]
+    else:
+        steps, every = transform(None, data.image_size), max(1, (len(data.train) + len(data.val)) // SAMPLE)
+        parts = [steps(part.read(k))[None] for part in (data.train, data.val) for k in range(0, len(part), every)]
+    counts = sum(
+        torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        for images in parts
+    )
+    share, values = counts.double() / counts[0].sum(), torch.arange(256, dtype=torch.float64) / 255
+    mean = (share * values).sum(dim=1, keepdim=True)
+    std = (share * (values - mean) ** 2).sum(dim=1).sqrt()
+    return mean.flatten().tolist(), [deviation or 1.0 for deviation in std.tolist()]

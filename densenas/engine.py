@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.lr_scheduler import LambdaLR
 
 from densenas.config import atomic
-from densenas.data import Batches, seed_of
+from densenas.loading import Batches, seed_of
 from densenas.run import Run, RunConfig, pick_device, progress
 
 PRECISIONS = ("fp32", "tf32", "bf16")

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from densenas.config import ROOT, Dataset, Strict, atomic, one_sentence, read_yaml, write_text
+from densenas.config import ROOT, Augment, Dataset, Strict, atomic, one_sentence, read_yaml, write_text
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.space import SearchSpace
@@ -36,6 +36,10 @@ class DataConfig(Strict):
     source: str | None = None
     num_classes: int | list[str] | None = None
     val_fraction: float = Field(0.2, gt=0, lt=1)
+    pack: Literal["original"] | int | None = None
+    quality: int = Field(90, ge=1, le=100)
+    augment: Augment | None = None
+    skip_broken: bool = False
 
 
 class CostConfig(Strict):

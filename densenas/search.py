@@ -15,9 +15,10 @@ from densenas import ops
 from densenas.architecture import save_published
 from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
-from densenas.data import Batches, ImageData, load
+from densenas.data import ImageData, load
 from densenas.derivation import Candidate, Lattice, visit_probabilities
 from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
+from densenas.loading import Batches
 from densenas.run import Run
 from densenas.space import SearchSpace
 from densenas.supernet import Choice, SuperNet

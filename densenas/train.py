@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from densenas.architecture import Architecture, load_published, save_published
 from densenas.config import RetrainRecipe, atomic, override, read_text, write_text
 from densenas.cost import CostTable
-from densenas.data import Batches, ImageData, load
+from densenas.data import ImageData, load
 from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
+from densenas.loading import Batches
 from densenas.run import Run, pick_device, progress
 
 

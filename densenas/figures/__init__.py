@@ -16,6 +16,7 @@ from densenas.figures.results import (
     class_counts,
     confusion,
     image_grid,
+    image_sizes,
     predicted_latency,
     published_accuracy,
     search_health,
@@ -25,6 +26,6 @@ from densenas.figures.results import (
 
 __all__ = [
     "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
-    "image_grid", "operation_probabilities", "path_probabilities", "predicted_latency", "published_accuracy",
-    "search_health", "search_history", "search_space", "training_history",
+    "image_grid", "image_sizes", "operation_probabilities", "path_probabilities", "predicted_latency",
+    "published_accuracy", "search_health", "search_history", "search_space", "training_history",
 ]  # fmt: skip

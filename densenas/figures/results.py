@@ -260,3 +260,18 @@ def class_counts(counts: Mapping[str, list[int]], classes: list[str]) -> Figure:
     axes.set_ylabel("images")
     legend_above(axes)
     return figure
+
+
+def image_sizes(sizes: list[tuple[int, int]]) -> Figure:
+    """Width and height in pixels of each image (width, height), a point each: the darker, the more images; beside it
+    how many have which shorter side.
+    """
+    widths, heights = np.array(sizes).T
+    figure, (left, right) = canvas(WIDTH, 3.4, ((0, 1),))
+    left.scatter(widths, heights, s=14, color=BLUE, alpha=0.35, linewidth=0)
+    limit = 1.1 * max(widths.max(), heights.max())
+    left.axline((0, 0), (1, 1), color=GREY, linestyle=":")
+    left.set(xlabel="width (pixels)", ylabel="height (pixels)", xlim=(0, limit), ylim=(0, limit), aspect="equal")
+    right.hist(np.minimum(widths, heights), bins=30, color=BLUE, linewidth=0)
+    right.set(xlabel="shorter side (pixels)", ylabel="images")
+    return figure
