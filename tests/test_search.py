@@ -356,7 +356,7 @@ def test_retraining_learns_what_the_images_show(run):
     recipe = RETRAIN.model_copy(update={"epochs": 12})
     net, history = run_retrain(run, recipe)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert evaluate(net, DATA, DATA.test)["top1"] == 1.0
+    assert evaluate(net, DATA, "test")["top1"] == 1.0
 
 
 class Prophet(nn.Module):
@@ -376,7 +376,7 @@ class Prophet(nn.Module):
 def test_evaluation_counts(batch_size):
     scores = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
     prophet, truth = Prophet(scores), DATA.test.labels.tolist()
-    result = evaluate(prophet, DATA, DATA.test, batch_size)
+    result = evaluate(prophet, DATA, "test", batch_size)
     guesses = scores.argmax(dim=1).tolist()
     confusion = [[0] * 3 for _ in range(3)]
     for label, guess in zip(truth, guesses, strict=True):
@@ -393,5 +393,5 @@ def test_evaluation_counts_the_best_five_of_seven_classes():
     labels = torch.tensor([0, 4, 5, 6])
     images = Split(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), labels)
     data = ImageData("digits", [*"abcdefg"], images, images, images, [0.5] * 3, [1.0] * 3, "made up")
-    result = evaluate(Prophet(torch.arange(7.0).neg().expand(4, 7)), data, images)
+    result = evaluate(Prophet(torch.arange(7.0).neg().expand(4, 7)), data, "test")
     assert (result["top1"], result["top5"]) == (0.25, 0.5)
