@@ -25,6 +25,6 @@ from densenas.figures.results import (
 
 __all__ = [
     "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
-    "image_grid", "image_sizes", "operation_probabilities", "path_probabilities", "published_accuracy", "search_history",
-    "search_space", "training_history", "visit_probabilities",
+    "image_grid", "image_sizes", "operation_probabilities", "path_probabilities", "published_accuracy",
+    "search_history", "search_space", "training_history", "visit_probabilities",
 ]  # fmt: skip
