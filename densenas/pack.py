@@ -96,6 +96,7 @@ def write_pack(
             if not about["broken"]:
                 return
             shutil.rmtree(partial, ignore_errors=True)
+            _open_once.cache_clear()  # LMDB refuses to open a file twice
             folder.rename(partial)  # to try again what was broken
         elif _read_about(partial).get("plan") != plan:
             shutil.rmtree(partial, ignore_errors=True)

@@ -272,6 +272,6 @@ def image_sizes(sizes: list[tuple[int, int]]) -> Figure:
     limit = 1.1 * max(widths.max(), heights.max())
     left.axline((0, 0), (1, 1), color=GREY, linestyle=":")
     left.set(xlabel="width (pixels)", ylabel="height (pixels)", xlim=(0, limit), ylim=(0, limit), aspect="equal")
-    right.hist(np.minimum(widths, heights), bins=30, color=BLUE, linewidth=0)
-    right.set(xlabel="shorter side (pixels)", ylabel="images")
+    right.hist(np.minimum(widths, heights), bins=40, range=(0, limit), color=BLUE, linewidth=0)
+    right.set(xlabel="shorter side (pixels)", ylabel="images", xlim=(0, limit))
     return figure

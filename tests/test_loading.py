@@ -1,0 +1,221 @@
+"""Batches against a naive loop, from memory and from a pack: the same for any start, workers and processes."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import refused
+from torch.utils.data import DataLoader
+from torchvision.io import write_png
+from torchvision.transforms import v2
+
+from densenas import data as data_module
+from densenas.data import ImageData, Split, prepare
+from densenas.loading import Batches, RandomResizedCrop, transform
+from densenas.run import Run
+
+CPU = torch.device("cpu")
+
+
+def made_up(count=22, size=16, dataset="digits"):
+    """Random pictures, each with its own number as label."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(count))
+    mean, std = [0.3, 0.4, 0.5], [0.2, 0.3, 0.4]
+    return ImageData(dataset, [str(index) for index in range(count)], split, split, split, mean, std, "made up")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Noise of many sizes in a pack that is read anew in every epoch."""
+    root = tmp_path_factory.mktemp("packed")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b", "c"):
+        (root / "set" / name).mkdir(parents=True)
+        for index in range(20):
+            height, width = torch.randint(20, 60, (2,), generator=generator).tolist()
+            image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+            write_png(image, str(root / "set" / name / f"{index}.png"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densenas.run.ROOT", root)
+        return prepare(Run("made-up"), "folder", str(root / "set"), image_size=16, pack="original")
+
+
+def source(kind, request):
+    return request.getfixturevalue("packed") if kind == "pack" else made_up(60, dataset="folder")
+
+
+def pictures(data, batch):
+    """Batches as uint8 again."""
+    shape = (1, 3, 1, 1)
+    return (255 * (batch * torch.tensor(data.std).view(shape) + torch.tensor(data.mean).view(shape))).round().byte()
+
+
+def passed(data, batch_size, seed=None, epoch=0, start=0, splits="train", **settings):
+    return [*Batches(data, splits, batch_size, CPU, seed, **settings).epoch(epoch, start)]
+
+
+def equal(ours, theirs):
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 11, 22, 100])
+def test_evaluation_sees_every_image_once_in_order_and_unchanged(batch_size):
+    data = made_up()
+    batches = passed(data, batch_size)
+    assert len(batches) == len(Batches(data, "train", batch_size, CPU))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [*range(22)]
+    assert torch.equal(torch.cat([pictures(data, images) for images, _ in batches]), data.train.images)
+
+
+def test_a_pack_is_evaluated_by_the_published_transform(packed):
+    images = pictures(packed, torch.cat([images for images, _ in passed(packed, 7, splits="val")]))
+    steps = v2.Compose([v2.Resize(18, antialias=True), v2.CenterCrop(16)])
+    assert torch.equal(images, torch.stack([steps(packed.val.read(index)) for index in range(len(packed.val))]))
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(5, 4), (11, 2), (22, 1), (100, 1)])
+def test_training_shuffles_and_leaves_out_the_incomplete_batch(batch_size, steps):
+    loader = Batches(made_up(), "train", batch_size, CPU, seed=0)
+    first, second = ([labels.tolist() for _, labels in loader.epoch(epoch)] for epoch in (0, 1))
+    assert len(first) == len(second) == len(loader) == steps
+    for labels in (first, second):
+        seen = [label for batch in labels for label in batch]
+        assert len(seen) == len(set(seen)) == steps * min(batch_size, 22)
+        assert seen != sorted(seen)
+    assert first != second
+
+
+@pytest.mark.parametrize("kind", ["memory", "pack"])
+def test_seed_epoch_and_step_are_the_whole_position(kind, request):
+    data = source(kind, request)
+    whole = passed(data, 8, seed=1, epoch=2, workers=0)
+    assert len(whole) >= 4
+    assert equal(whole, passed(data, 8, seed=1, epoch=2, workers=0))
+    for start in range(len(whole) + 1):
+        assert equal(whole[start:], passed(data, 8, seed=1, epoch=2, start=start, workers=0))
+    for other in ({"seed": 2, "epoch": 2}, {"seed": 1, "epoch": 3}):
+        assert not equal(whole, passed(data, 8, **other, workers=0))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches(workers, packed):
+    state = torch.get_rng_state()
+    whole = passed(packed, 8, seed=1, workers=0)
+    assert equal(whole, passed(packed, 8, seed=1, workers=workers))
+    assert equal(whole[2:], passed(packed, 8, seed=1, start=2, workers=workers))
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is somebody else's"
+
+
+@pytest.mark.parametrize("kind", ["memory", "pack"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_together_see_what_one_sees(world, kind, request):
+    data = source(kind, request)
+    one = passed(data, 8, seed=1, workers=0)
+    ranks = [passed(data, 8, seed=1, workers=0, rank=rank, world=world) for rank in range(world)]
+    assert all(len(labels) == 8 // world for rank in ranks for _, labels in rank)
+    assert equal(one, [tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*ranks, strict=True)])
+    with refused(ValueError, r"batch_size 9 cannot be shared equally by 2 processes"):
+        Batches(data, "train", 9, CPU, 1, rank=0, world=2)
+
+
+def test_two_splits_are_read_as_one(packed):
+    batches = passed(packed, 9, splits=("train", "val"), workers=0)
+    labels = torch.cat([labels for _, labels in batches])
+    assert torch.equal(labels, torch.cat([packed.train.labels, packed.val.labels]))
+    assert equal(batches[:1], passed(packed, 9, workers=0)[:1])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_open_the_pack_themselves(method, packed):
+    decoder = Batches(packed, "train", 30, CPU, 1).decoder
+    requests = [[(0, 7), (3, 8)], [(5, 9)]]
+    expected = [decoder[request] for request in requests]  # opens the pack in this process
+    loader = DataLoader(decoder, batch_size=None, sampler=requests, num_workers=1, multiprocessing_context=method)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(expected, loader, strict=True))
+
+
+def shifts(image, mirror):
+    """Every picture that augmentation may make of one image, by moving it pixel by pixel over black."""
+    size = image.shape[-1]
+    reach = size // 8
+    for source, mirrored in ((image, False), *([(image.flip(-1), True)] if mirror else [])):
+        for down in range(-reach, reach + 1):
+            for right in range(-reach, reach + 1):
+                moved = torch.zeros_like(image)
+                for y in range(max(0, down), min(size, size + down)):
+                    for x in range(max(0, right), min(size, size + right)):
+                        moved[:, y, x] = source[:, y - down, x - right]
+                yield (down, right, mirrored), moved
+
+
+@pytest.mark.parametrize(("dataset", "mirror"), [("digits", False), ("fashion_mnist", False), ("folder", True)])
+def test_augmentation_in_memory_only_shifts_and_mirrors(dataset, mirror):
+    data = made_up(dataset=dataset)
+    possible = [[*shifts(image, mirror)] for image in data.train.images]
+    found = Counter()
+    for seed in range(8):
+        for images, labels in passed(data, 11, seed):
+            for picture, label in zip(pictures(data, images), labels.tolist(), strict=True):
+                ways = [way for way, moved in possible[label] if torch.equal(moved, picture)]
+                assert len(ways) == 1
+                found.update(ways)
+    assert {down for down, _, _ in found} == {right for _, right, _ in found} == {-2, -1, 0, 1, 2}
+    assert {mirrored for _, _, mirrored in found} == ({False, True} if mirror else {False})
+
+
+def test_random_sized_is_torchvisions_own(packed):
+    """Number by number, for every layout in memory."""
+    ours, theirs = RandomResizedCrop(16, scale=(0.08, 1.0)), v2.RandomResizedCrop(16, scale=(0.08, 1.0))
+    for index in range(len(packed.train)):
+        image = packed.train.read(index)
+        for layout in (image, image.contiguous()):
+            made = []
+            for steps in (ours, theirs):
+                torch.manual_seed(index)
+                made.append(steps(layout))
+            assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("augment", ["weak", "random_sized", "rand_scale"])
+def test_published_transforms_keep_what_they_promise(augment):
+    """On a ramp from left to right, the value of a pixel tells where it came from."""
+    ramp = torch.linspace(0, 255, 512).round().byte().expand(3, 512, 512)
+    seen = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        row = transform(augment, 224)(ramp)[0, 100].float()
+        assert row.shape == (224,) and (row.diff() >= -1).all()
+        seen.append((row[-1] - row[0]).item() / 255 * 512)  # width of the crop, in pixels of the source
+    low, high = {"weak": (448, 448), "rand_scale": (224 / 480 * 512, 448), "random_sized": (100, 512)}[augment]
+    assert low - 8 <= min(seen) and max(seen) <= high + 8
+    assert max(seen) - min(seen) > 0.6 * (high - low) or augment == "weak"
+
+
+def test_what_stays_in_memory(root, monkeypatch):
+    inside = prepare(Run("inside"), num_classes=2)
+    assert (inside.resident, inside.augment) == (True, "weak")
+    assert not prepare(Run("asked"), num_classes=2, augment="rand_scale").resident
+    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 1000)
+    outside = prepare(Run("outside"), num_classes=2)
+    assert (outside.resident, outside.augment) == (False, "random_sized")
+    assert not torch.equal(passed(outside, 4, seed=0, workers=0)[0][0], passed(inside, 4, seed=0)[0][0])
+
+
+def test_training_images_are_normalised(root):
+    digits = prepare(Run("digits"))
+    images = torch.cat([images for images, _ in passed(digits, 500, splits=("train", "val"))]).double()
+    assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    assert (images.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+
+
+def test_images_of_one_colour_stay_finite(run, tmp_path):
+    for name in ("a", "b"):
+        for index in range(8):
+            folder = tmp_path / "set" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(torch.tensor([0, 0, 90]).byte()[:, None, None].expand(3, 20, 20).clone(), f"{folder}/{index}.png")
+    data = prepare(run, "folder", str(tmp_path / "set"), image_size=16)
+    assert all(torch.equal(images, torch.zeros_like(images)) for images, _ in passed(data, 4, splits="test"))
