@@ -46,7 +46,7 @@ class CostConfig(Strict):
     kind: Literal["mult_adds", "latency"] = "mult_adds"
     batch_size: int = Field(1, ge=1)
     networks: int = Field(0, ge=0)
-    rounds: int = Field(5, ge=1)
+    rounds: int = Field(12, ge=1)
 
 
 class SearchConfig(Strict):

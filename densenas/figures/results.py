@@ -82,7 +82,7 @@ def predicted_latency(frame: pd.DataFrame) -> Figure:
     """Measured latency of whole networks against the sum of their ops; columns predicted, corrected, measured (ms)."""
     figure, (axes,) = canvas(4.6, 4.2)
     for name, marker, colour in (("predicted", "o", BLUE), ("corrected", "s", ORANGE)):
-        label = {"predicted": "sum of the ops", "corrected": "and one fixed overhead"}[name]
+        label = {"predicted": "sum of the ops", "corrected": "times one factor"}[name]
         axes.plot(frame[name], frame["measured"], marker, color=colour, markersize=4.5, label=label)
     both = 0, 1.05 * frame.to_numpy().max()
     axes.plot(both, both, color=GREY, linewidth=0.9, zorder=1)
