@@ -81,6 +81,14 @@ class CostTable:
         """The published nesting: [stem, [[edges × ops, layers × ops] per block], [final edges], classifier]."""
         return [self.stem, [[h, s] for h, s in zip(self.head, self.stack, strict=True)], self.final, self.classifier]
 
+    def scaled(self, factor: float) -> CostTable:
+        """Every entry times a factor, as whole networks ask for where single ops were measured."""
+        head, stack = (
+            [[[factor * x for x in row] for row in rows] for rows in part] for part in (self.head, self.stack)
+        )
+        ends = factor * self.stem, head, stack, [factor * x for x in self.final], factor * self.classifier
+        return CostTable(self.space, self.kind, *ends, self.conditions | {"factor": factor})
+
     def derived_ends(self) -> dict[int, float]:
         """What a derived network costs behind the last block i of its path, for each i.
 

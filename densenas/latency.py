@@ -66,8 +66,8 @@ def measure(
 
     An op is one entry however often the space uses it: the fastest of `rounds` timings, since what else a machine does
     only adds. Each round has another order, so that a drift favours none. Each timing is appended to `log` as a JSON
-    line; a killed measurement goes on behind the last whole line of the same conditions. A skip costs nothing: a
-    derived network drops it.
+    line; a killed measurement goes on behind the last whole line of the same conditions. A skip costs nothing, a
+    derived network drops it; with `skip_reg` it is charged a tenth of its layer's first op, as in Mult-Adds.
     """
     where, sizes = pick_device(device), space.maps(input_size)
     conditions: dict[str, Any] = {
@@ -117,10 +117,14 @@ def measure(
                     file.flush()
                     bar.update()
     bar.close()
-    ms = {key: min(times[key]) for key in keys}
+    # A skip is the one op that is not timed.
+    ms = defaultdict(float, {key: min(times[key]) for key in keys})
+
+    def cost(key: Key, row: list[Key]) -> float:
+        return ms[row[0]] / 10 if space.skip_reg and key[0] == ops.SKIP else ms[key]
 
     def costs(rows: list[list[Key]]) -> list[list[float]]:
-        return [[ms.get(key, 0.0) for key in row] for row in rows]
+        return [[cost(key, row) for key in row] for row in rows]
 
     names = ("op", "in_channels", "width", "map", "stride")
     entries = [
@@ -129,7 +133,8 @@ def measure(
     ]
     return CostTable(
         space, "latency", ms[stem], [costs(rows) for rows in head], [costs(rows) for rows in stack],
-        [ms[key] for key in ends], ms.get(classifier, 0.0), conditions | {"rounds": rounds, "entries": entries},
+        [ms[key] for key in ends], ms[classifier] if mobile else 0.0,
+        conditions | {"rounds": rounds, "entries": entries},
     )  # fmt: skip
 
 
@@ -158,7 +163,7 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12,
 
 
 def agreement(frame: pd.DataFrame) -> dict[str, float]:
-    """Spearman's rank correlation and the mean absolute percentage error, plain and corrected, of what `judge` gave."""
+    """Spearman's rank correlation, the factor, and the mean absolute percentage errors of what `judge` gave."""
     error = {
         name: float(100 * ((frame[name] - frame["measured"]).abs() / frame["measured"]).mean())
         for name in ("predicted", "corrected")
@@ -167,6 +172,7 @@ def agreement(frame: pd.DataFrame) -> dict[str, float]:
     return {
         "networks": len(frame),
         "spearman": rank,
+        "factor": float((frame["corrected"] / frame["predicted"]).median()),
         "error": error["predicted"],
         "error_corrected": error["corrected"],
     }

@@ -7,6 +7,7 @@ import pytest
 from helpers import SKIP, SMALL
 
 from densenas import CostTable, SearchSpace, latency
+from densenas.derivation import Lattice
 from densenas.latency import agreement, judge, measure
 
 RES = SearchSpace.load("cifar_resnet")
@@ -36,6 +37,13 @@ def test_every_distinct_op_is_measured_once_and_stands_where_it_is_used(quick, t
                 assert ms == (0 if op == SKIP else known[op, SMALL.chs[j], SMALL.chs[j], sizes[j], 1]["ms"])
     assert all(entry["ms"] <= entry["median"] <= entry["max"] for entry in known.values())
     assert table.unit == "ms" and {"device", "threads", "torch", "batch_size", "dtype"} <= table.conditions.keys()
+
+
+def test_a_regularised_skip_costs_a_tenth_of_the_first_op(quick, tmp_path):
+    table = measure(RES, RES.input_size, 3, tmp_path / "log.jsonl", rounds=1)
+    skip = RES.stack_ops.index(SKIP)
+    rows = [row for layers in table.stack for row in layers]
+    assert rows and all(row[skip] == row[0] / 10 > 0 for row in rows)
 
 
 def test_a_killed_measurement_goes_on_behind_its_last_line(quick, tmp_path):
@@ -69,3 +77,6 @@ def test_whole_networks_judge_the_table(quick, space, tmp_path):
     assert len(frame) == 6 and (frame > 0).all(axis=None)
     assert agreement(frame)["spearman"] == pytest.approx(frame.corr("spearman").loc["predicted", "measured"])
     assert agreement(frame.assign(measured=frame["predicted"]))["error"] == 0
+    scaled = table.scaled(1.5)
+    archs = [one.architecture for one in Lattice(table).sample(5)]
+    assert [scaled.total(arch) for arch in archs] == pytest.approx([1.5 * table.total(arch) for arch in archs])
