@@ -109,7 +109,7 @@ def prepare(
     items = {"digits": _digits, "folder": _folder}.get(dataset, partial(_torchvision, dataset))(source)
     classes = _classes(sorted({item.label for item in items}), num_classes)
     items = [item for item in items if item.label in classes]
-    split = _assign(items, val_fraction, seed)
+    split = _assign(items, val_fraction, seed, grows=dataset == "folder")
     parts = {name: [item for item in items if split[item.key] == name] for name in SPLITS}
     _refuse_missing(classes, {name: {item.label for item in part} for name, part in parts.items()})
     write_pack(folder, parts, pack if isinstance(pack, int) else None, quality, skip_broken)
@@ -229,7 +229,7 @@ def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
     return classes
 
 
-def _assign(items: list[Item], val_fraction: float, seed: int) -> dict[str, str]:
+def _assign(items: list[Item], val_fraction: float, seed: int, grows: bool = True) -> dict[str, str]:
     """train, val or test for every key: what the source says, and what it leaves open by a hash of the key.
 
     A test split drawn here has no seed in its hash: another seed must not leak test images into training.
@@ -241,18 +241,18 @@ def _assign(items: list[Item], val_fraction: float, seed: int) -> dict[str, str]
         by_class[item.label].append(item.key)
     for keys in by_class.values():
         if None in own:
-            split |= dict.fromkeys(_draw(keys, TEST_FRACTION, "test"), "test")
+            split |= dict.fromkeys(_draw(keys, TEST_FRACTION, "test", grows), "test")
         if "val" not in own:
             train = [key for key in keys if split[key] == "train"]
-            split |= dict.fromkeys(_draw(train, val_fraction, f"val {seed}"), "val")
+            split |= dict.fromkeys(_draw(train, val_fraction, f"val {seed}", grows), "val")
     return split
 
 
-def _draw(keys: list[str], fraction: float, salt: str) -> list[str]:
-    """The keys whose hash, a number in [0, 1), is below `fraction`.
+def _draw(keys: list[str], fraction: float, salt: str, grows: bool) -> list[str]:
+    """The keys whose hash, a number in [0, 1), is below `fraction`; of a set that never grows exactly that share.
 
-    Each key stands for itself, so that images added later move no other; of n images f·n ± 2·√(f·(1 - f)·n) are drawn
-    in 19 of 20 classes. Only a class that would get none, or give all, sends or keeps the image that is nearest to
+    In a folder each key stands for itself, so that images added later move no other; of n images f·n ± 2·√(f·(1 - f)·n)
+    are drawn in 19 of 20 classes. Only a class that would get none, or give all, sends or keeps the image nearest to
     the threshold: the alternative would be to refuse small classes.
     """
 
@@ -260,7 +260,7 @@ def _draw(keys: list[str], fraction: float, salt: str) -> list[str]:
         return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
     ordered = sorted(keys, key=share)
-    below = sum(share(key) < fraction for key in keys)
+    below = sum(share(key) < fraction for key in keys) if grows else round(fraction * len(keys))
     return ordered[: max(1, min(below, len(keys) - 1))] if len(keys) > 1 else []
 
 
