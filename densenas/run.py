@@ -98,10 +98,11 @@ class RunConfig(Strict):
             raise one_sentence(error, str(path)) from None
         space = SearchSpace.load(config.space)
         size, target = config.image_size or space.input_size, config.search.target_cost
-        tables = [CostTable.mult_adds(space, size, classes) for classes in (2, 10_000)]
+        space.maps(size)
         if target is not None and config.cost.kind == "mult_adds":
             # The classes are not counted yet, the classifier's share is small.
-            low, high = Lattice(tables[0]).reach[0], Lattice(tables[1]).reach[1]
+            few, many = (Lattice(CostTable.mult_adds(space, size, classes)) for classes in (2, 10_000))
+            low, high = few.reach[0], many.reach[1]
             if not low <= target <= high:
                 raise ValueError(
                     f"{path}: search.target_cost is {target:g} million Mult-Adds, networks of space {space.name} at"
