@@ -98,7 +98,7 @@ class RunConfig(Strict):
             raise one_sentence(error, str(path)) from None
         space = SearchSpace.load(config.space)
         size, target = config.image_size or space.input_size, config.search.target_cost
-        space.maps(size)
+        space.maps(size)  # refuses a size at which a map would vanish
         if target is not None and config.cost.kind == "mult_adds":
             # The classes are not counted yet, the classifier's share is small.
             few, many = (Lattice(CostTable.mult_adds(space, size, classes)) for classes in (2, 10_000))
