@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from densenas import ops
+from densenas.architecture import Architecture
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.run import environment, pick_device, progress
@@ -144,22 +145,30 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12,
     Columns predicted, measured, and corrected: the prediction times one factor, the median of measured / predicted. An
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
     """
-    where, conditions = pick_device(device), table.conditions
     candidates = Lattice(table).sample(n, seed, even=True)
-    times: list[list[float]] = [[] for _ in candidates]
+    measured = whole([one.architecture for one in candidates], table.conditions, device, rounds, seed)
+    frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": measured})
+    frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
+    return frame
+
+
+def whole(
+    architectures: Sequence[Architecture], conditions: Mapping[str, Any], device: str, rounds: int, seed: int
+) -> list[float]:
+    """Milliseconds of each network as a whole, under a table's conditions: the least of so many shuffled rounds."""
+    where = pick_device(device)
+    times: list[list[float]] = [[] for _ in architectures]
     shape = (conditions["batch_size"], 3, conditions["input_size"], conditions["input_size"])
     x = torch.randn(shape, device=where).contiguous(memory_format=torch.channels_last)
-    nets = [one.architecture.build(conditions["num_classes"]).eval() for one in candidates]
-    bar, dice = progress(rounds * n, "networks"), random.Random(seed)
+    nets = [architecture.build(conditions["num_classes"]).eval() for architecture in architectures]
+    bar, dice = progress(rounds * len(nets), "networks"), random.Random(seed)
     for _ in range(rounds):
-        for index in dice.sample(range(n), n):
+        for index in dice.sample(range(len(nets)), len(nets)):
             net = nets[index].to(where, memory_format=torch.channels_last)
             times[index].append(milliseconds(net, x))
             bar.update()
     bar.close()
-    frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": [min(t) for t in times]})
-    frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
-    return frame
+    return [min(values) for values in times]
 
 
 def agreement(frame: pd.DataFrame) -> dict[str, float]:

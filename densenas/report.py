@@ -36,16 +36,48 @@ def headline(run: Run) -> dict[str, str]:
     }
 
 
-def all_runs(dataset: str) -> pd.DataFrame:
-    """Every evaluated run on a data set: name, group (the space), cost (M Mult-Adds) and top1 (%)."""
+# Columns of the overview with their heads.
+COLUMNS = {
+    "name": "run", "dataset": "data", "group": "space", "top1": "test top-1 (%)", "low": "from", "high": "to",
+    "images": "test images", "cost": "Mult-Adds (M)", "target": "target", "params": "parameters (k)",
+    "blocks": "blocks", "layers": "layers", "seconds": "search (s)", "seed": "seed",
+}  # fmt: skip
+
+
+def all_runs() -> pd.DataFrame:
+    """Every evaluated run with what COLUMNS names; top1 and its interval in %, the target in the cost's own unit."""
     rows = []
     for folder in sorted((ROOT / "reports").glob("*/architecture.json")):
         run = Run(folder.parent.name)
         metrics, arch = run.read_json("metrics.json"), run.read_json("architecture.json")
-        if metrics.get("data", {}).get("dataset") == dataset and "evaluate" in metrics:
-            top1 = 100 * metrics["evaluate"]["top1"]
-            rows.append({"name": run.name, "group": arch["space"], "cost": arch["mult_adds_m"], "top1": top1})
-    return pd.DataFrame(rows, columns=["name", "group", "cost", "top1"])
+        if "evaluate" not in metrics:
+            continue
+        test, target = metrics["evaluate"], arch["target_cost"]
+        low, high = wilson(test["top1"], test["images"])
+        unit = arch["cost_unit"].replace("million", "M")
+        row = [
+            run.name, metrics["data"]["dataset"], arch["space"], 100 * test["top1"], 100 * low, 100 * high,
+            test["images"], arch["mult_adds_m"], f"{target} {unit}" if target else "none",
+            1000 * arch["params_m"], arch["blocks"], arch["layers"], metrics["search"]["seconds"], arch["seed"],
+        ]  # fmt: skip
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*COLUMNS])
+
+
+def write_overview() -> str:
+    """Writes reports/index.html, all runs in one table that sorts; returns its path relative to the repository."""
+    formats = {"top1": "%.2f", "low": "%.1f", "high": "%.1f", "cost": "%.3f", "params": "%.1f"}
+    page = _page("overview.html.j2", runs=all_runs().to_dict("records"), columns=COLUMNS, formats=formats)
+    write_text(ROOT / "reports" / "index.html", page)
+    return "reports/index.html"
+
+
+def _page(template: str, **content: Any) -> str:
+    jinja = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return jinja.get_template(template).render(content)
 
 
 def write_report(run: Run) -> str:
@@ -60,8 +92,6 @@ def write_report(run: Run) -> str:
         for name, caption in sorted(captions.items())
     ]
     metrics, provenance = run.read_json("metrics.json"), run.read_json("provenance.json")
-    jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    template = jinja.from_string((PACKAGE / "report.html.j2").read_text(encoding="utf-8"))
     content: dict[str, Any] = {
         "run": run.name,
         "data": metrics["data"],
@@ -76,7 +106,7 @@ def write_report(run: Run) -> str:
         "notebooks": sorted(path.name for path in run.reports.glob("*.ipynb")),
     }
     path = run.reports / "index.html"
-    write_text(path, template.render(content))
+    write_text(path, _page("report.html.j2", **content))
     return path.relative_to(run.reports.parents[1]).as_posix()
 
 
@@ -86,4 +116,4 @@ if __name__ == "__main__":
     print(f"\nRun '{run.name}'")
     for name, text in headline(run).items():
         print(f"  {name:<16} {text}")
-    print(f"  {'report':<16} {path}\n")
+    print(f"  {'report':<16} {path}, beside all runs in {write_overview()}\n")

@@ -234,7 +234,8 @@ def search(
             row = {"lr": trainer.schedule.get_last_lr()[0], "expected_cost": float(net.cost(table))}
             row["derived_cost"] = trace[-1].derive(table, target_cost).cost
             if target_cost is not None:
-                row |= {"target_cost": target_cost, "multiplier": float(trainer.target.multiplier)}
+                gap = row["derived_cost"] / target_cost - 1
+                row |= {"target_cost": target_cost, "gap": gap, "multiplier": float(trainer.target.multiplier)}
             return row | trace[-1].health(table.space)
 
         parts = {"net": net, "trace": trace} | {name: getattr(trainer, name) for name in ("sgd", "adam", "schedule")}

@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from papermill import inspect_notebook
 
+from densenas import report
 from densenas.config import PACKAGE, ROOT
 from densenas.run import Run, RunConfig
 
@@ -164,3 +165,18 @@ def test_a_killed_pipeline_goes_on_and_finishes(tiny_run):
     after = {stage: (run.work / f"{stage}.done").stat().st_mtime_ns for stage in before}
     assert after["03-search"] == before["03-search"] and after["05-retrain"] > before["05-retrain"]
     assert len(run.history("retrain")) == 1
+
+
+def test_the_overview_lists_every_evaluated_run(tmp_path, monkeypatch):
+    for module in ("run", "report"):
+        monkeypatch.setattr(f"densenas.{module}.ROOT", tmp_path)
+    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "digits")
+    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "second")
+    unfinished = tmp_path / "reports" / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(ROOT / "reports" / "digits" / "architecture.json", unfinished)
+    page = (tmp_path / report.write_overview()).read_text()
+    assert re.findall(r'href="(.*?)"', page) == ["digits/index.html", "second/index.html"]
+    top1 = json.loads((ROOT / "reports" / "digits" / "metrics.json").read_text())["evaluate"]["top1"]
+    assert page.count(f">{100 * top1:.2f}</td>") == 2
+    assert not re.search("https?://", page), "it must read without a network"
