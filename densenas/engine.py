@@ -77,6 +77,12 @@ class Position:
         self.history.append(self.row)
         self.row, self.passes = {}, 0
 
+    def at_best(self) -> bool:
+        """Whether no earlier epoch was better than the last finished one."""
+        last = self.history[-1]
+        column = "val_top1" if "val_top1" in last else "train_top1"
+        return last[column] >= max(row.get(column, 0.0) for row in self.history)
+
 
 def fit(
     run: Run,
@@ -90,8 +96,9 @@ def fit(
     """Runs the passes of every epoch; returns a history row for each, with the columns that `finish` adds at its end.
 
     `parts` (with state_dict and load_state_dict) are all that training changes. They are kept in runs/<run>/<stage>.pt
-    after every epoch, and every two minutes within one; the same call goes on from there. `configuration` holds the
-    seed and all that decides the outcome. Raises FloatingPointError, naming the step, where a loss is not finite.
+    after every epoch, and every two minutes within one; the same call goes on from there. <stage>.best.pt is that of
+    the epoch with the highest accuracy on val, or on train as long as there is no pass over val. `configuration` holds
+    the seed and all that decides the outcome. Raises FloatingPointError, naming the step, where a loss is not finite.
     """
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -106,12 +113,12 @@ def fit(
     if world > 1 and rank == 0:
         dist.barrier()
 
-    def save() -> None:
+    def save(where: Path) -> None:
         nonlocal saved
         saved = time.monotonic()
         if rank == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(path, configuration, position=vars(position), **state)
+            save_checkpoint(where, configuration, position=vars(position), **state)
 
     start = len(position.history)
     lengths = [[len(one.batches) for one in passes(epoch)] for epoch in range(epochs)]
@@ -142,11 +149,13 @@ def fit(
                 bar.set_postfix(position.shown(), refresh=False)
                 bar.update()
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    save()
+                    save(path)
             position.end_pass(one.name)
         position.row |= finish()
         position.end_epoch()
-        save()
+        if position.at_best():
+            save(path.with_suffix(".best.pt"))  # before the other: a kill between the two repeats the epoch
+        save(path)
         if board:
             run.write_history(stage, position.history)
             for name, value in position.history[-1].items():

@@ -80,11 +80,22 @@ def test_twenty_times_killed_it_ends_as_if_undisturbed(stage, processes, root):
         assert process.exitcode == -signal.SIGKILL, "it ended before the last kill: more epochs are needed"
         within += Position(**torch.load(path, weights_only=True)["position"]).steps > 0
     assert process.exitcode == 0 and within > 5
+    for kept in (f"{stage}.best", stage):
+        with mock.patch("densenas.run.ROOT", root):
+            ours = checkpoint(Run("made-up"), kept)
+        with mock.patch("densenas.run.ROOT", root / "undisturbed"):
+            theirs = checkpoint(Run("made-up"), kept)
+        assert identical(ours, theirs)
+
+
+@pytest.mark.parametrize(("stage", "column"), [("search", "val_top1"), ("retrain", "train_top1")])
+def test_the_best_checkpoint_stays_beside_the_last(stage, column, root):
+    train(root, stage, epochs=12)
     with mock.patch("densenas.run.ROOT", root):
-        ours = checkpoint(Run("made-up"), stage)
-    with mock.patch("densenas.run.ROOT", root / "undisturbed"):
-        theirs = checkpoint(Run("made-up"), stage)
-    assert identical(ours, theirs)
+        last, best = (checkpoint(Run("made-up"), name)["position"]["history"] for name in (stage, f"{stage}.best"))
+    reached = [row.get(column, 0.0) for row in last]
+    assert len(reached) == 12 and best[-1][column] == max(reached)
+    assert reached.index(max(reached)) < len(best) <= 12 and identical(best, last[: len(best)])
 
 
 def in_shares(forward):
