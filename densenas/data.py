@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torchvision
 from torch import Tensor
+from torchvision import datasets
 
 from densenas.config import DATA, Augment, Dataset, write_text
 from densenas.loading import transform
@@ -152,12 +152,10 @@ def _torchvision(dataset: str, source: str | None) -> list[Item]:
     folder = root / "imagenette2-320"
     try:
         if dataset != "imagenette":
-            kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion_mnist": torchvision.datasets.FashionMNIST}[
-                dataset
-            ]
+            kind = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST}[dataset]
             parts = {name: kind(root, train=name == "train", download=True) for name in ("train", "test")}
         elif not folder.is_dir():
-            torchvision.datasets.Imagenette(root, size="320px", download=True)
+            datasets.Imagenette(root, size="320px", download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(

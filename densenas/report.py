@@ -36,6 +36,10 @@ def headline(run: Run) -> dict[str, str]:
     }
 
 
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)  # fmt: skip
 # Columns of the overview with their heads.
 COLUMNS = {
     "name": "run", "dataset": "data", "group": "space", "top1": "test top-1 (%)", "low": "from", "high": "to",
@@ -55,29 +59,20 @@ def all_runs() -> pd.DataFrame:
         test, target = metrics["evaluate"], arch["target_cost"]
         low, high = wilson(test["top1"], test["images"])
         unit = arch["cost_unit"].replace("million", "M")
-        row = [
+        rows.append([
             run.name, metrics["data"]["dataset"], arch["space"], 100 * test["top1"], 100 * low, 100 * high,
             test["images"], arch["mult_adds_m"], f"{target} {unit}" if target else "none",
             1000 * arch["params_m"], arch["blocks"], arch["layers"], metrics["search"]["seconds"], arch["seed"],
-        ]  # fmt: skip
-        rows.append(row)
+        ])  # fmt: skip
     return pd.DataFrame(rows, columns=[*COLUMNS])
 
 
 def write_overview() -> str:
     """Writes reports/index.html, all runs in one table that sorts; returns its path relative to the repository."""
     formats = {"top1": "%.2f", "low": "%.1f", "high": "%.1f", "cost": "%.3f", "params": "%.1f"}
-    page = _page("overview.html.j2", runs=all_runs().to_dict("records"), columns=COLUMNS, formats=formats)
-    write_text(ROOT / "reports" / "index.html", page)
+    template, runs = TEMPLATES.get_template("overview.html.j2"), all_runs().to_dict("records")
+    write_text(ROOT / "reports" / "index.html", template.render(runs=runs, columns=COLUMNS, formats=formats))
     return "reports/index.html"
-
-
-def _page(template: str, **content: Any) -> str:
-    jinja = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return jinja.get_template(template).render(content)
 
 
 def write_report(run: Run) -> str:
@@ -106,7 +101,7 @@ def write_report(run: Run) -> str:
         "notebooks": sorted(path.name for path in run.reports.glob("*.ipynb")),
     }
     path = run.reports / "index.html"
-    write_text(path, _page("report.html.j2", **content))
+    write_text(path, TEMPLATES.get_template("report.html.j2").render(content))
     return path.relative_to(run.reports.parents[1]).as_posix()
 
 

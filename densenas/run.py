@@ -49,21 +49,20 @@ class CostConfig(Strict):
     rounds: int = Field(12, ge=1)
 
 
-class SearchConfig(Strict):
+class TrainingConfig(Strict):
     epochs: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=2)
+    devices: int = Field(1, ge=1)
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+
+
+class SearchConfig(TrainingConfig):
     arch_start_epoch: int | None = Field(None, ge=0)
-    batch_size: int | None = Field(None, ge=2)
     target_cost: float | None = Field(None, gt=0)
-    devices: int = Field(1, ge=1)
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
 
-class RetrainConfig(Strict):
+class RetrainConfig(TrainingConfig):
     net_config: str | None = None
-    epochs: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=2)
-    devices: int = Field(1, ge=1)
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
 
 class EvaluateConfig(Strict):
