@@ -36,8 +36,10 @@ test: setup
 	$(BIN)/pytest tests
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 
-# Runs every notebook at its defaults and keeps the outputs, which are committed.
+# Runs every notebook at its defaults and keeps the outputs, which are committed: from scratch, or what an earlier demo
+# left behind would be gone on from, and no progress shown.
 notebooks: setup
+	rm -rf runs/demo reports/demo
 	for notebook in notebooks/*.ipynb; do \
 		$(BIN)/papermill --cwd notebooks --no-progress-bar $$notebook $$notebook || exit 1; done
 
