@@ -14,6 +14,17 @@ import yaml
 from densenas.config import PACKAGE, ROOT, write_text
 from densenas.run import Run
 
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)  # fmt: skip
+# Columns of the overview with their heads.
+COLUMNS = {
+    "name": "run", "dataset": "data", "group": "space", "top1": "test top-1 (%)", "low": "from", "high": "to",
+    "images": "test images", "cost": "Mult-Adds (M)", "target": "target", "params": "parameters (k)",
+    "blocks": "blocks", "layers": "layers", "seconds": "search (s)", "seed": "seed",
+}  # fmt: skip
+
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a share seen in n trials (Wilson 1927)."""
@@ -34,18 +45,6 @@ def headline(run: Run) -> dict[str, str]:
         "search": f"{search['epochs']} epochs in {search['seconds']:.0f} s, val accuracy {search['val_top1']:.1%}",
         "retraining": f"{training['epochs']} epochs in {training['seconds']:.0f} s",
     }
-
-
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)  # fmt: skip
-# Columns of the overview with their heads.
-COLUMNS = {
-    "name": "run", "dataset": "data", "group": "space", "top1": "test top-1 (%)", "low": "from", "high": "to",
-    "images": "test images", "cost": "Mult-Adds (M)", "target": "target", "params": "parameters (k)",
-    "blocks": "blocks", "layers": "layers", "seconds": "search (s)", "seed": "seed",
-}  # fmt: skip
 
 
 def all_runs() -> pd.DataFrame:
