@@ -22,11 +22,9 @@ from statistics import median
 from typing import TypeVar
 
 import pandas as pd
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import densenas.run
-from densenas import Architecture, CostTable, SearchSpace, data, latency
+from densenas import CostTable, SearchSpace, data, latency, train
 from densenas.config import override
 from densenas.derivation import Lattice
 from densenas.run import Run, environment
@@ -41,13 +39,6 @@ def fresh(function: Callable[..., T], *arguments: object) -> T:
     """The function in a process of its own: one that has trained runs networks up to 1.5 times slower from then on."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def counted(architecture: Architecture, size: int, classes: int) -> float:
-    """Millions of Mult-Adds that PyTorch counts while the network runs; it counts a multiply-add twice."""
-    with FlopCounterMode(display=False) as counter:
-        architecture.build(classes).eval()(torch.zeros(1, 3, size, size))
-    return counter.get_total_flops() / 2e6
 
 
 def main() -> None:
@@ -84,7 +75,7 @@ def main() -> None:
                 measured = fresh(latency.whole, networks, table.conditions, "cpu", 12, 0)
                 slower = median(now / one.cost for now, one in zip(measured[len(found) :], known, strict=True))
             else:
-                measured = [counted(architecture, size, classes) for architecture in found]
+                measured = [train.size(architecture.build(classes), size)["mult_adds_m"] for architecture in found]
             for row, value in zip(rows[-len(found) :], measured, strict=False):
                 row |= {"measured": value, "steady": value / slower}
     frame = pd.DataFrame(rows)
