@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.lr_scheduler import LambdaLR
 
 from densenas.config import atomic
-from densenas.loading import Batches, seed_of
+from densenas.loading import Batches, rank_and_world, seed_of
 from densenas.run import Run, RunConfig, pick_device, progress
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -162,11 +162,6 @@ def fit(
                 board.add_scalar(name, value, epoch)
     bar.close()
     return position.history
-
-
-def rank_and_world() -> tuple[int, int]:
-    """The number of this process and how many train together."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def descend(

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -72,6 +73,11 @@ class Decoded(Dataset):
         return images
 
 
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device, where that is a GPU without waiting for what it still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -82,15 +88,17 @@ class Batches:
 
     With a seed these are training batches: shuffled, augmented as `data.augment` says, the last incomplete one left
     out. Without one the splits are read in order, whole and unchanged. `batch_size` is that of all `world` processes
-    together; process `rank` gets its slice of each batch (of an incomplete one perhaps an empty slice). `workers` are
-    processes that decode, as many as this process has cores where None; resident images need none.
+    together (None: of those that train with this one); process `rank` gets its slice of each batch, of an incomplete
+    one perhaps an empty one. `workers` are processes that decode, as many as this one has cores where None; resident
+    images need none.
     """
 
     def __init__(
         self, data: ImageData, splits: str | Sequence[str], batch_size: int, device: torch.device,
-        seed: int | None = None, *, workers: int | None = None, rank: int = 0, world: int = 1,
+        seed: int | None = None, *, workers: int | None = None, rank: int = 0, world: int | None = None,
     ) -> None:  # fmt: skip
         parts = [data.splits[name] for name in ([splits] if isinstance(splits, str) else splits)]
+        rank, world = rank_and_world() if world is None else (rank, world)
         if not 0 <= rank < world or batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world} processes (this is {rank})")
         self.count = sum(map(len, parts))

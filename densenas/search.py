@@ -215,8 +215,7 @@ def search(
         net = SuperNet(table.space, len(data.classes))
         net.temperature = recipe.softmax_temp
         net.to(where, memory_format=torch.channels_last).train()
-        share = dict(zip(("rank", "world"), rank_and_world(), strict=True))
-        train, val = (Batches(data, name, recipe.batch_size, where, seed, **share) for name in ("train", "val"))
+        train, val = (Batches(data, name, recipe.batch_size, where, seed) for name in ("train", "val"))
         trainer = SearchTrainer(net, table, recipe, recipe.epochs * len(train), precision, target_cost)
         trace = Trace([Probabilities.of(net)])
 
