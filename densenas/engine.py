@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.lr_scheduler import LambdaLR
 
-from densenas.config import atomic
+from densenas.config import RetrainRecipe, SearchRecipe, atomic
 from densenas.loading import Batches, rank_and_world, seed_of
 from densenas.run import Run, RunConfig, pick_device, progress
 
@@ -182,6 +182,19 @@ def descend(
         parts = (flat / world).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
     return outcome
+
+
+def fused_sgd(parameters: list[nn.Parameter], recipe: SearchRecipe | RetrainRecipe) -> torch.optim.SGD:
+    """SGD as one kernel over the parameters that have a gradient.
+
+    Momentum starts at zero everywhere, which is the same as without: the kernel refuses parameters with and without
+    momentum side by side, and a sampled step leaves most without a gradient.
+    """
+    rates = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    optimizer = torch.optim.SGD(parameters, **rates, fused=True)
+    for parameter in parameters if recipe.momentum else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int, lr_min: float, warmup: int = 0) -> LambdaLR:

@@ -17,7 +17,7 @@ from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Candidate, Lattice, visit_probabilities
-from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
+from densenas.engine import Pass, cosine, descend, fit, fused_sgd, rank_and_world, training_on
 from densenas.loading import Batches
 from densenas.run import Run
 from densenas.space import SearchSpace
@@ -149,10 +149,9 @@ class SearchTrainer:
         self.net, self.table, self.recipe, self.precision = net, table, recipe, precision
         self.target = None if target_cost is None else Target(target_cost, net.beta[0].device)
         self.weights, self.arch = net.weight_parameters(), net.arch_parameters()
-        self.sgd = torch.optim.SGD(self.weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        self.adam = torch.optim.Adam(
-            self.arch, recipe.arch_lr, recipe.arch_betas, weight_decay=recipe.arch_weight_decay
-        )
+        self.sgd = fused_sgd(self.weights, recipe)
+        decay = recipe.arch_weight_decay
+        self.adam = torch.optim.Adam(self.arch, recipe.arch_lr, recipe.arch_betas, weight_decay=decay, fused=True)
         self.schedule = cosine(self.sgd, steps, recipe.lr_min)
 
     def _classify(self, images: Tensor, labels: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from densenas.architecture import Architecture, load_published, save_published
 from densenas.config import RetrainRecipe, atomic, override, read_text, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
-from densenas.engine import Pass, cosine, descend, fit, rank_and_world, training_on
+from densenas.engine import Pass, cosine, descend, fit, fused_sgd, rank_and_world, training_on
 from densenas.loading import Batches
 from densenas.run import Run, pick_device, progress
 
@@ -93,7 +93,7 @@ def retrain(
         net = network(str(model), len(data.classes)).to(where, memory_format=torch.channels_last)
         weights = list(net.parameters())
         batches = Batches(data, ("train", "val"), recipe.batch_size, where, seed)
-        sgd = torch.optim.SGD(weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        sgd = fused_sgd(weights, recipe)
         warmup = round(recipe.warmup_epochs * len(batches))
         schedule = cosine(sgd, recipe.epochs * len(batches), recipe.lr_min, warmup)
 

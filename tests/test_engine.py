@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import refused
 from test_search import ARCH, DATA, RETRAIN, SEARCH, TABLE, checkpoint, identical
+from torch import nn
 
 from densenas import CostTable, SearchSpace, SuperNet, data, engine
 from densenas.architecture import DerivedNet
@@ -171,3 +172,19 @@ def test_two_machines_train_one_search(tmp_path):
     finally:
         for folder in (run.reports, run.work):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fused_sgd_does_what_sgd_does_when_parameters_take_turns(momentum):
+    recipe = SEARCH.model_copy(update={"momentum": momentum, "weight_decay": 0.01})
+    start = [torch.randn(3, dtype=torch.float64) for _ in range(3)]
+    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    plain = torch.optim.SGD(theirs, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    fused = engine.fused_sgd(ours, recipe)
+    for active in ({0}, {0, 1}, {1}, {2, 0}, {2}):
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            one.grad = torch.randn(3, dtype=torch.float64) if index in active else None
+            other.grad = None if one.grad is None else one.grad.clone()
+        fused.step()
+        plain.step()
+    torch.testing.assert_close(ours, theirs)
