@@ -1,5 +1,6 @@
 # make reproduce            the default run: digits, from data to report
 # make reproduce RUN=cifar10 CONFIG=path/to/cifar10.yml
+# make evidence             searched, random and hand-made networks of equal cost: digits in miniature, or RUN=, CONFIG=
 # make test                 every test, notebooks included
 # make setup | lock | notebooks
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup reproduce test notebooks lock
+.PHONY: setup reproduce evidence test notebooks lock
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -30,6 +31,13 @@ reproduce: setup
 	@mkdir -p runs
 	@flock runs/.lock $(BIN)/snakemake --nolock --rerun-incomplete --quiet host reason progress --cores $(CORES) \
 		--config run=$(RUN) configuration=$(CONFIG)
+	@$(BIN)/python -m densenas.report $(RUN)
+
+evidence: RUN = evidence-digits
+evidence: setup
+	@mkdir -p runs
+	@flock runs/.lock $(BIN)/snakemake --nolock --rerun-incomplete --keep-going --quiet host reason --cores $(CORES) \
+		--config run=$(RUN) configuration=$(CONFIG) -- evidence
 	@$(BIN)/python -m densenas.report $(RUN)
 
 test: setup

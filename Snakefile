@@ -8,10 +8,11 @@ from snakemake.exceptions import WorkflowError
 from densenas.run import Run, RunConfig
 
 RUN = str(config.get("run", "digits"))
+CONFIGURATION = config.get("configuration", f"data/configs/{RUN}.yml")
 try:
     # Everything that can be refused is refused here, before anything runs.
     Run(RUN)
-    PARAMETERS = RunConfig.load(config.get("configuration", f"data/configs/{RUN}.yml")).parameters(RUN)
+    PARAMETERS = RunConfig.load(CONFIGURATION).parameters(RUN)
 except (ValueError, FileNotFoundError) as error:
     raise WorkflowError(str(error))
 
@@ -24,6 +25,12 @@ NEEDS = {
     "06-evaluate": ["05-retrain"],
     "07-figures": ["06-evaluate"],
 }
+# A stage must not outlive a killed pipeline: the kernel ends with papermill, papermill with its parent.
+WITH_PARENT = "exec setpriv --pdeathsig KILL"
+PAPERMILL = (
+    f"{WITH_PARENT} papermill --log-level WARNING --no-progress-bar --stdout-file -"
+    " {input.notebook} {output.notebook} --parameters_yaml {params.parameters}"
+)
 
 
 rule all:
@@ -50,7 +57,56 @@ for stage, needs in NEEDS.items():
         threads: workflow.cores
         message:
             f"== {stage} =="
-        # A stage must not outlive a killed pipeline: the kernel ends with papermill, papermill with its parent.
         shell:
-            "exec setpriv --pdeathsig KILL papermill --log-level WARNING --no-progress-bar --stdout-file -"
-            " {input.notebook} {output.notebook} --parameters_yaml {params.parameters}"
+            PAPERMILL
+
+
+# The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread.
+if STUDY := PARAMETERS.get("09-evidence"):
+    from densenas.evidence import SEARCHED, Study
+
+    RESULT = f"runs/{RUN}/evidence/{{job}}/result.json"
+    STEP = f"{WITH_PARENT} python -m densenas.evidence {shlex.quote(str(CONFIGURATION))} {RUN}"
+
+    rule evidence:
+        input:
+            notebook="notebooks/09-evidence.ipynb",
+            results=expand(RESULT, job=Study(**STUDY).jobs()),
+        output:
+            notebook=f"reports/{RUN}/09-evidence.ipynb",
+            done=touch(f"runs/{RUN}/09-evidence.done"),
+        params:
+            parameters=shlex.quote(yaml.safe_dump(STUDY, default_flow_style=True, width=10**6).strip()),
+        threads: workflow.cores
+        message:
+            "== 09-evidence =="
+        shell:
+            PAPERMILL
+
+    rule searched:
+        input:
+            f"runs/{RUN}/02-cost.done",
+        output:
+            f"runs/{RUN}/evidence/{SEARCHED}_{{target}}_{{seed}}/searched.json",
+        params:
+            search=STUDY["search"],
+        message:
+            "search for {wildcards.target} M Mult-Adds, seed {wildcards.seed}"
+        shell:
+            "{STEP} search {SEARCHED}_{wildcards.target}_{wildcards.seed}"
+
+    rule trained:
+        input:
+            f"runs/{RUN}/02-cost.done",
+            lambda job: [RESULT.replace("result", "searched").format(**job)] if job.job.startswith(SEARCHED) else [],
+        output:
+            RESULT,
+        params:
+            retrain=STUDY["retrain"],
+            networks=STUDY["networks"],
+        wildcard_constraints:
+            job="[^/]+",
+        message:
+            "train {wildcards.job}"
+        shell:
+            "{STEP} train {wildcards.job}"

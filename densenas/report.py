@@ -10,6 +10,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 import yaml
+from nbconvert import HTMLExporter
+from nbconvert.preprocessors import TagRemovePreprocessor
 
 from densenas.config import PACKAGE, ROOT, write_text
 from densenas.run import Run
@@ -104,10 +106,29 @@ def write_report(run: Run) -> str:
     return path.relative_to(run.reports.parents[1]).as_posix()
 
 
+def write_study(run: Run) -> str:
+    """Writes evidence.html, notebook 09 as it ran, without code; returns its path relative to the repository."""
+    clean = TagRemovePreprocessor(remove_all_outputs_tags={"work"})
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[clean])
+    body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
+    made = run.read_json("provenance.json")["09-evidence"]
+    content = {
+        "run": run.name, "data": run.read_json("metrics.json")["data"], "body": body,
+        "parameters": yaml.safe_dump(made["parameters"]), "environment": made,
+    }  # fmt: skip
+    path = run.reports / "evidence.html"
+    write_text(path, TEMPLATES.get_template("study.html.j2").render(content))
+    return path.relative_to(run.reports.parents[1]).as_posix()
+
+
 if __name__ == "__main__":
     run = Run(sys.argv[1])
-    path = write_report(run)
+    metrics = run.read_json("metrics.json")
     print(f"\nRun '{run.name}'")
-    for name, text in headline(run).items():
-        print(f"  {name:<16} {text}")
-    print(f"  {'report':<16} {path}, beside all runs in {write_overview()}\n")
+    if "evidence" in metrics:
+        print(f"  {'evidence':<16} {metrics['evidence']['verdict']}\n  {'report':<16} {write_study(run)}\n")
+    if "evaluate" in metrics:
+        path = write_report(run)
+        for name, text in headline(run).items():
+            print(f"  {name:<16} {text}")
+        print(f"  {'report':<16} {path}, beside all runs in {write_overview()}\n")

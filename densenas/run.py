@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveFloat, ValidationError
 from tqdm import tqdm
 
 from densenas.config import ROOT, Augment, Dataset, Strict, atomic, one_sentence, read_yaml, write_text
@@ -69,6 +69,12 @@ class EvaluateConfig(Strict):
     model: str | None = None
 
 
+class EvidenceConfig(Strict):
+    targets: tuple[PositiveFloat, ...] = Field(min_length=1)
+    seeds: int = Field(3, ge=1)
+    networks: int = Field(8, ge=2)
+
+
 class RunConfig(Strict):
     """One run as a YAML file: what the stages share on top, what one stage alone takes in its section.
 
@@ -85,6 +91,7 @@ class RunConfig(Strict):
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    evidence: EvidenceConfig | None = None  # the study that `make evidence` makes
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -96,15 +103,21 @@ class RunConfig(Strict):
         except ValidationError as error:
             raise one_sentence(error, str(path)) from None
         space = SearchSpace.load(config.space)
-        size, target = config.image_size or space.input_size, config.search.target_cost
+        size = config.image_size or space.input_size
         space.maps(size)  # refuses a size at which a map would vanish
-        if target is not None and config.cost.kind == "mult_adds":
+        if config.evidence and config.cost.kind != "mult_adds":
+            raise ValueError(f"{path}: evidence compares at equal Mult-Adds, but cost.kind is {config.cost.kind}")
+        targets = [("evidence.targets", target) for target in (config.evidence.targets if config.evidence else ())]
+        if config.search.target_cost is not None and config.cost.kind == "mult_adds":
+            targets.append(("search.target_cost", config.search.target_cost))
+        if targets:
             # The classes are not counted yet, the classifier's share is small.
             few, many = (Lattice(CostTable.mult_adds(space, size, classes)) for classes in (2, 10_000))
             low, high = few.reach[0], many.reach[1]
+        for setting, target in targets:
             if not low <= target <= high:
                 raise ValueError(
-                    f"{path}: search.target_cost is {target:g} million Mult-Adds, networks of space {space.name} at"
+                    f"{path}: {setting} is {target:g} million Mult-Adds, networks of space {space.name} at"
                     f" {size} pixels have {low:.4g} to {high:.4g}"
                 )
         return config
@@ -122,6 +135,13 @@ class RunConfig(Strict):
             "06-evaluate": {**self.evaluate.model_dump(), "device": self.device},
             "07-figures": {},
         }
+        if self.evidence:
+            stages["09-evidence"] = {
+                **self.evidence.model_dump(mode="json"), "space": self.space,
+                "precision": self.retrain.precision, "device": self.device,
+                "search": self.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}),
+                "retrain": self.retrain.model_dump(include={"epochs", "batch_size"}),
+            }  # fmt: skip
         return {stage: {"run": run, **values} for stage, values in stages.items()}
 
 
@@ -134,6 +154,12 @@ class Run:
         self.name = name
         self.reports = ROOT / "reports" / name
         self.work = ROOT / "runs" / name
+
+    def part(self, name: str) -> Run:
+        """A place of its own in this run's work folder, for one of many trainings that make one report."""
+        part = Run(self.name)
+        part.work = part.reports = self.work / name
+        return part
 
     def need(self, path: Path, stage: str) -> Path:
         """The path, if it is there; FileNotFoundError says which stage makes it."""

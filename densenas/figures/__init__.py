@@ -15,8 +15,10 @@ from densenas.figures.results import (
     accuracy_against_cost,
     class_counts,
     confusion,
+    evidence,
     image_grid,
     image_sizes,
+    one_shot_ranking,
     predicted_latency,
     published_accuracy,
     search_health,
@@ -26,6 +28,6 @@ from densenas.figures.results import (
 
 __all__ = [
     "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
-    "image_grid", "image_sizes", "operation_probabilities", "path_probabilities", "predicted_latency",
-    "published_accuracy", "search_health", "search_history", "search_space", "training_history",
+    "evidence", "image_grid", "image_sizes", "one_shot_ranking", "operation_probabilities", "path_probabilities",
+    "predicted_latency", "published_accuracy", "search_health", "search_history", "search_space", "training_history",
 ]  # fmt: skip

@@ -177,6 +177,38 @@ def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
     return figure
 
 
+def evidence(results: pd.DataFrame) -> Figure:
+    """Test accuracy of networks trained alike, against their Mult-Adds; columns design, target, mult_adds_m (millions)
+    and top1 (share of 1). Faint points are networks, strong ones a design's mean at a target with standard deviation.
+    """
+    figure, (axes,) = canvas(7, 4.4)
+    look = zip(["DenseNAS", *sorted({*results["design"]} - {"DenseNAS"})], [RED, *COLOURS], "oDs^v", strict=False)
+    for design, colour, marker in look:
+        rows = results[results["design"] == design].assign(top1=100 * results["top1"])
+        axes.plot(rows["mult_adds_m"], rows["top1"], marker, color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
+        groups = rows.groupby("target")
+        means, deviation = groups[["mult_adds_m", "top1"]].mean(), groups["top1"].std()
+        label = f"{design} (n = {groups.size().min()} a target)"
+        style = {"color": colour, "marker": marker, "markersize": 6, "capsize": 3, "linewidth": 1.2, "label": label}
+        axes.errorbar(means["mult_adds_m"], means["top1"], deviation, zorder=4 if design == "DenseNAS" else 3, **style)
+    axes.set(xlabel="Mult-Adds (millions)", ylabel="top-1 accuracy on test (%)")
+    legend_below(figure, [*axes.get_legend_handles_labels()[0]])
+    return figure
+
+
+def one_shot_ranking(ranking: pd.DataFrame) -> Figure:
+    """Accuracy of networks trained alone against that of their paths in a trained supernet; columns target (million
+    Mult-Adds), one_shot and retrained (shares of 1).
+    """
+    figure, (axes,) = canvas(4.8, 4)
+    for (target, rows), colour, marker in zip(ranking.groupby("target"), COLOURS, "osD^vP*", strict=False):
+        label = f"{target:g} M Mult-Adds"
+        axes.plot(100 * rows["one_shot"], 100 * rows["retrained"], marker, color=colour, markersize=5, label=label)
+    axes.set(xlabel="path in the supernet, top-1 on val (%)", ylabel="trained alone, top-1 on test (%)")
+    legend_below(figure, axes.get_legend_handles_labels()[0])
+    return figure
+
+
 def published_accuracy(paper: Mapping[str, Any], against: Literal["mult_adds", "latency"]) -> Figure:
     """ImageNet top-1 accuracy of published networks against their Mult-Adds or latency, in both of the paper's spaces.
 

@@ -1,0 +1,203 @@
+"""Baselines that cost what they should, a study whose jobs stand alone, and the sweep on a stand-in cluster."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from helpers import SMALL, make_space, refused
+from test_search import DATA, SEARCH, TABLE
+
+from densenas import Architecture, CostTable, SearchSpace, SuperNet, report
+from densenas.config import ROOT
+from densenas.derivation import Lattice
+from densenas.evidence import METHODS, Job, PathOf, Study, compared, hand_made, verdict
+from densenas.run import Run, RunConfig
+from densenas.supernet import Choice
+
+TARGET = 0.02  # million Mult-Adds
+EPOCH = {"epochs": 1, "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("space", "size", "target", "designs"),
+    [
+        ("mbv2", 224, 300, ["MobileNetV2", "MobileNetV2, one layer a stage"]),
+        ("cifar_mbv2", 32, 80, ["MobileNetV2", "MobileNetV2, one layer a stage"]),
+        ("resnet", 224, 2500, ["ResNet-18", "ResNet-34"]),
+        ("bottleneck", 224, 3000, ["ResNet-50"]),
+        ("cifar_resnet", 32, 60, ["ResNet-18", "ResNet-34"]),
+    ],
+)
+def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size, target, designs):
+    space = SearchSpace.load(space)
+    made = hand_made(space, target, size, 10)
+    assert [*made] == designs
+    for arch in made.values():
+        assert arch.mult_adds(size, 10) == pytest.approx(target, rel=0.05)
+        halvings = sum(block.stride == 2 for block in arch.blocks)
+        assert space.fm_sizes[0] == space.fm_sizes[-1] * 2**halvings
+        assert arch.net_type == space.net_type
+
+
+@pytest.mark.parametrize(
+    ("space", "design", "widths", "mult_adds"),
+    [
+        ("mbv2", "MobileNetV2", [16, 24, 32, 64, 96, 160, 320], 312.5),
+        ("resnet", "ResNet-34", [64, 128, 256, 512], 3600),
+        ("bottleneck", "ResNet-50", [64, 128, 256, 512], 4030),
+    ],
+)
+def test_at_the_cost_of_the_original_the_widths_are_the_originals(space, design, widths, mult_adds):
+    made = hand_made(SearchSpace.load(space), mult_adds, 224, 1000)[design]
+    assert [block.out_ch for block in made.blocks] == widths
+
+
+def test_a_path_of_the_supernet_gives_what_the_supernet_gives_where_there_is_one_path():
+    ops = ["mbconv_k3_t3", "mbconv_k5_t6"]
+    space = make_space(
+        input_size=16, init_dim=4, chs=[4, 6, 8], fm_sizes=[8, 8, 4], stage=[0, 1, 2, 3], num_layers=[0, 1, 2],
+        max_connections=1, head_ops=ops, stack_ops=[*ops, "skip_connect"],
+    )  # fmt: skip
+    net = SuperNet(space, 3)
+    (candidate,) = Lattice(CostTable.mult_adds(space, 16, 3)).sample(1, seed=3)
+    blocks = candidate.architecture.routing_blocks
+    # Where a stack is shorter than the block's layers, the last ones are skipped.
+    stack = [
+        [[space.stack_ops.index(op)] for op in (*block.stack, *["skip_connect"] * (layers - len(block.stack)))]
+        for block, layers in zip(blocks, space.num_layers[1:], strict=True)
+    ]
+    choice = Choice([[[ops.index(block.head)]] for block in blocks], stack)
+    images = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(PathOf(net, candidate)(images), net(images, choice))
+
+
+@pytest.fixture
+def study(run, monkeypatch):
+    (run.reports).mkdir(parents=True)
+    table = CostTable.mult_adds(SMALL.model_copy(update={"search": SEARCH}), 16, 3)
+    table.write(run.reports / "cost.json")
+    monkeypatch.setattr("densenas.evidence.load", lambda _: DATA)
+    space = run.reports / "space.yml"
+    space.write_text(SMALL.model_dump_json())
+    return Study(run.name, str(space), (TARGET, 2 * TARGET), 1, 2, {**EPOCH, "arch_start_epoch": 0}, EPOCH)
+
+
+def test_random_networks_cost_the_target_and_are_the_same_in_every_process(study):
+    drawn = study.random(TARGET)
+    assert all(abs(one.cost / TARGET - 1) < 0.051 for one in drawn)
+    again = Study(study.run, study.space, study.targets, 1, 2).random(TARGET)
+    assert again == drawn
+
+
+def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
+    alone = Job("random", 2 * TARGET, 1)
+    study.trained(alone)
+    (first,) = study.results().to_dict("records")
+    results = study.complete()
+    assert len(results) == len(study.jobs()) == 2 * (1 + 2 + 2)
+    assert results.groupby("target").size().to_dict() == {TARGET: 5, 2 * TARGET: 5}
+    assert set(results["method"]) == set(METHODS)
+    for row in results.itertuples():
+        arch = Architecture.parse(row.net_config)
+        assert row.mult_adds_m == arch.mult_adds(16, 3)
+        assert row.method == "hand-made" or row.mult_adds_m == pytest.approx(row.target, rel=0.051)
+    same = results.query("method == 'random' and number == 1 and target == @alone.target").iloc[0]
+    assert same["top1"] == first["top1"] and same["loss"] == first["loss"]
+    capsys.readouterr()
+    assert study.complete().equals(results) and not capsys.readouterr().out
+    ranking = study.ranking(results)
+    assert len(ranking) == 4 and ranking["one_shot"].between(0, 1).all()
+
+
+def test_a_job_needs_its_search(study):
+    with refused(FileNotFoundError, r"no searched\.json yet: run the search of DenseNAS_0\.02_0 first"):
+        study.trained(Job("DenseNAS", TARGET, 0))
+
+
+def test_a_study_compares_mult_adds_alone(study):
+    table = CostTable(TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, TABLE.conditions)
+    table.write(Run(study.run).reports / "cost.json")
+    with refused(ValueError, r"run 'made-up' counts ms, a study compares at equal Mult-Adds"):
+        study.random(TARGET)
+
+
+def test_a_job_comes_back_from_its_name():
+    for job in (Job("DenseNAS", 1.0, 0), Job("hand-made", 0.65, 12)):
+        assert Job.parse(str(job)) == job
+
+
+def test_the_verdict_is_a_difference_of_means():
+    accuracies = {"DenseNAS": (0.8, 0.9), "random": (0.6, 0.7, 0.83), "wide": (0.5,), "deep": (0.82,)}
+    rows = [
+        {"target": 1.0, "design": design, "top1": top1, "mult_adds_m": 1.0}
+        for design, values in accuracies.items()
+        for top1 in values
+    ]
+    table = compared(pd.DataFrame(rows)).loc[1.0]
+    assert table.loc["random", "mean"] == pytest.approx(71) and table.loc["random", "n"] == 3
+    said = verdict(pd.DataFrame(rows))
+    assert "at 1 M Mult-Adds" in said
+    assert "+14.0 points from the mean of 3 random" in said and "+2.0 from the best" in said
+    assert "+3.0 from the better hand-made" in said
+
+
+CONFIG = """
+space: digits
+data: {dataset: digits}
+search: {epochs: 1, arch_start_epoch: 0, batch_size: 256}
+retrain: {epochs: 1, batch_size: 256}
+evidence: {targets: [1.0], seeds: 1, networks: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong", "sentence"),
+    [
+        (
+            "retrain:",
+            "cost: {kind: latency}\nretrain:",
+            r"evidence compares at equal Mult-Adds, but cost\.kind is latency",
+        ),
+        ("[1.0]", "[1.0, 400]", r"evidence\.targets is 400 million.*have"),
+        ("[1.0]", "[]", r"evidence\.targets"),
+        ("networks: 2", "networks: 1", r"evidence\.networks.*2"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused(tmp_path, line, wrong, sentence):
+    path = tmp_path / "run.yml"
+    path.write_text(CONFIG.replace(line, wrong))
+    with refused(ValueError, sentence):
+        RunConfig.load(path)
+
+
+def test_a_cluster_runs_the_same_study(tmp_path):
+    """Snakemake hands every job to a submit command; this stand-in starts it here."""
+    name, config, submit = f"test-cluster-{os.getpid()}", tmp_path / "study.yml", tmp_path / "submit"
+    config.write_text(CONFIG)
+    submit.write_text('#!/bin/sh\nnohup sh "$1" > "$1.log" 2>&1 &\necho $!\necho "$1" >> "$(dirname "$0")/submitted"\n')
+    submit.chmod(0o755)
+    run, tools = Run(name), os.path.dirname(sys.executable)
+    command = [
+        f"{tools}/snakemake", "--executor", "cluster-generic", "--cluster-generic-submit-cmd", str(submit),
+        "--jobs", "2", "--cores", "2", "--nolock", "--latency-wait", "20", "--seconds-between-status-checks", "1",
+        "--config", f"run={name}", f"configuration={config}", "--", "evidence",
+    ]  # fmt: skip
+    env = {**os.environ, "PATH": os.pathsep.join([tools, os.environ["PATH"]])}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        # data, cost, one search, five networks, and the notebook that compares them
+        assert len((tmp_path / "submitted").read_text().splitlines()) == 9
+        assert len(pd.read_csv(run.reports / "evidence.csv")) == 5
+        page = (ROOT / report.write_study(run)).read_text()
+        assert run.read_json("metrics.json")["evidence"]["verdict"] in page and not re.search(
+            r"""(src|href|import\()=?["'](https?:)?//""", page
+        )
+    finally:
+        for folder in (run.reports, run.work):
+            shutil.rmtree(folder, ignore_errors=True)
