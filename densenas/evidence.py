@@ -241,7 +241,7 @@ def verdict(results: pd.DataFrame) -> str:
             f" points from the mean of {random['n']:.0f} random networks, {ours['mean'] - random['best']:+.1f} from the"
             f" best of them and {ours['mean'] - hand:+.1f} from the better hand-made design"
         )
-    return "; ".join(said) + "."
+    return ";\n".join(said) + "."
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
-from densenas.config import PACKAGE, ROOT, write_text
+from densenas.config import PACKAGE, ROOT, read_text, write_text
 from densenas.run import Run
 
 TEMPLATES = jinja2.Environment(
@@ -118,6 +119,10 @@ def write_study(run: Run) -> str:
     }  # fmt: skip
     path = run.reports / "evidence.html"
     write_text(path, TEMPLATES.get_template("study.html.j2").render(content))
+    # Where the README has a place for this study, its figure and result stand there.
+    quoted = TEMPLATES.get_template("study.md.j2").render(run.read_json("metrics.json"), run=run.name, made=made)
+    readme, place = ROOT / "README.md", rf"(<!-- {re.escape(run.name)} -->).*?(?=<!-- end -->)"
+    write_text(readme, re.sub(place, lambda match: f"{match[1]}\n{quoted}\n", read_text(readme), flags=re.DOTALL))
     return path.relative_to(run.reports.parents[1]).as_posix()
 
 
