@@ -11,9 +11,11 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 MBCONV = re.compile(r"mbconv_k([357])_t([136])")
 SKIP = "skip_connect"
@@ -116,56 +118,6 @@ class MBConv(nn.Module):
         return y + x if self.residual else y
 
 
-def shortcut(in_channels: int, out: int, stride: int, norm: Norm) -> nn.Sequential | None:
-    if stride == 1 and in_channels == out:
-        return None
-    return conv_norm(in_channels, out, norm(out), stride=stride)
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with a shortcut (ResNet-18/34), torchvision's layout and names."""
-
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
-        self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = norm(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, width, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y = y + (self.downsample(x) if self.downsample else x)
-        return self.relu(y)
-
-
-class Bottleneck(nn.Module):
-    """1×1 reduce, 3×3, 1×1 expand to four times the width, with a shortcut (ResNet-50), torchvision's names."""
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        out = width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = norm(width, affine=True)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = norm(width, affine=True)
-        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
-        self.bn3 = norm(out, affine=True)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, out, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y = y + (self.downsample(x) if self.downsample else x)
-        return self.relu(y)
-
-
 def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
     """The module of an op that maps real `in_channels` to nominal `width` with `stride`."""
     if op == SKIP:
@@ -173,8 +125,12 @@ def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> 
     if match := MBCONV.fullmatch(op):
         kernel, expansion = map(int, match.groups())
         return MBConv(in_channels, width, stride, kernel, expansion, norm)
-    block = BasicBlock if op == "basic_block" else Bottleneck
-    return block(in_channels, width, stride, norm)
+    out = out_channels(op, width)
+    shortcut = conv_norm(in_channels, out, norm(out), stride=stride) if stride > 1 or in_channels != out else None
+    if op == "basic_block":
+        return BasicBlock(in_channels, width, stride, shortcut, norm_layer=norm)
+    # Its inner batch norms have affine parameters even in the supernet.
+    return Bottleneck(in_channels, width, stride, shortcut, norm_layer=partial(norm, affine=True))
 
 
 def init_weights(net: nn.Module, family: NetType) -> None:
