@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from tqdm import tqdm
 
-from densenas.config import ROOT, Augment, Dataset, Strict, atomic, one_sentence, read_yaml, write_text
+from densenas.config import ROOT, Augment, Dataset, Strict, atomic, naming, read_yaml, refuse, write_text
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.space import SearchSpace
@@ -91,10 +91,9 @@ class RunConfig(Strict):
         """Reads and checks a run's file, its space included; ValueError or FileNotFoundError with one sentence."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no run configuration '{path}'")
-        try:
-            config = cls(**read_yaml(Path(path)))
-        except ValidationError as error:
-            raise one_sentence(error, str(path)) from None
+        settings = read_yaml(Path(path))
+        with naming(str(path)):
+            config = cls(**settings)
         space = SearchSpace.load(config.space)
         size, target = config.image_size or space.input_size, config.search.target_cost
         space.maps(size)  # refuses a size at which a map would vanish
@@ -102,11 +101,9 @@ class RunConfig(Strict):
             # The classes are not counted yet, the classifier's share is small.
             few, many = (Lattice(CostTable.mult_adds(space, size, classes)) for classes in (2, 10_000))
             low, high = few.reach[0], many.reach[1]
-            if not low <= target <= high:
-                raise ValueError(
-                    f"{path}: search.target_cost is {target:g} million Mult-Adds, networks of space {space.name} at"
-                    f" {size} pixels have {low:.4g} to {high:.4g}"
-                )
+            reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
+            outside = not low <= target <= high
+            refuse(outside, f"{path}: search.target_cost is {target:g} million Mult-Adds, {reach}")
         return config
 
     def parameters(self, run: str) -> dict[str, dict[str, Any]]:
@@ -129,8 +126,8 @@ class Run:
     """Where a run keeps what: `reports` (small, for readers) and `work` (checkpoints and data, for machines)."""
 
     def __init__(self, name: str) -> None:
-        if not re.fullmatch(r"[\w][\w.-]*", name):
-            raise ValueError(f"run name '{name}' is not usable as a folder name: use letters, digits, '.', '_', '-'")
+        usable = re.fullmatch(r"[\w][\w.-]*", name)
+        refuse(not usable, f"run name '{name}' is not usable as a folder name: use letters, digits, '.', '_', '-'")
         self.name = name
         self.reports = ROOT / "reports" / name
         self.work = ROOT / "runs" / name
@@ -163,10 +160,8 @@ class Run:
     def write_history(self, stage: str, rows: list[dict[str, Any]]) -> None:
         """Replaces the rows of one stage in history.csv."""
         with self._locked():
-            old = self.history()
-            kept = old[old["stage"] != stage] if len(old) else old
-            new = pd.DataFrame([{"stage": stage, **row} for row in rows])
-            history = pd.concat([kept, new]) if len(kept) else new
+            kept = [row for row in self.history().to_dict("records") if row["stage"] != stage]
+            history = pd.DataFrame(kept + [{"stage": stage, **row} for row in rows])
             # Search before retraining, whichever was run last.
             history = history.sort_values(["stage", "epoch"], ascending=[False, True])
             write_text(self.reports / "history.csv", history.to_csv(index=False))
