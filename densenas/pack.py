@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -12,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
@@ -121,15 +119,13 @@ def write_pack(
 
 
 def _write_manifest(folder: Path, rows: list[tuple[str, str, str]]) -> None:
-    labels = {name: label for label, name in enumerate(sorted({name for _, name, _ in rows}))}
-    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["split", "class", "label", "key", "bytes", "digest"])
-        for split, part in groupby(rows, key=lambda row: row[0]):
-            with closing(_open(folder / f"{split}.lmdb")) as env, env.begin() as reader:
-                for _, name, key in part:
-                    size, digest, _ = reader.get(b"row:" + name_of(key)).decode().split()
-                    writer.writerow([split, name, labels[name], key, size, digest])
+    frame, entries = pd.DataFrame(rows, columns=["split", "class", "key"]), []
+    for split, keys in frame.groupby("split", sort=False)["key"]:
+        with closing(_open(folder / f"{split}.lmdb")) as env, env.begin() as reader:
+            entries += [reader.get(b"row:" + name_of(key)).decode().split()[:2] for key in keys]
+    frame.insert(2, "label", pd.factorize(frame["class"], sort=True)[0])
+    frame[["bytes", "digest"]] = entries
+    frame.to_csv(folder / "manifest.csv", index=False, lineterminator="\r\n", errors="surrogateescape")
 
 
 def _read_about(folder: Path) -> dict:
@@ -256,6 +252,8 @@ class Packed:
         """uint8 (3, H, W), as large as it was packed."""
         with _environment(self.path).begin(buffers=True) as reader:
             return decode(reader.get(self.names[index]))
+
+    __getitem__ = read
 
     def sizes(self, count: int) -> list[tuple[int, int]]:
         """Width and height of about that many images, evenly spaced."""
