@@ -138,7 +138,7 @@ class Architecture:
     def params(self, num_classes: int = 1000) -> float:
         """Parameters in millions, counted without allocating any."""
         with torch.device("meta"):
-            return sum(p.numel() for p in DerivedNet(self, num_classes, init=False).parameters()) / 1e6
+            return sum(p.numel() for p in DerivedNet(self, num_classes).parameters()) / 1e6
 
     def build(self, num_classes: int = 1000) -> DerivedNet:
         """The network, freshly initialised from PyTorch's global generator."""
@@ -148,7 +148,7 @@ class Architecture:
 class DerivedNet(nn.Sequential):
     """A derived network: images (B, 3, H, W) → logits (B, num_classes)."""
 
-    def __init__(self, arch: Architecture, num_classes: int, init: bool = True) -> None:
+    def __init__(self, arch: Architecture, num_classes: int) -> None:
         norm = ops.Norm(affine=True, eps=1e-3 if arch.net_type == "mbv2" else 1e-5)
         stem = channels = arch.blocks[0].in_ch
         blocks, last = nn.Sequential(), nn.Sequential()
@@ -166,8 +166,7 @@ class DerivedNet(nn.Sequential):
             classifier=nn.Linear(channels, num_classes),
         ))  # fmt: skip
         self.arch = arch
-        if init:
-            ops.init_weights(self, arch.net_type)
+        ops.init_weights(self, arch.net_type)
 
 
 def from_published(key: str) -> str:

@@ -166,8 +166,8 @@ class Lattice:
                     here = best[state][shift:]
                     np.maximum(here, best[arc.to][: BINS + 1 - shift] + arc.log_p, out=here)
         window = best[self.start][first:final]
-        reach = "it reaches from {:.4g} to {:.4g}".format(*self.reach)
-        refuse(not np.isfinite(window).any(), f"{self._none(low, high)}, {reach}")
+        if not np.isfinite(window).any():
+            raise ValueError(self._none(low, high) + ", it reaches from {:.4g} to {:.4g}".format(*self.reach))
 
         def choose(ways: list[tuple[Arc, int]]) -> int:
             return np.argmax([best[arc.to][rest] + arc.log_p for arc, rest in ways])

@@ -101,9 +101,11 @@ class RunConfig(Strict):
             # The classes are not counted yet, the classifier's share is small.
             few, many = (Lattice(CostTable.mult_adds(space, size, classes)) for classes in (2, 10_000))
             low, high = few.reach[0], many.reach[1]
-            reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
-            outside = not low <= target <= high
-            refuse(outside, f"{path}: search.target_cost is {target:g} million Mult-Adds, {reach}")
+            if not low <= target <= high:
+                raise ValueError(
+                    f"{path}: search.target_cost is {target:g} million Mult-Adds, networks of space {space.name} at"
+                    f" {size} pixels have {low:.4g} to {high:.4g}"
+                )
         return config
 
     def parameters(self, run: str) -> dict[str, dict[str, Any]]:
