@@ -124,7 +124,7 @@ def _write_manifest(folder: Path, rows: list[tuple[str, str, str]]) -> None:
         with closing(_open(folder / f"{split}.lmdb")) as env, env.begin() as reader:
             entries += [reader.get(b"row:" + name_of(key)).decode().split()[:2] for key in keys]
     frame.insert(2, "label", pd.factorize(frame["class"], sort=True)[0])
-    frame[["bytes", "digest"]] = entries
+    frame = frame.join(pd.DataFrame(entries, columns=["bytes", "digest"]))
     frame.to_csv(folder / "manifest.csv", index=False, lineterminator="\r\n", errors="surrogateescape")
 
 
