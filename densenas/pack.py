@@ -119,11 +119,12 @@ def write_pack(
 
 
 def _write_manifest(folder: Path, rows: list[tuple[str, str, str]]) -> None:
-    frame, entries = pd.DataFrame(rows, columns=["split", "class", "key"]), []
+    labels = {name: label for label, name in enumerate(sorted({name for _, name, _ in rows}))}
+    labelled = [(split, name, labels[name], key) for split, name, key in rows]
+    frame, entries = pd.DataFrame(labelled, columns=["split", "class", "label", "key"]), []
     for split, keys in frame.groupby("split", sort=False)["key"]:
         with closing(_open(folder / f"{split}.lmdb")) as env, env.begin() as reader:
             entries += [reader.get(b"row:" + name_of(key)).decode().split()[:2] for key in keys]
-    frame.insert(2, "label", pd.factorize(frame["class"], sort=True)[0])
     frame = frame.join(pd.DataFrame(entries, columns=["bytes", "digest"]))
     frame.to_csv(folder / "manifest.csv", index=False, lineterminator="\r\n", errors="surrogateescape")
 
