@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
@@ -120,13 +122,14 @@ def write_pack(
 
 def _write_manifest(folder: Path, rows: list[tuple[str, str, str]]) -> None:
     labels = {name: label for label, name in enumerate(sorted({name for _, name, _ in rows}))}
-    labelled = [(split, name, labels[name], key) for split, name, key in rows]
-    frame, entries = pd.DataFrame(labelled, columns=["split", "class", "label", "key"]), []
-    for split, keys in frame.groupby("split", sort=False)["key"]:
-        with closing(_open(folder / f"{split}.lmdb")) as env, env.begin() as reader:
-            entries += [reader.get(b"row:" + name_of(key)).decode().split()[:2] for key in keys]
-    frame = frame.join(pd.DataFrame(entries, columns=["bytes", "digest"]))
-    frame.to_csv(folder / "manifest.csv", index=False, lineterminator="\r\n", errors="surrogateescape")
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["split", "class", "label", "key", "bytes", "digest"])
+        for split, part in groupby(rows, key=lambda row: row[0]):
+            with closing(_open(folder / f"{split}.lmdb")) as env, env.begin() as reader:
+                for _, name, key in part:
+                    size, digest, _ = reader.get(b"row:" + name_of(key)).decode().split()
+                    writer.writerow([split, name, labels[name], key, size, digest])
 
 
 def _read_about(folder: Path) -> dict:
