@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from densenas import ops
-from densenas.config import DATA, atomic, literal, read_text, write_text
+from densenas.config import DATA, atomic, literal, naming, read_text, refuse, write_text
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,10 @@ class Block:
                 pass
             case _:
                 raise ValueError(f"expected [[in, out], head op, [stack ops], their number, stride], found {text!r}")
-        if count != len(stack):
-            raise ValueError(f"announces {count} stacked ops, but lists {len(stack)}")
-        if min(in_ch, out_ch) < 1:
-            raise ValueError(f"has widths {in_ch} and {out_ch}, widths must be positive")
-        if stride not in (1, 2):
-            raise ValueError(f"has stride {stride}, strides are 1 or 2")
-        for op in (head, *stack):
-            if ops.net_type(op) is None:
-                raise ValueError(f"holds {op}, which a derived network drops")
+        refuse(count != len(stack), f"announces {count} stacked ops, but lists {len(stack)}")
+        refuse(min(in_ch, out_ch) < 1, f"has widths {in_ch} and {out_ch}, widths must be positive")
+        refuse(stride not in (1, 2), f"has stride {stride}, strides are 1 or 2")
+        refuse(None in map(ops.net_type, (head, *stack)), f"holds {ops.SKIP}, which a derived network drops")
         return cls(in_ch, out_ch, head, tuple(stack), stride)
 
 
@@ -64,23 +61,16 @@ class Architecture:
     published: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.blocks:
-            raise ValueError("net_config has no blocks")
-        try:
-            ops.family(op for block in self.blocks for op in (block.head, *block.stack))
-        except ValueError as error:
-            raise ValueError(f"net_config: {error}") from None
-        for index, (before, block) in enumerate(zip(self.blocks, self.blocks[1:], strict=False), start=1):
-            if before.out_ch != block.in_ch:
-                raise ValueError(
-                    f"net_config: block {index} takes {block.in_ch} channels, block {index - 1} leaves {before.out_ch}"
-                )
-        if self.net_type == "mbv2" and self.last_dim is None:
-            raise ValueError("net_config: a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing")
-        if self.net_type == "res" and self.last_dim is not None:
-            raise ValueError("net_config: a ResNet network has no conv1_1 at its end")
-        if self.last_dim is not None and self.last_dim < 1:
-            raise ValueError(f"net_config: conv1_1 leaves {self.last_dim} channels, widths must be positive")
+        refuse(not self.blocks, "net_config has no blocks")
+        last = self.last_dim
+        with naming("net_config"):
+            mobile = ops.family(op for block in self.blocks for op in (block.head, *block.stack)) == "mbv2"
+            for index, (before, block) in enumerate(pairwise(self.blocks), start=1):
+                wrong = f"block {index} takes {block.in_ch} channels, block {index - 1} leaves {before.out_ch}"
+                refuse(before.out_ch != block.in_ch, wrong)
+            refuse(mobile and last is None, "a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing")
+            refuse(not mobile and last is not None, "a ResNet network has no conv1_1 at its end")
+            refuse(last is not None and last < 1, f"conv1_1 leaves {last} channels, widths must be positive")
 
     @property
     def routing_blocks(self) -> tuple[Block, ...]:
@@ -102,17 +92,15 @@ class Architecture:
         pieces = text.strip().split("|")
         blocks, in_ch, last_dim = [], None, None
         for index, piece in enumerate(pieces):
-            try:
+            with naming(f"net_config: block {index}", " "):
                 if index == len(pieces) - 1:
                     match literal(piece):
                         case [[int(in_ch), int(last_dim)], "conv1_1"]:
                             break
                 blocks.append(Block.parse(piece))
-            except ValueError as error:
-                raise ValueError(f"net_config: block {index} {error}") from None
         arch = cls(tuple(blocks), last_dim)
-        if last_dim is not None and in_ch != blocks[-1].out_ch:
-            raise ValueError(f"net_config: conv1_1 takes {in_ch} channels, the last block leaves {blocks[-1].out_ch}")
+        wrong = f"net_config: conv1_1 takes {in_ch} channels, the last block leaves {blocks[-1].out_ch}"
+        refuse(last_dim is not None and in_ch != blocks[-1].out_ch, wrong)
         return arch
 
     @classmethod
@@ -143,59 +131,42 @@ class Architecture:
             size, channels = math.ceil(size / block.stride), ops.out_channels(block.head, block.out_ch)
             total += sum(ops.mult_adds(op, channels, block.out_ch, size, 1) for op in block.stack)
         if self.last_dim:
-            total += channels * self.last_dim * size**2
+            total += ops.mult_adds("conv1_1", channels, self.last_dim, size, 1)
             channels = self.last_dim
         return (total + channels * num_classes) / 1e6
 
     def params(self, num_classes: int = 1000) -> float:
         """Parameters in millions, counted without allocating any."""
         with torch.device("meta"):
-            return sum(p.numel() for p in DerivedNet(self, num_classes, init=False).parameters()) / 1e6
+            return sum(p.numel() for p in DerivedNet(self, num_classes).parameters()) / 1e6
 
     def build(self, num_classes: int = 1000) -> DerivedNet:
         """The network, freshly initialised from PyTorch's global generator."""
         return DerivedNet(self, num_classes)
 
 
-class DerivedNet(nn.Module):
+class DerivedNet(nn.Sequential):
     """A derived network: images (B, 3, H, W) → logits (B, num_classes)."""
 
-    def __init__(self, arch: Architecture, num_classes: int, init: bool = True) -> None:
-        super().__init__()
-        self.arch = arch
+    def __init__(self, arch: Architecture, num_classes: int) -> None:
         norm = ops.Norm(affine=True, eps=1e-3 if arch.net_type == "mbv2" else 1e-5)
-        channels = arch.blocks[0].in_ch
-        self.input_block = ops.conv_norm(3, channels, norm(channels), nn.ReLU6(inplace=True), kernel_size=3, stride=2)
-        self.blocks = nn.ModuleList()
+        stem = channels = arch.blocks[0].in_ch
+        blocks, last = nn.Sequential(), nn.Sequential()
         for block in arch.blocks:
-            self.blocks.append(DerivedBlock(block, channels, norm))
+            head = ops.build_op(block.head, channels, block.out_ch, block.stride, norm)
             channels = ops.out_channels(block.head, block.out_ch)
-        self.conv1_1_block = nn.Sequential()
+            stack = nn.Sequential(*(ops.build_op(op, channels, block.out_ch, 1, norm) for op in block.stack))
+            blocks.append(nn.Sequential(OrderedDict(head_layer=head, stack_layers=stack)))
         if arch.last_dim:
-            last = ops.conv_norm(channels, arch.last_dim, norm(arch.last_dim), nn.ReLU6(inplace=True))
-            self.conv1_1_block.add_module("conv1_1", last)
+            last.add_module("conv1_1", ops.conv_norm(channels, arch.last_dim, norm, nn.ReLU6))
             channels = arch.last_dim
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
-        if init:
-            ops.init_weights(self, arch.net_type)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.input_block(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.classifier(self.pool(self.conv1_1_block(x)).flatten(1))
-
-
-class DerivedBlock(nn.Module):
-    def __init__(self, block: Block, in_channels: int, norm: ops.Norm) -> None:
-        super().__init__()
-        channels = ops.out_channels(block.head, block.out_ch)
-        self.head_layer = ops.build_op(block.head, in_channels, block.out_ch, block.stride, norm)
-        self.stack_layers = nn.Sequential(*(ops.build_op(op, channels, block.out_ch, 1, norm) for op in block.stack))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stack_layers(self.head_layer(x))
+        super().__init__(OrderedDict(
+            input_block=ops.conv_norm(3, stem, norm, nn.ReLU6, kernel_size=3, stride=2),
+            blocks=blocks, conv1_1_block=last, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+            classifier=nn.Linear(channels, num_classes),
+        ))  # fmt: skip
+        self.arch = arch
+        ops.init_weights(self, arch.net_type)
 
 
 def from_published(key: str) -> str:
@@ -221,28 +192,25 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
     for name in ("net_config", "weights.pt"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; a published model folder has net_config and weights.pt")
+    weights = folder / "weights.pt"
     text, *rest = read_text(folder / "net_config").strip().splitlines() or [""]
-    try:
+    with naming(f"{folder / 'net_config'}"):
         arch = Architecture.parse(text)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'net_config'}: {error}") from None
-    for line in rest:
-        key, _, value = line.partition(":")
-        if key.strip() == "net_type" and value.strip() != arch.net_type:
-            raise ValueError(f"{folder / 'net_config'}: net_type is {value.strip()}, but the ops are {arch.net_type}")
+        for line in rest:
+            key, value = map(str.strip, line.partition(":")[::2])
+            differs = key == "net_type" and value != arch.net_type
+            refuse(differs, f"net_type is {value}, but the ops are {arch.net_type}")
     try:
-        state = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{folder / 'weights.pt'} is damaged or holds more than weights, it was not read") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{folder / 'weights.pt'}: expected a state dict, found a {type(state).__name__}")
+        raise ValueError(f"{weights} is damaged or holds more than weights, it was not read") from None
+    refuse(not isinstance(state, dict), f"{weights}: expected a state dict, found a {type(state).__name__}")
     state = {from_published(key): value for key, value in state.items()}
-    if not isinstance(state.get("classifier.weight"), Tensor):
-        raise ValueError(f"{folder / 'weights.pt'}: no classifier.weight among the {len(state)} entries")
-    model = arch.build(num_classes=len(state["classifier.weight"]))
+    classifier = state.get("classifier.weight")
+    refuse(not isinstance(classifier, Tensor), f"{weights}: no classifier.weight among the {len(state)} entries")
+    model = arch.build(num_classes=len(classifier))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder / 'weights.pt'} does not fit its net_config: {reason[:300]}") from None
+        raise ValueError(f"{weights} does not fit its net_config: {' '.join(str(error).split())[:300]}") from None
     return arch, model

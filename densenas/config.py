@@ -62,13 +62,28 @@ class RetrainRecipe(Strict):
 Recipe = TypeVar("Recipe", SearchRecipe, RetrainRecipe)
 
 
+def refuse(wrong: bool, sentence: str) -> None:
+    """Raises ValueError with this sentence where something is wrong."""
+    if wrong:
+        raise ValueError(sentence)
+
+
+@contextmanager
+def naming(where: str, link: str = ": ") -> Iterator[None]:
+    """Around what may raise ValueError, pydantic's included: it says in one sentence where, and what."""
+    try:
+        yield
+    except ValidationError as error:
+        raise one_sentence(error, where) from None
+    except ValueError as error:
+        raise ValueError(f"{where}{link}{error}") from None
+
+
 def override(recipe: Recipe, **settings: Any) -> Recipe:
     """The recipe with those settings that are not None; ValueError with one sentence where one cannot be."""
     given = {name: value for name, value in settings.items() if value is not None}
-    try:
+    with naming(type(recipe).__name__):
         return type(recipe)(**{**recipe.model_dump(), **given})
-    except ValidationError as error:
-        raise one_sentence(error, type(recipe).__name__) from None
 
 
 def one_sentence(error: ValidationError, where: str) -> ValueError:

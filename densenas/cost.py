@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from densenas import ops
 from densenas.architecture import Architecture, Block
-from densenas.config import literal, read_text, write_text
-from densenas.space import PRESETS, SearchSpace
+from densenas.config import literal, read_text, refuse, write_text
+from densenas.space import PRESETS, Layer, Layers, SearchSpace
 
 UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
 
@@ -41,14 +43,12 @@ class CostTable:
     _tensors: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in [*UNITS]:
-            raise ValueError(f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
+        refuse(self.kind not in [*UNITS], f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
         if mismatch := _mismatch(self.space, self.head, self.stack, self.final):
             raise ValueError(f"cost table does not fit space {self.space.name}: {mismatch}")
-        entries = [self.stem, self.classifier, *self.final]
-        entries += [x for part in (self.head, self.stack) for rows in part for row in rows for x in row]
-        if not all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in entries):
-            raise ValueError("cost table holds an entry that is not a finite number of at least 0")
+        entries = [self.stem, self.classifier, *self.final, *chain(*chain(*self.head, *self.stack))]
+        sound = all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in entries)
+        refuse(not sound, "cost table holds an entry that is not a finite number of at least 0")
 
     @property
     def unit(self) -> str:
@@ -57,25 +57,28 @@ class CostTable:
     @classmethod
     def mult_adds(cls, space: SearchSpace, input_size: int = 224, num_classes: int = 100) -> CostTable:
         """Mult-Adds in millions for one square image; arithmetic on shapes only, nothing is run or allocated."""
-        sizes, channels = space.maps(input_size), [space.real_channels(b) for b in range(space.num_blocks)]
-        stem = 27 * space.init_dim * sizes[0] ** 2
-        if space.net_type == "mbv2":
-            stem += ops.mult_adds("mbconv_k3_t1", space.init_dim, space.chs[0], sizes[0], 1)
-        head, stack = [], []
-        for j, width in enumerate(space.chs[1:], start=1):
-            head.append([
-                [ops.mult_adds(op, channels[i], width, sizes[i], space.stride(i, j)) / 1e6 for op in space.head_ops]
-                for i in space.incoming(j)
-            ])  # fmt: skip
-            layer = [ops.mult_adds(op, channels[j], width, sizes[j], 1) / 1e6 for op in space.stack_ops]
-            if space.skip_reg and ops.SKIP in space.stack_ops:
-                # A skip that costs nothing would be chosen for the cost term's sake alone.
-                layer[space.stack_ops.index(ops.SKIP)] = layer[0] / 10
-            stack.append([list(layer) for _ in range(space.num_layers[j])])
-        last = space.incoming(space.num_blocks)
-        final = [channels[i] * space.last_dim * sizes[i] ** 2 / 1e6 for i in last]
+        side = math.ceil(input_size / 2)
+        stem = 27 * space.init_dim * side**2
+        stem += sum(ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1) for block in space.stem)
+        layers = space.layers(input_size)
+        ends = stem / 1e6, space.last_dim * num_classes / 1e6
         conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": 1}
-        return cls(space, "mult_adds", stem / 1e6, head, stack, final, space.last_dim * num_classes / 1e6, conditions)
+        return cls.of(space, "mult_adds", layers, lambda layer: ops.mult_adds(*layer) / 1e6, *ends, conditions)
+
+    @classmethod
+    def of(
+        cls, space: SearchSpace, kind: str, layers: Layers, cost: Callable[[Layer], float], stem: float,
+        classifier: float, conditions: dict[str, Any],
+    ) -> CostTable:  # fmt: skip
+        """The table with the cost of each of these layers; `skip_reg` charges a skip a tenth of its row's first op."""
+        head, stack, final = layers
+
+        def costs(row: list[Layer]) -> list[float]:
+            # A skip that costs nothing would be chosen for the cost term's sake alone.
+            return [cost(row[0]) / 10 if space.skip_reg and layer[0] == ops.SKIP else cost(layer) for layer in row]
+
+        blocks = ([[costs(row) for row in rows] for rows in part] for part in (head, stack))
+        return cls(space, kind, stem, *blocks, [cost(layer) for layer in final], classifier, conditions)
 
     def nested(self) -> list[Any]:
         """The published nesting: [stem, [[edges × ops, layers × ops] per block], [final edges], classifier]."""
@@ -83,11 +86,12 @@ class CostTable:
 
     def scaled(self, factor: float) -> CostTable:
         """Every entry times a factor, as whole networks ask for where single ops were measured."""
-        head, stack = (
-            [[[factor * x for x in row] for row in rows] for rows in part] for part in (self.head, self.stack)
-        )
-        ends = factor * self.stem, head, stack, [factor * x for x in self.final], factor * self.classifier
-        return CostTable(self.space, self.kind, *ends, self.conditions | {"factor": factor})
+
+        def times(entry: Any) -> Any:
+            return [times(inner) for inner in entry] if isinstance(entry, list) else factor * entry
+
+        entries = map(times, (self.stem, self.head, self.stack, self.final, self.classifier))
+        return CostTable(self.space, self.kind, *entries, self.conditions | {"factor": factor})
 
     def derived_ends(self) -> dict[int, float]:
         """What a derived network costs behind the last block i of its path, for each i.
@@ -147,16 +151,9 @@ class CostTable:
         """
         if isinstance(arch, str):
             arch = Architecture.read(arch)
-        blocks = arch.blocks
-        if self.space.net_type == "mbv2":
-            stem, *blocks = blocks
-            if stem != Block(self.space.init_dim, self.space.chs[0], "mbconv_k3_t1", (), 1):
-                raise ValueError(f"{stem} is not the stem of space {self.space.name}")
-        elif blocks[0].in_ch != self.space.chs[0]:
-            raise ValueError(f"a stem of width {blocks[0].in_ch} is not that of space {self.space.name}")
-        along = self._along(0, tuple(blocks))
-        if along is None:
-            raise ValueError(f"the architecture is not one of space {self.space.name}: {arch}")
+        stem = self.space.stem
+        along = self._along(0, arch.blocks[len(stem) :]) if arch.blocks[: len(stem)] == stem else None
+        refuse(along is None, f"the architecture is not one of space {self.space.name}: {arch}")
         return self.stem + along + self.classifier
 
     def _along(self, i: int, blocks: tuple[Block, ...]) -> float | None:
@@ -165,20 +162,18 @@ class CostTable:
         if not blocks:
             return self.final[space.incoming(last).index(i)] if (i, last) in space.edges else None
         block = blocks[0]
-        for j in space.outgoing(i):
-            if j == last or space.chs[j] != block.out_ch or space.stride(i, j) != block.stride:
-                continue
-            if block.head not in space.head_ops or not set(block.stack) <= set(space.stack_ops):
-                continue
-            if len(block.stack) > space.num_layers[j] or (rest := self._along(j, blocks[1:])) is None:
-                continue
+        for j in (j for j in space.outgoing(i) if j != last):
             layers = self.stack[j - 1]
-            skipped = [ops.SKIP] * (len(layers) - len(block.stack))
-            if skipped and ops.SKIP not in space.stack_ops:
-                continue
-            head = self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
-            chosen = zip(layers, (*block.stack, *skipped), strict=True)
-            return head + sum(layer[space.stack_ops.index(op)] for layer, op in chosen) + rest
+            chosen = (*block.stack, *[ops.SKIP] * (len(layers) - len(block.stack)))
+            if (
+                (block.in_ch, block.out_ch, block.stride) == (space.chs[i], space.chs[j], space.stride(i, j))
+                and block.head in space.head_ops
+                and set(chosen) <= {*space.stack_ops}
+                and len(block.stack) <= space.num_layers[j]
+                and (rest := self._along(j, blocks[1:])) is not None
+            ):
+                head = self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
+                return head + sum(row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=True)) + rest
         return None
 
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,9 +183,8 @@ class CostTable:
         """
         key = (like.device, like.dtype)
         if key not in self._tensors:
-            head = like.new_tensor([row for rows in self.head for row in rows])
-            layers = zip(self.stack, self.space.num_layers[1:], strict=True)
-            rows = [row for rows, used in layers for row in rows[:used]]
+            head = like.new_tensor([*chain(*self.head)])
+            rows = [*chain(*(rows[:used] for rows, used in zip(self.stack, self.space.num_layers[1:], strict=True)))]
             stack = like.new_tensor(rows).reshape(len(rows), len(self.space.stack_ops))
             self._tensors[key] = head, stack, like.new_tensor(self.final)
         return self._tensors[key]

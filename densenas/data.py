@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 import os
@@ -15,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torchvision import datasets
 
-from densenas.config import DATA, Augment, Dataset, write_text
+from densenas.config import DATA, Augment, Dataset, refuse, write_text
 from densenas.loading import transform
 from densenas.pack import Item, Packed, read_manifest, verify, write_pack
 from densenas.run import Run
@@ -91,28 +90,25 @@ def prepare(
     them once to that shorter side (JPEG of `quality`). `augment` None: weak in memory, otherwise random_sized.
     Raises ValueError or FileNotFoundError with one sentence where the set cannot be had, split or packed.
     """
-    if dataset not in get_args(Dataset):
-        raise ValueError(f"unknown data set '{dataset}', known are {', '.join(get_args(Dataset))}")
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}, expected a share between 0 and 1")
-    if image_size < 8:
-        raise ValueError(f"image_size is {image_size} pixels, at least 8 are needed")
-    if pack not in (None, "original") and not (isinstance(pack, int) and pack >= image_size):
-        raise ValueError(f"pack is {pack!r}, expected 'original' or a shorter side of at least {image_size} pixels")
-    if augment not in (None, *get_args(Augment)):
-        raise ValueError(f"unknown augment '{augment}', known are {', '.join(get_args(Augment))}")
+    resized, sets, augments = isinstance(pack, int), get_args(Dataset), get_args(Augment)
+    shorter = f"expected 'original' or a shorter side of at least {image_size} pixels"
+    refuse(dataset not in sets, f"unknown data set '{dataset}', known are {', '.join(sets)}")
+    refuse(not 0 < val_fraction < 1, f"val_fraction is {val_fraction}, expected a share between 0 and 1")
+    refuse(image_size < 8, f"image_size is {image_size} pixels, at least 8 are needed")
+    refuse(pack < image_size if resized else pack not in (None, "original"), f"pack is {pack!r}, {shorter}")
+    refuse(augment not in (None, *augments), f"unknown augment '{augment}', known are {', '.join(augments)}")
     folder = run.work / "data"
     if dataset == "folder" and source is not None:
         places = [Path(source).expanduser().resolve(), folder.resolve()]
-        if places[0] in places[1].parents or places[1] in (places[0], *places[0].parents):
-            raise ValueError(f"source '{source}' and the pack '{folder}' lie in one another, move one of them")
+        nested = places[0] in places[1].parents or places[1] in (places[0], *places[0].parents)
+        refuse(nested, f"source '{source}' and the pack '{folder}' lie in one another, move one of them")
     items = {"digits": _digits, "folder": _folder}.get(dataset, partial(_torchvision, dataset))(source)
     classes = _classes(sorted({item.label for item in items}), num_classes)
     items = [item for item in items if item.label in classes]
     split = _assign(items, val_fraction, seed, grows=dataset == "folder")
     parts = {name: [item for item in items if split[item.key] == name] for name in SPLITS}
     _refuse_missing(classes, {name: {item.label for item in part} for name, part in parts.items()})
-    write_pack(folder, parts, pack if isinstance(pack, int) else None, quality, skip_broken)
+    write_pack(folder, parts, pack if resized else None, quality, skip_broken)
     count = verify(folder)
     small = 3 * count * image_size**2 <= RESIDENT_BYTES
     resident = small and pack is None and augment in (None, "weak")
@@ -137,8 +133,7 @@ def load(run: Run) -> ImageData:
 
 def _digits(source: str | None) -> list[Item]:
     """Scikit-learn's digits: 64 grey values from 0 to 16 and the digit on each line, enlarged from 8×8 to 32×32."""
-    with gzip.open(DATA / "digits.csv.gz", "rt", encoding="ascii") as file:
-        rows = torch.tensor([[int(value) for value in row] for row in csv.reader(file)])
+    rows = torch.tensor(pd.read_csv(DATA / "digits.csv.gz", header=None).to_numpy())
     pixels = (rows[:, :64].reshape(-1, 1, 8, 8) * 255 // 16).to(torch.uint8)
     # Integer arithmetic only (each pixel becomes a 4×4 square): the same bytes on every machine.
     pixels = pixels.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
@@ -174,18 +169,15 @@ def _torchvision(dataset: str, source: str | None) -> list[Item]:
 
 def _folder(source: str | None) -> list[Item]:
     """Class folders, flat or below train/, val/ and test/; a val/ without test/ is ImageNet's, to be tested on."""
-    if source is None:
-        raise ValueError("data set 'folder' needs source, the folder that holds the class folders")
+    refuse(source is None, "data set 'folder' needs source, the folder that holds the class folders")
     root = Path(source).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"source '{source}' is not a folder")
     own = [name for name in SPLITS if (root / name).is_dir()]
     if "train" not in own:
         return _class_folders(root, root, None)
-    if own == ["train"]:
-        return _class_folders(root, root / "train", None)
-    parts = [name if "test" in own or name == "train" else "test" for name in own]
-    return [item for name, part in zip(own, parts, strict=True) for item in _class_folders(root, root / name, part)]
+    parts = {"train": "train" if own[1:] else None, "val": "val" if "test" in own else "test", "test": "test"}
+    return [item for name in own for item in _class_folders(root, root / name, parts[name])]
 
 
 def _class_folders(root: Path, folder: Path, part: str | None) -> list[Item]:
@@ -202,8 +194,7 @@ def _class_folders(root: Path, folder: Path, part: str | None) -> list[Item]:
             # Composed, or one and the same name would have another hash on a file system that decomposes it.
             key = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
             items.append(Item(key, unicodedata.normalize("NFC", path.relative_to(folder).parts[0]), part, path))
-    if not items:
-        raise ValueError(f"'{folder}' holds no class folders with images ({', '.join(sorted(ENDINGS))})")
+    refuse(not items, f"'{folder}' holds no class folders with images ({', '.join(sorted(ENDINGS))})")
     if others:
         found = ", ".join(f"{count} × {ending}" for ending, count in sorted(others.items()))
         print(f"passed over in '{folder}', because they are no images or in no class folder: {found}")
@@ -212,18 +203,16 @@ def _class_folders(root: Path, folder: Path, part: str | None) -> list[Item]:
 
 def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
     """The classes to keep, in sorted order."""
-    if isinstance(wanted, list) and len(set(wanted)) < len(wanted):
-        raise ValueError("num_classes names a class twice")
     if isinstance(wanted, int):
-        if not 2 <= wanted <= len(found):
-            raise ValueError(f"num_classes is {wanted}, expected 2 to {len(found)}, the classes of the data set")
+        expected = f"expected 2 to {len(found)}, the classes of the data set"
+        refuse(not 2 <= wanted <= len(found), f"num_classes is {wanted}, {expected}")
         return found[:wanted]
-    if wanted is not None and (unknown := sorted(set(wanted) - set(found))):
-        raise ValueError(f"num_classes names '{unknown[0]}', which is not a class of the data set")
-    classes = sorted(wanted) if wanted is not None else found
-    if len(classes) < 2:
-        have = f"only the class '{classes[0]}' is there" if classes else "num_classes names no class"
-        raise ValueError(f"{have}, at least 2 are needed")
+    classes = found if wanted is None else sorted(wanted)
+    refuse(len(set(classes)) < len(classes), "num_classes names a class twice")
+    for name in classes:
+        refuse(name not in found, f"num_classes names '{name}', which is not a class of the data set")
+    have = f"only the class '{classes[0]}' is there" if classes else "num_classes names no class"
+    refuse(len(classes) < 2, f"{have}, at least 2 are needed")
     return classes
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from densenas import ops
-from densenas.architecture import Architecture, Block
+from densenas.architecture import Architecture
+from densenas.config import refuse
 from densenas.cost import CostTable
 
 BINS = 16384  # of cost, from nothing to the dearest network of interest
@@ -77,23 +80,18 @@ class Lattice:
         ends = table.derived_ends()
         self.start, self.end = 1, 2 * last
         self.arcs: dict[int, list[Arc]] = {}
-        layer = 0
+        layers = iter(log_stack)
         for j in range(last):
             if j:
-                stop = layer + space.num_layers[j]
-                self.arcs[2 * j] = self._stacks(j, log_stack[layer:stop])
-                layer = stop
-            self.arcs[2 * j + 1] = [
-                Arc(
-                    2 * k,
-                    (op,),
-                    log_p[j][k] + log_head[rows[j, k]][o],
-                    table.head[k - 1][space.incoming(k).index(j)][o],
-                )
-                for k in space.outgoing(j)
-                if k != last
-                for o, op in enumerate(space.head_ops)
-            ] + [Arc(self.end, (), log_p[j][k], ends[j]) for k in space.outgoing(j) if k == last]
+                self.arcs[2 * j] = self._stacks(j, [*islice(layers, space.num_layers[j])])
+            leave = self.arcs[2 * j + 1] = []
+            for k in space.outgoing(j):
+                if k == last:
+                    leave.append(Arc(self.end, (), log_p[j][k], ends[j]))
+                    continue
+                costs = table.head[k - 1][space.incoming(k).index(j)]
+                for op, chance, cost in zip(space.head_ops, log_head[rows[j, k]], costs, strict=True):
+                    leave.append(Arc(2 * k, (op,), log_p[j][k] + chance, cost))
 
     def _stacks(self, block: int, log_p: list[list[float]]) -> list[Arc]:
         """Every sequence of ops that the block's layers can become once skips are dropped."""
@@ -111,16 +109,11 @@ class Lattice:
         return [Arc(2 * block + 1, sequence, *entry) for sequence, entry in sequences.items()]
 
     def _candidate(self, arcs: list[Arc]) -> Candidate:
-        space, path, blocks = self.space, [0], []
-        for edge, inside in zip(arcs[:-1:2], arcs[1::2], strict=True):
-            i, j = path[-1], edge.to // 2
-            blocks.append(Block(space.chs[i], space.chs[j], edge.ops[0], inside.ops, space.stride(i, j)))
-            path.append(j)
-        mobile = space.net_type == "mbv2"
-        stem = [Block(space.init_dim, space.chs[0], "mbconv_k3_t1", (), 1)] if mobile else []
-        arch = Architecture((*stem, *blocks), space.last_dim if mobile else None)
+        edges, stacks = arcs[::2], arcs[1::2]
+        path = (0, *(edge.to // 2 for edge in edges))
+        chosen = [(edge.ops[0], inside.ops) for edge, inside in zip(edges[:-1], stacks, strict=True)]
         log_p, cost = sum(arc.log_p for arc in arcs), sum(arc.cost for arc in arcs)
-        return Candidate(arch, (*path, space.num_blocks), log_p, self.table.stem + cost)
+        return Candidate(self.space.architecture(path, chosen), path, log_p, self.table.stem + cost)
 
     def best(self, k: int = 1) -> list[Candidate]:
         """The k most probable architectures, the best first."""
@@ -129,6 +122,20 @@ class Lattice:
             onward = ((arc.log_p + log_p, (arc, *rest)) for arc in self.arcs[state] for log_p, rest in walks[arc.to])
             walks[state] = heapq.nlargest(k, onward, key=lambda walk: walk[0])
         return [self._candidate([*arcs]) for _, arcs in walks[self.start]]
+
+    def _walk(self, position: int, width: float, choose: Callable[[list[tuple[Arc, int]]], int]) -> Candidate:
+        """From start to end at a cost of so many bins; `choose` picks one of the arcs, each with the bins it leaves."""
+        state, walk = self.start, []
+        while state != self.end:
+            ways = [(arc, position - round(arc.cost / width)) for arc in self.arcs[state]]
+            ways = [(arc, rest) for arc, rest in ways if rest >= 0]
+            arc, position = ways[choose(ways)]
+            walk.append(arc)
+            state = arc.to
+        return self._candidate(walk)
+
+    def _none(self, low: float, high: float) -> str:
+        return f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {self.table.unit}"
 
     @cached_property
     def reach(self) -> tuple[float, float]:
@@ -149,32 +156,23 @@ class Lattice:
         """
         width = high / BINS
         margin = width * (self.space.num_blocks + 1)  # half a bin for each of at most two arcs a block
-        first, final = (
-            math.ceil((low - self.table.stem + margin) / width),
-            math.floor((high - self.table.stem - margin) / width),
-        )
+        first = max(0, math.ceil((low - self.table.stem + margin) / width))
+        final = max(0, math.floor((high - self.table.stem - margin) / width) + 1)
         best = {self.end: np.where(np.arange(BINS + 1) == 0, 0.0, -np.inf)}
-        chosen: dict[int, np.ndarray] = {}
         for state in sorted(self.arcs, reverse=True):
-            best[state], chosen[state] = np.full(BINS + 1, -np.inf), np.zeros(BINS + 1, dtype=np.int32)
-            for index, arc in enumerate(self.arcs[state]):
+            best[state] = np.full(BINS + 1, -np.inf)
+            for arc in self.arcs[state]:
                 if (shift := round(arc.cost / width)) <= BINS:
-                    value = best[arc.to][: BINS + 1 - shift] + arc.log_p
-                    better = value > best[state][shift:]
-                    np.copyto(best[state][shift:], value, where=better)
-                    np.copyto(chosen[state][shift:], index, where=better)
-        window = best[self.start][max(0, first) : max(0, final + 1)]
-        if not window.size or np.isneginf(window.max()):
-            unit, (cheapest, dearest) = self.table.unit, self.reach
-            raise ValueError(
-                f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {unit},"
-                f" it reaches from {cheapest:.4g} to {dearest:.4g}"
-            )
-        position, state, walk = max(0, first) + int(window.argmax()), self.start, []
-        while state != self.end:
-            walk.append(self.arcs[state][chosen[state][position]])
-            position, state = position - round(walk[-1].cost / width), walk[-1].to
-        return self._candidate(walk)
+                    here = best[state][shift:]
+                    np.maximum(here, best[arc.to][: BINS + 1 - shift] + arc.log_p, out=here)
+        window = best[self.start][first:final]
+        if not np.isfinite(window).any():
+            raise ValueError(self._none(low, high) + ", it reaches from {:.4g} to {:.4g}".format(*self.reach))
+
+        def choose(ways: list[tuple[Arc, int]]) -> int:
+            return np.argmax([best[arc.to][rest] + arc.log_p for arc, rest in ways])
+
+        return self._walk(first + int(window.argmax()), width, choose)
 
     def at(self, target: float, tolerance: float = 0.03) -> Candidate:
         """The most probable architecture whose cost is within `tolerance` (a share) of `target`."""
@@ -208,21 +206,12 @@ class Lattice:
         (width, counts), dice = self._counts, np.random.default_rng(seed)
         costs = self.table.stem + width * np.arange(BINS + 1)
         weights = counts[self.start] * ((costs >= low) & (costs <= high))
-        if not weights.any():
-            raise ValueError(
-                f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {self.table.unit}"
-            )
+        refuse(not weights.any(), self._none(low, high))
         weights = weights > 0 if even else weights
-        candidates = []
-        for position in dice.choice(BINS + 1, n, p=weights / weights.sum()):
-            state, walk = self.start, []
-            while state != self.end:
-                rests = [position - round(arc.cost / width) for arc in self.arcs[state]]
-                ways = [
-                    counts[arc.to][rest] if rest >= 0 else 0 for arc, rest in zip(self.arcs[state], rests, strict=True)
-                ]
-                index = dice.choice(len(ways), p=np.array(ways) / sum(ways))
-                walk.append(self.arcs[state][index])
-                position, state = rests[index], walk[-1].to
-            candidates.append(self._candidate(walk))
-        return candidates
+
+        def choose(ways: list[tuple[Arc, int]]) -> int:
+            shares = [counts[arc.to][rest] for arc, rest in ways]
+            return dice.choice(len(ways), p=np.array(shares) / sum(shares))
+
+        positions = dice.choice(BINS + 1, n, p=weights / weights.sum())
+        return [self._walk(position, width, choose) for position in positions]

@@ -6,10 +6,11 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -20,26 +21,23 @@ from densenas.architecture import Architecture
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.run import environment, pick_device, progress
-from densenas.space import SearchSpace
+from densenas.space import Layer, SearchSpace
 
 SECONDS = 0.01  # of each timing
+T = TypeVar("T")
 
-Key = tuple[str, int, int, int, int]  # op, input channels, width, side of the input map, stride
 
-
-def build(key: Key, space: SearchSpace, num_classes: int) -> nn.Module:
-    """The module behind a key, as it stands in a derived network."""
-    op, in_channels, width, _, stride = key
+def build(layer: Layer, space: SearchSpace) -> nn.Module:
+    """The module of a layer as it stands in a derived network; a classifier's width is its number of classes."""
+    op, in_channels, width, _, stride = layer
     norm = ops.Norm(affine=True, eps=space.bn_eps)
     if op == "stem":
-        stem = ops.conv_norm(3, space.init_dim, norm(space.init_dim), nn.ReLU6(inplace=True), kernel_size=3, stride=2)
-        if space.net_type == "mbv2":
-            stem.append(ops.build_op("mbconv_k3_t1", space.init_dim, width, 1, norm))
-        return stem
+        conv = ops.conv_norm(3, space.init_dim, norm, nn.ReLU6, kernel_size=3, stride=2)
+        return conv.extend(ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem)
     if op == "conv1_1":
-        return ops.conv_norm(in_channels, width, norm(width), nn.ReLU6(inplace=True))
+        return ops.conv_norm(in_channels, width, norm, nn.ReLU6)
     if op == "classifier":
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, width))
     return ops.build_op(op, in_channels, width, stride, norm)
 
 
@@ -51,6 +49,16 @@ def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
     timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads())
     with torch.inference_mode():
         return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
+
+
+def shuffled(items: Sequence[T], rounds: int, seed: int, what: str) -> Iterator[tuple[int, T]]:
+    """Each item once a round, with the round's number, in an order of its own, so that a drift favours none."""
+    dice = random.Random(seed)
+    with progress(rounds * len(items), what) as bar:
+        for number in range(rounds):
+            for item in dice.sample(items, len(items)):
+                yield number, item
+                bar.update()
 
 
 def measure(
@@ -70,30 +78,20 @@ def measure(
     line; a killed measurement goes on behind the last whole line of the same conditions. A skip costs nothing, a
     derived network drops it; with `skip_reg` it is charged a tenth of its layer's first op, as in Mult-Adds.
     """
-    where, sizes = pick_device(device), space.maps(input_size)
+    where = pick_device(device)
     conditions: dict[str, Any] = {
         "input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, "dtype": "float32",
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else environment()["hardware"]["cpu"],
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    real = [space.real_channels(block) for block in range(space.num_blocks)]
-    last, mobile = space.num_blocks, space.net_type == "mbv2"
-
-    def layer(op: str, in_channels: int, block: int, size: int, stride: int) -> Key:
-        return (op, in_channels, space.chs[block], size, stride)
-
-    head = [
-        [[layer(op, real[i], j, sizes[i], space.stride(i, j)) for op in space.head_ops] for i in space.incoming(j)]
-        for j in range(1, last)
-    ]
-    stack = [
-        [[layer(op, real[j], j, sizes[j], 1) for op in space.stack_ops]] * space.num_layers[j] for j in range(1, last)
-    ]
-    ends = [("conv1_1" if mobile else "classifier", real[i], space.last_dim, sizes[i], 1) for i in space.incoming(last)]
+    mobile = space.net_type == "mbv2"
+    head, stack, final = space.layers(input_size)
+    if not mobile:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
+        final = [("classifier", channels, num_classes, size, 1) for _, channels, _, size, _ in final]
     stem = ("stem", 3, space.chs[0], input_size, 2)
-    classifier = ("classifier", space.last_dim, num_classes, sizes[-1], 1)
-    nested = [row for part in (head, stack) for block in part for layers in block for row in layers]
-    keys = sorted({key for key in (*nested, *ends, stem, *[classifier] * mobile) if key[0] != ops.SKIP})
+    classifier = ("classifier", space.last_dim, num_classes, space.maps(input_size)[-1], 1)
+    rows = [*chain(*head, *stack), final, [stem], [classifier] * mobile]
+    layers = sorted({layer for row in rows for layer in row if layer[0] != ops.SKIP})
 
     times = defaultdict(list)
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
@@ -103,40 +101,25 @@ def measure(
             continue  # cut off by a kill
         if entry["conditions"] == conditions:
             times[tuple(entry["key"])].append(entry["ms"])
-    dice = random.Random(seed)
-    bar = progress(rounds * len(keys), "latency", sum(min(rounds, len(values)) for values in times.values()))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write("\n")
-        for number in range(rounds):
-            for key in dice.sample(keys, len(keys)):
-                if len(times[key]) <= number:
-                    module = build(key, space, num_classes).eval().to(where, memory_format=torch.channels_last)
-                    x = torch.randn(batch_size, key[1], key[3], key[3], device=where)
-                    times[key].append(milliseconds(module, x.contiguous(memory_format=torch.channels_last)))
-                    file.write(json.dumps({"key": key, "ms": times[key][-1], "conditions": conditions}) + "\n")
-                    file.flush()
-                    bar.update()
-    bar.close()
+        for number, layer in shuffled(layers, rounds, seed, "latency"):
+            if len(times[layer]) <= number:
+                module = build(layer, space).eval().to(where, memory_format=torch.channels_last)
+                x = torch.randn(batch_size, layer[1], layer[3], layer[3], device=where)
+                times[layer].append(milliseconds(module, x.contiguous(memory_format=torch.channels_last)))
+                file.write(json.dumps({"key": layer, "ms": times[layer][-1], "conditions": conditions}) + "\n")
+                file.flush()
     # A skip is the one op that is not timed.
-    ms = defaultdict(float, {key: min(times[key]) for key in keys})
-
-    def cost(key: Key, row: list[Key]) -> float:
-        return ms[row[0]] / 10 if space.skip_reg and key[0] == ops.SKIP else ms[key]
-
-    def costs(rows: list[list[Key]]) -> list[list[float]]:
-        return [[cost(key, row) for key in row] for row in rows]
-
-    names = ("op", "in_channels", "width", "map", "stride")
+    ms = defaultdict(float, {layer: min(times[layer]) for layer in layers})
+    names = ("op", "in_channels", "width", "map", "stride", "ms", "median", "max")
     entries = [
-        {**dict(zip(names, key, strict=True)), "ms": ms[key], "median": median(times[key]), "max": max(times[key])}
-        for key in keys
+        dict(zip(names, (*layer, ms[layer], median(times[layer]), max(times[layer])), strict=True)) for layer in layers
     ]
-    return CostTable(
-        space, "latency", ms[stem], [costs(rows) for rows in head], [costs(rows) for rows in stack],
-        [ms[key] for key in ends], ms[classifier] if mobile else 0.0,
-        conditions | {"rounds": rounds, "entries": entries},
-    )  # fmt: skip
+    ends = ms[stem], ms[classifier] if mobile else 0.0
+    conditions |= {"rounds": rounds, "entries": entries}
+    return CostTable.of(space, "latency", (head, stack, final), ms.__getitem__, *ends, conditions)
 
 
 def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12, seed: int = 0) -> pd.DataFrame:
@@ -161,27 +144,20 @@ def whole(
     shape = (conditions["batch_size"], 3, conditions["input_size"], conditions["input_size"])
     x = torch.randn(shape, device=where).contiguous(memory_format=torch.channels_last)
     nets = [architecture.build(conditions["num_classes"]).eval() for architecture in architectures]
-    bar, dice = progress(rounds * len(nets), "networks"), random.Random(seed)
-    for _ in range(rounds):
-        for index in dice.sample(range(len(nets)), len(nets)):
-            net = nets[index].to(where, memory_format=torch.channels_last)
-            times[index].append(milliseconds(net, x))
-            bar.update()
-    bar.close()
+    for _, index in shuffled(range(len(nets)), rounds, seed, "networks"):
+        net = nets[index].to(where, memory_format=torch.channels_last)
+        times[index].append(milliseconds(net, x))
     return [min(values) for values in times]
 
 
 def agreement(frame: pd.DataFrame) -> dict[str, float]:
     """Spearman's rank correlation, the factor, and the mean absolute percentage errors of what `judge` gave."""
-    error = {
-        name: float(100 * ((frame[name] - frame["measured"]).abs() / frame["measured"]).mean())
-        for name in ("predicted", "corrected")
-    }
-    rank = float(frame["predicted"].rank().corr(frame["measured"].rank()))
+    predictions = frame[["predicted", "corrected"]]
+    error = 100 * predictions.div(frame["measured"], axis=0).sub(1).abs().mean()
     return {
         "networks": len(frame),
-        "spearman": rank,
+        "spearman": float(frame.corr("spearman").loc["predicted", "measured"]),
         "factor": float((frame["corrected"] / frame["predicted"]).median()),
-        "error": error["predicted"],
-        "error_corrected": error["corrected"],
+        "error": float(error["predicted"]),
+        "error_corrected": float(error["corrected"]),
     }

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms import v2
 
+from densenas.config import refuse
 from densenas.pack import CORES, Packed
 
 if TYPE_CHECKING:
@@ -57,18 +56,18 @@ class Decoded(Dataset):
     """Batches as DataLoader's workers make them: from indices with their seeds to uint8 (b, 3, S, S)."""
 
     def __init__(self, parts: Sequence[Packed], steps: v2.Transform, mirror: bool) -> None:
-        self.parts, self.steps, self.mirror = parts, steps, mirror
-        self.starts = [0, *accumulate(map(len, parts))]
+        self.source, self.size = ConcatDataset(parts), parts[0].image_size
+        self.steps, self.mirror = steps, mirror
 
     def __getitem__(self, request: list[tuple[int, int]]) -> Tensor:
-        size = self.parts[0].image_size
-        images = torch.empty(len(request), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
+        images = torch.empty(
+            len(request), 3, self.size, self.size, dtype=torch.uint8, memory_format=torch.channels_last
+        )
         with torch.random.fork_rng(devices=[]):
             for image, (index, seed) in zip(images, request, strict=True):
                 # Transforms draw from the global generator; a seed for each image makes workers interchangeable.
                 torch.default_generator.manual_seed(seed)
-                part = bisect_right(self.starts, index) - 1
-                made = self.steps(self.parts[part].read(index - self.starts[part]))
+                made = self.steps(self.source[index])
                 image.copy_(made.flip(-1) if self.mirror and torch.rand(()) < 0.5 else made)
         return images
 
@@ -99,22 +98,17 @@ class Batches:
     ) -> None:  # fmt: skip
         parts = [data.splits[name] for name in ([splits] if isinstance(splits, str) else splits)]
         rank, world = rank_and_world() if world is None else (rank, world)
-        if not 0 <= rank < world or batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world} processes (this is {rank})")
+        unequal = not 0 <= rank < world or batch_size < 1 or batch_size % world > 0
+        refuse(unequal, f"batch_size {batch_size} cannot be shared equally by {world} processes (this is {rank})")
         self.count = sum(map(len, parts))
         self.batch_size = min(batch_size, self.count) // world * world
-        if self.batch_size == 0:
-            raise ValueError(f"{self.count} images are too few for {world} processes")
+        refuse(self.batch_size == 0, f"{self.count} images are too few for {world} processes")
         self.device, self.seed, self.rank, self.world = device, seed, rank, world
         self.mirror = data.dataset in MIRRORED
-        shape = (1, 3, data.image_size, data.image_size)
         # Written out for every pixel: broadcasting along the innermost dimension is four times as slow on a CPU.
-        self.mean, self.std = (
-            torch.tensor(values, device=device)[:, None, None]
-            .expand(shape)
-            .contiguous(memory_format=torch.channels_last)
-            for values in (data.mean, data.std)
-        )
+        blank = torch.empty(1, 3, data.image_size, data.image_size, device=device, memory_format=torch.channels_last)
+        moments = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        self.mean, self.std = (blank.clone().copy_(moment) for moment in moments)
         labels = torch.cat([part.labels for part in parts])
         self.images = self.decoder = None
         if data.resident:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from densenas.config import refuse
 
 MBCONV = re.compile(r"mbconv_k([357])_t([136])")
 SKIP = "skip_connect"
@@ -26,21 +30,18 @@ def net_type(op: str) -> NetType | None:
     """The family an op belongs to; None for a skip. Raises ValueError for an unknown op."""
     if MBCONV.fullmatch(op):
         return "mbv2"
-    if op in ("basic_block", "bottleneck"):
-        return "res"
-    if op == SKIP:
-        return None
-    raise ValueError(f"unknown op {op!r}, known are {KNOWN}")
+    families = {"basic_block": "res", "bottleneck": "res", SKIP: None}
+    refuse(op not in families, f"unknown op {op!r}, known are {KNOWN}")
+    return families[op]
 
 
 def family(names: Iterable[str]) -> NetType:
     """The one family of these ops, skips aside; raises ValueError where they are of several."""
     convolutions = {op for op in names if op != SKIP}
     families = {net_type(op) for op in convolutions}
-    if len(families) > 1:
-        raise ValueError("MobileNetV2 and ResNet ops are mixed, one family is needed")
-    if {"basic_block", "bottleneck"} <= convolutions:
-        raise ValueError("basic_block and bottleneck leave different widths, so they cannot be mixed")
+    refuse(len(families) > 1, "MobileNetV2 and ResNet ops are mixed, one family is needed")
+    mixed = {"basic_block", "bottleneck"} <= convolutions
+    refuse(mixed, "basic_block and bottleneck leave different widths, so they cannot be mixed")
     return families.pop()
 
 
@@ -57,6 +58,8 @@ def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> 
     before, after = size**2, math.ceil(size / stride) ** 2
     if op == SKIP:
         return 0
+    if op == "conv1_1":
+        return in_channels * width * before
     if match := MBCONV.fullmatch(op):
         kernel, expansion = map(int, match.groups())
         hidden = in_channels * expansion
@@ -84,16 +87,16 @@ class Norm:
 
     def __call__(self, channels: int, affine: bool = False) -> nn.BatchNorm2d:
         """`affine` asks for the parameters even in the supernet, for the few layers that have them there."""
-        return nn.BatchNorm2d(
-            channels, self.eps, self.momentum, affine=self.affine or affine, track_running_stats=self.affine
-        )
+        return nn.BatchNorm2d(channels, self.eps, self.momentum, affine or self.affine, self.affine)
 
 
-def conv_norm(in_channels: int, out: int, norm: nn.Module, act: nn.Module | None = None, **conv: int) -> nn.Sequential:
+def conv_norm(
+    in_channels: int, out: int, norm: Callable[[int], nn.Module], act: type[nn.Module] | None = None, **conv: int
+) -> nn.Sequential:
     """Convolution without bias (1×1 unless told otherwise), batch norm and, where given, an activation."""
     kernel = conv.pop("kernel_size", 1)
-    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm]
-    return nn.Sequential(*layers, *([act] if act else []))
+    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
+    return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
 class MBConv(nn.Module):
@@ -103,67 +106,15 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = in_channels * expansion
         self.residual = stride == 1 and in_channels == out
-        self.expand_conv = (
-            conv_norm(in_channels, hidden, norm(hidden), nn.ReLU6(inplace=True)) if expansion > 1 else nn.Identity()
-        )
-        self.depthwise_conv = conv_norm(
-            hidden, hidden, norm(hidden), nn.ReLU6(inplace=True), kernel_size=kernel, stride=stride, groups=hidden
-        )
-        self.project_conv = conv_norm(hidden, out, norm(out, affine=expansion == 1))
+        self.expand_conv = conv_norm(in_channels, hidden, norm, nn.ReLU6) if expansion > 1 else nn.Identity()
+        depthwise = {"kernel_size": kernel, "stride": stride, "groups": hidden}
+        self.depthwise_conv = conv_norm(hidden, hidden, norm, nn.ReLU6, **depthwise)
+        # Without an expansion its last batch norm has affine parameters even in the supernet.
+        self.project_conv = conv_norm(hidden, out, partial(norm, affine=expansion == 1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.project_conv(self.depthwise_conv(self.expand_conv(x)))
         return y + x if self.residual else y
-
-
-def shortcut(in_channels: int, out: int, stride: int, norm: Norm) -> nn.Sequential | None:
-    if stride == 1 and in_channels == out:
-        return None
-    return conv_norm(in_channels, out, norm(out), stride=stride)
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with a shortcut (ResNet-18/34), torchvision's layout and names."""
-
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
-        self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = norm(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, width, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y = y + (self.downsample(x) if self.downsample else x)
-        return self.relu(y)
-
-
-class Bottleneck(nn.Module):
-    """1×1 reduce, 3×3, 1×1 expand to four times the width, with a shortcut (ResNet-50), torchvision's names."""
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, width: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        out = width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = norm(width, affine=True)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = norm(width, affine=True)
-        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
-        self.bn3 = norm(out, affine=True)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, out, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y = y + (self.downsample(x) if self.downsample else x)
-        return self.relu(y)
 
 
 def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
@@ -173,8 +124,12 @@ def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> 
     if match := MBCONV.fullmatch(op):
         kernel, expansion = map(int, match.groups())
         return MBConv(in_channels, width, stride, kernel, expansion, norm)
-    block = BasicBlock if op == "basic_block" else Bottleneck
-    return block(in_channels, width, stride, norm)
+    out = out_channels(op, width)
+    shortcut = conv_norm(in_channels, out, norm, stride=stride) if stride > 1 or in_channels != out else None
+    if op == "basic_block":
+        return BasicBlock(in_channels, width, stride, shortcut, norm_layer=norm)
+    # Its inner batch norms have affine parameters even in the supernet.
+    return Bottleneck(in_channels, width, stride, shortcut, norm_layer=partial(norm, affine=True))
 
 
 def init_weights(net: nn.Module, family: NetType) -> None:

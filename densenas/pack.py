@@ -257,6 +257,8 @@ class Packed:
         with _environment(self.path).begin(buffers=True) as reader:
             return decode(reader.get(self.names[index]))
 
+    __getitem__ = read
+
     def sizes(self, count: int) -> list[tuple[int, int]]:
         """Width and height of about that many images, evenly spaced."""
         return [(*self.read(k).shape[:0:-1],) for k in range(0, len(self), max(1, len(self) // count))]

@@ -80,21 +80,13 @@ def write_overview() -> str:
 def write_report(run: Run) -> str:
     """Writes index.html from the run's files; returns its path relative to the repository."""
     captions = run.read_json("figures/captions.json")
-    figures = [
-        {
-            "name": name,
-            "caption": caption,
-            "source": base64.b64encode((run.reports / "figures" / f"{name}.svg").read_bytes()).decode(),
-        }
-        for name, caption in sorted(captions.items())
-    ]
+    folder = run.reports / "figures"
+    sources = {name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in captions}
+    figures = [{"name": name, "caption": captions[name], "source": sources[name]} for name in sorted(captions)]
     metrics, provenance = run.read_json("metrics.json"), run.read_json("provenance.json")
     content: dict[str, Any] = {
+        **metrics,
         "run": run.name,
-        "data": metrics["data"],
-        "search": metrics["search"],
-        "training": metrics["retrain"],
-        "test": metrics["evaluate"],
         "interval": wilson(metrics["evaluate"]["top1"], metrics["evaluate"]["images"]),
         "arch": run.read_json("architecture.json"),
         "figures": figures,

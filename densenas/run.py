@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat
 from tqdm import tqdm
 
-from densenas.config import ROOT, Augment, Dataset, Strict, atomic, one_sentence, read_yaml, write_text
+from densenas.config import ROOT, Augment, Dataset, Strict, atomic, naming, read_yaml, refuse, write_text
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.space import SearchSpace
@@ -98,15 +98,14 @@ class RunConfig(Strict):
         """Reads and checks a run's file, its space included; ValueError or FileNotFoundError with one sentence."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no run configuration '{path}'")
-        try:
-            config = cls(**read_yaml(Path(path)))
-        except ValidationError as error:
-            raise one_sentence(error, str(path)) from None
+        settings = read_yaml(Path(path))
+        with naming(str(path)):
+            config = cls(**settings)
         space = SearchSpace.load(config.space)
         size = config.image_size or space.input_size
         space.maps(size)  # refuses a size at which a map would vanish
-        if config.evidence and config.cost.kind != "mult_adds":
-            raise ValueError(f"{path}: evidence compares at equal Mult-Adds, but cost.kind is {config.cost.kind}")
+        unequal = f"{path}: evidence compares at equal Mult-Adds, but cost.kind is {config.cost.kind}"
+        refuse(bool(config.evidence) and config.cost.kind != "mult_adds", unequal)
         targets = [("evidence.targets", target) for target in (config.evidence.targets if config.evidence else ())]
         if config.search.target_cost is not None and config.cost.kind == "mult_adds":
             targets.append(("search.target_cost", config.search.target_cost))
@@ -149,8 +148,8 @@ class Run:
     """Where a run keeps what: `reports` (small, for readers) and `work` (checkpoints and data, for machines)."""
 
     def __init__(self, name: str) -> None:
-        if not re.fullmatch(r"[\w][\w.-]*", name):
-            raise ValueError(f"run name '{name}' is not usable as a folder name: use letters, digits, '.', '_', '-'")
+        usable = re.fullmatch(r"[\w][\w.-]*", name)
+        refuse(not usable, f"run name '{name}' is not usable as a folder name: use letters, digits, '.', '_', '-'")
         self.name = name
         self.reports = ROOT / "reports" / name
         self.work = ROOT / "runs" / name
@@ -189,10 +188,8 @@ class Run:
     def write_history(self, stage: str, rows: list[dict[str, Any]]) -> None:
         """Replaces the rows of one stage in history.csv."""
         with self._locked():
-            old = self.history()
-            kept = old[old["stage"] != stage] if len(old) else old
-            new = pd.DataFrame([{"stage": stage, **row} for row in rows])
-            history = pd.concat([kept, new]) if len(kept) else new
+            kept = [row for row in self.history().to_dict("records") if row["stage"] != stage]
+            history = pd.DataFrame(kept + [{"stage": stage, **row} for row in rows])
             # Search before retraining, whichever was run last.
             history = history.sort_values(["stage", "epoch"], ascending=[False, True])
             write_text(self.reports / "history.csv", history.to_csv(index=False))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from densenas import ops
-from densenas.config import PACKAGE, RetrainRecipe, SearchRecipe, Strict, one_sentence, read_yaml
+from densenas.architecture import Architecture, Block
+from densenas.config import PACKAGE, RetrainRecipe, SearchRecipe, Strict, naming, read_yaml, refuse
 
 PRESETS = ("mbv2", "resnet", "bottleneck", "cifar_mbv2", "cifar_resnet", "digits")
 Positive = Annotated[int, Field(ge=1)]
+Layer = tuple[str, int, int, int, int]  # op, real input channels, nominal width, side of the input map, stride
+Layers = tuple[list[list[list[Layer]]], list[list[list[Layer]]], list[Layer]]
 
 
 class SearchSpace(Strict):
@@ -49,82 +54,61 @@ class SearchSpace(Strict):
         path = preset if space in PRESETS else Path(space)
         if not path.is_file():
             raise FileNotFoundError(f"no search space '{space}': neither a YAML file nor one of {', '.join(PRESETS)}")
-        try:
-            return cls(**{"name": path.stem, **read_yaml(path)})
-        except ValidationError as error:
-            raise one_sentence(error, f"search space {path.name}") from None
+        settings = read_yaml(path)
+        with naming(f"search space {path.name}"):
+            return cls(**{"name": path.stem, **settings})
 
     @field_validator("head_ops", "stack_ops")
     @classmethod
     def _ops_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for op in names:
             ops.net_type(op)
-        if len(set(names)) < len(names):
-            raise ValueError("lists an op twice")
+        refuse(len(set(names)) < len(names), "lists an op twice")
         return names
 
     @model_validator(mode="after")
     def _can_work(self) -> SearchSpace:
         blocks = len(self.chs)
-        lengths = {"fm_sizes": blocks, "num_layers": blocks, "stage": blocks + 1}
-        for field, expected in lengths.items():
-            if (found := len(getattr(self, field))) != expected:
-                final = " and the final node" if field == "stage" else ""
-                raise ValueError(
-                    f"{field} has {found} entries, {expected} are needed for the {blocks} blocks of chs{final}"
-                )
-        if blocks < 2:
-            raise ValueError("chs lists fewer than 2 blocks, so there is nothing to search")
-        self._ops_agree()
+        for name, nodes in {"fm_sizes": "", "num_layers": "", "stage": " and the final node"}.items():
+            found, needed = len(getattr(self, name)), blocks + bool(nodes)
+            wrong = f"{name} has {found} entries, {needed} are needed for the {blocks} blocks of chs{nodes}"
+            refuse(found != needed, wrong)
+        refuse(blocks < 2, "chs lists fewer than 2 blocks, so there is nothing to search")
+        refuse(not self.head_ops, "head_ops is empty, every edge needs a candidate")
+        refuse(ops.SKIP in self.head_ops, "head_ops holds skip_connect, which cannot change width or map")
+        bare = any(self.num_layers) and not self.stack_ops
+        refuse(bare, "stack_ops is empty, but num_layers asks for stacked layers")
+        with naming("head_ops and stack_ops"):
+            resnet = ops.family((*self.head_ops, *self.stack_ops)) == "res"
+        wrong = f"block 0 is {self.chs[0]} wide, but a ResNet stem leaves init_dim = {self.init_dim}"
+        refuse(resnet and self.init_dim != self.chs[0], wrong)
         for block in range(blocks):
             self._block_can_work(block)
+        rule = f"(an edge spans at most {self.max_connections} blocks, one stage and one halving of the map)"
         for block in range(blocks):
-            if block and not self.incoming(block):
-                raise ValueError(f"block {block} cannot be reached from any block before it {self._edge_rule}")
-            if not self.outgoing(block):
-                raise ValueError(f"block {block} has no path to the end {self._edge_rule}")
-        if self.net_type == "res" and (0, blocks) in self.edges:
-            raise ValueError("block 0 may feed the final node, but a ResNet network needs at least one routing block")
+            unreached = block > 0 and not self.incoming(block)
+            refuse(unreached, f"block {block} cannot be reached from any block before it {rule}")
+            refuse(not self.outgoing(block), f"block {block} has no path to the end {rule}")
+        empty = "block 0 may feed the final node, but a ResNet network needs at least one routing block"
+        refuse(resnet and (0, blocks) in self.edges, empty)
         return self
 
-    def _ops_agree(self) -> None:
-        if not self.head_ops:
-            raise ValueError("head_ops is empty, every edge needs a candidate")
-        if ops.SKIP in self.head_ops:
-            raise ValueError("head_ops holds skip_connect, which cannot change width or map")
-        if any(self.num_layers) and not self.stack_ops:
-            raise ValueError("stack_ops is empty, but num_layers asks for stacked layers")
-        try:
-            ops.family((*self.head_ops, *self.stack_ops))
-        except ValueError as error:
-            raise ValueError(f"head_ops and stack_ops: {error}") from None
-        if self.net_type == "res" and self.init_dim != self.chs[0]:
-            raise ValueError(f"block 0 is {self.chs[0]} wide, but a ResNet stem leaves init_dim = {self.init_dim}")
-
     def _block_can_work(self, block: int) -> None:
-        if self.chs[block] < 1:
-            raise ValueError(f"block {block} has width {self.chs[block]}, widths must be positive")
-        if self.num_layers[block] < 0:
-            raise ValueError(f"block {block} has {self.num_layers[block]} layers, depth cannot be negative")
-        if self.fm_sizes[block] < 1:
-            raise ValueError(f"block {block} has a map of {self.fm_sizes[block]}, a map cannot shrink below 1")
+        width, side, layers = self.chs[block], self.fm_sizes[block], self.num_layers[block]
+        refuse(width < 1, f"block {block} has width {width}, widths must be positive")
+        refuse(layers < 0, f"block {block} has {layers} layers, depth cannot be negative")
+        refuse(side < 1, f"block {block} has a map of {side}, a map cannot shrink below 1")
         if block == 0:
-            if self.num_layers[0]:
-                raise ValueError("block 0 is the stem's output without layers, num_layers must start with 0")
-            if self.fm_sizes[0] != math.ceil(self.input_size / 2):
-                raise ValueError(
-                    f"block 0 has a map of {self.fm_sizes[0]}, the stem halves input_size = {self.input_size}"
-                    f" to {math.ceil(self.input_size / 2)}"
-                )
-        elif self.fm_sizes[block] > self.fm_sizes[block - 1]:
-            raise ValueError(f"block {block} has a larger map than block {block - 1}, maps cannot grow")
-        if self.stage[block + 1] < self.stage[block]:
-            node = "the final node" if block + 1 == len(self.chs) else f"block {block + 1}"
-            raise ValueError(f"{node} is in stage {self.stage[block + 1]}, before block {block}; stages cannot go back")
-
-    @property
-    def _edge_rule(self) -> str:
-        return f"(an edge spans at most {self.max_connections} blocks, one stage and one halving of the map)"
+            refuse(layers > 0, "block 0 is the stem's output without layers, num_layers must start with 0")
+            half = math.ceil(self.input_size / 2)
+            halved = f"the stem halves input_size = {self.input_size} to {half}"
+            refuse(side != half, f"block 0 has a map of {side}, {halved}")
+        else:
+            larger = side > self.fm_sizes[block - 1]
+            refuse(larger, f"block {block} has a larger map than block {block - 1}, maps cannot grow")
+        stage, onward = self.stage[block : block + 2]
+        node = "the final node" if block + 1 == self.num_blocks else f"block {block + 1}"
+        refuse(onward < stage, f"{node} is in stage {onward}, before block {block}; stages cannot go back")
 
     @property
     def net_type(self) -> Literal["mbv2", "res"]:
@@ -175,12 +159,34 @@ class SearchSpace(Strict):
         for block in range(1, self.num_blocks):
             i = self.incoming(block)[0]
             stride = self.stride(i, block)
-            if stride > sizes[i] or input_size < 2:
-                raise ValueError(
-                    f"search space {self.name}: block {block} would shrink a map below 1 at input size {input_size}"
-                )
+            wrong = f"search space {self.name}: block {block} would shrink a map below 1 at input size {input_size}"
+            refuse(stride > sizes[i] or input_size < 2, wrong)
             sizes.append(math.ceil(sizes[i] / stride))
         return sizes
+
+    def layers(self, input_size: int) -> Layers:
+        """Every candidate in the nesting of a cost table: head (per block from 1 on, per incoming edge, per op), stack
+        (per block, per layer, per op) and final (per edge to the final node).
+        """
+        sizes, channels = self.maps(input_size), [self.real_channels(block) for block in range(self.num_blocks)]
+        head, stack = [], []
+        for j, width in enumerate(self.chs[1:], start=1):
+            edges = [(channels[i], width, sizes[i], self.stride(i, j)) for i in self.incoming(j)]
+            head.append([[(op, *edge) for op in self.head_ops] for edge in edges])
+            stack.append([[(op, channels[j], width, sizes[j], 1) for op in self.stack_ops]] * self.num_layers[j])
+        final = [("conv1_1", channels[i], self.last_dim, sizes[i], 1) for i in self.incoming(self.num_blocks)]
+        return head, stack, final
+
+    @property
+    def stem(self) -> tuple[Block, ...]:
+        """The block that every network of a MobileNetV2 space starts with; none in a ResNet space."""
+        return (Block(self.init_dim, self.chs[0], "mbconv_k3_t1", (), 1),) if self.net_type == "mbv2" else ()
+
+    def architecture(self, path: Sequence[int], chosen: Iterable[tuple[str, tuple[str, ...]]]) -> Architecture:
+        """The network along a path (nodes from 0 to the final one), with the head op and stack of each block on it."""
+        edges = zip(pairwise(path[:-1]), chosen, strict=True)
+        blocks = [Block(self.chs[i], self.chs[j], head, stack, self.stride(i, j)) for (i, j), (head, stack) in edges]
+        return Architecture((*self.stem, *blocks), self.last_dim if self.net_type == "mbv2" else None)
 
     def count_paths(self) -> int:
         """Number of block paths from block 0 to the final node."""

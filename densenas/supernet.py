@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from densenas import ops
-from densenas.architecture import Architecture, Block
+from densenas.architecture import Architecture
 from densenas.cost import CostTable
 from densenas.space import SearchSpace
 
@@ -59,15 +59,13 @@ class SuperNet(nn.Module):
         self.temperature = space.search.softmax_temp
         norm = ops.Norm(affine=False, eps=space.bn_eps, momentum=space.bn_momentum)
         activation = nn.ReLU6 if space.net_type == "mbv2" else nn.ReLU
-        self.stem = ops.conv_norm(
-            3, space.init_dim, norm(space.init_dim), activation(inplace=True), kernel_size=3, stride=2
-        )
+        self.stem = ops.conv_norm(3, space.init_dim, norm, activation, kernel_size=3, stride=2)
         if space.net_type == "mbv2":
             self.stem.append(ops.build_op("mbconv_k3_t1", space.init_dim, space.chs[0], 1, norm))
         blocks = range(1, space.num_blocks)
         self.blocks = nn.ModuleList(RoutingBlock(space, block, norm) for block in blocks)
         self.final = nn.ModuleList(
-            ops.conv_norm(space.real_channels(i), space.last_dim, norm(space.last_dim), nn.ReLU6(inplace=True))
+            ops.conv_norm(space.real_channels(i), space.last_dim, norm, nn.ReLU6)
             for i in space.incoming(space.num_blocks)
         )
         self.classifier = nn.Linear(space.last_dim, num_classes)
@@ -274,11 +272,10 @@ def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Archit
     path = best_path(space, p)
     rows = {edge: row for row, edge in enumerate(space.head_edges)}
     best_head, best_stack = head.argmax(dim=1).tolist(), stack.argmax(dim=1).tolist() if stack.numel() else []
-    blocks = [Block(space.init_dim, space.chs[0], "mbconv_k3_t1", (), 1)] if space.net_type == "mbv2" else []
+    chosen = []
     for i, j in pairwise(path[:-1]):
         first = sum(space.num_layers[:j])
         layers = [space.stack_ops[index] for index in best_stack[first : first + space.num_layers[j]]]
         kept = tuple(op for op in layers if op != ops.SKIP)
-        op = space.head_ops[best_head[rows[i, j]]]
-        blocks.append(Block(space.chs[i], space.chs[j], op, kept, space.stride(i, j)))
-    return Architecture(tuple(blocks), space.last_dim if space.net_type == "mbv2" else None)
+        chosen.append((space.head_ops[best_head[rows[i, j]]], kept))
+    return space.architecture(path, chosen)

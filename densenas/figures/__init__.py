@@ -25,9 +25,3 @@ from densenas.figures.results import (
     search_history,
     training_history,
 )
-
-__all__ = [
-    "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
-    "evidence", "image_grid", "image_sizes", "one_shot_ranking", "operation_probabilities", "path_probabilities",
-    "predicted_latency", "published_accuracy", "search_health", "search_history", "search_space", "training_history",
-]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from densenas.figures.style import (
@@ -106,64 +108,48 @@ def pareto(points: pd.DataFrame) -> pd.DataFrame:
     return ordered[ordered["top1"] > ordered["top1"].cummax().shift(fill_value=-math.inf)]
 
 
-def _scatter(axes: Axes, points: pd.DataFrame, groups: Sequence[str], x_label: str) -> list[np.ndarray]:
-    """Points by group, a line through DenseNAS, the Pareto front; returns the lines that labels should not cover."""
+def _scatter(axes: Axes, points: pd.DataFrame, groups: Sequence[str], x_label: str) -> None:
+    """The points by group, with the Pareto front as steps."""
     front = pareto(points)[["cost", "top1"]].to_numpy().repeat(2, axis=0)
-    lines = [np.column_stack([front[1:, 0], front[:-1, 1]])]
-    axes.plot(*lines[0].T, color=GREY, linewidth=0.9, zorder=1, label="Pareto front")
+    axes.plot(front[1:, 0], front[:-1, 1], color=GREY, linewidth=0.9, zorder=1, label="Pareto front")
     colours = iter(COLOURS)
     for group, marker in zip(sorted(groups, key="DenseNAS".__ne__), "osD^vP*X" * len(groups), strict=False):
         members = points[points["group"] == group].sort_values("cost", kind="stable")
-        colour = RED if group == "DenseNAS" else next(colours)
-        line = members[["cost", "top1"]].to_numpy()
-        joined = group == "DenseNAS"
-        style = {"marker": marker, "markersize": 6, "color": colour, "zorder": 3, "label": group}
-        axes.plot(*line.T, linestyle="-" if joined else "none", **style)
-        lines += [line] * joined
-        for row in members.dropna(subset="std").itertuples() if "std" in points else ():
-            lines.append(np.array([[row.cost, row.top1 - row.std], [row.cost, row.top1 + row.std]]))
-            axes.plot(*lines[-1].T, marker="_", color=colour, linewidth=1.2, zorder=2)
+        style = (
+            {"color": RED, "linestyle": "-"} if group == "DenseNAS" else {"color": next(colours), "linestyle": "none"}
+        )
+        style |= {"marker": marker, "markersize": 6, "zorder": 3, "label": group, "elinewidth": 1.2, "capsize": 3}
+        axes.errorbar(members["cost"], members["top1"], members.get("std"), **style)
     axes.margins(x=0.18, y=0.12)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.set(xlabel=x_label, ylabel="top-1 accuracy (%)")
-    return [Path(line).interpolated(30).vertices for line in lines if len(line) > 1]
 
 
-def _overlap(box: np.ndarray, others: np.ndarray) -> float:
-    """The area that a box (left, bottom, right, top) shares with others (n, 4), summed."""
-    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    return float(sides.clip(0).prod(axis=1).sum())
-
-
-def _label(axes: Axes, points: pd.DataFrame, lines: list[np.ndarray]) -> None:
-    """Writes each name near its point: of a fixed list of places the one that covers least, in three rounds."""
+def _label(axes: Axes, points: pd.DataFrame) -> None:
+    """Writes each name near its point: of a fixed list of places the nearest that covers no point, line or name."""
     axes.figure.draw_without_rendering()  # settles the layout, on which distances depend
-    point, place = axes.figure.dpi / 72, axes.transData.transform
-    centres = place(points[["cost", "top1"]].to_numpy())
-    along = place(np.concatenate([*lines, np.empty((0, 2))]))
-    fixed = np.concatenate([np.hstack([xy - r * point, xy + r * point]) for xy, r in ((centres, 4), (along, 1.5))])
-    texts = [axes.text(0, 0, name, size=SMALL) for name in points["name"]]
-    sizes = [np.array(text.get_window_extent().size) + 2 * point for text in texts]
-    frame, boxes = np.array([axes.bbox.extents]), np.zeros((len(texts), 4))
-    directions = [np.array([math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)]) for k in range(16)]
-    offsets = [(r * point, direction) for r in (5, 9, 14, 20, 28, 38) for direction in directions]
-    for _ in range(3):
-        for k, (centre, size) in enumerate(zip(centres, sizes, strict=True)):
-            others, options = np.concatenate([fixed, np.delete(boxes, k, axis=0)]), []
-            for distance, direction in offsets:
-                middle = centre + direction * (size / 2 + distance)
-                box = np.concatenate([middle - size / 2, middle + size / 2])
-                outside = size.prod() - _overlap(box, frame)
-                options.append((8 * _overlap(box, others) + 20 * outside + 5 * point * distance, box))
-            boxes[k] = min(options, key=lambda option: option[0])[1]
-    for text, xy, box, size, name in zip(texts, centres, boxes, sizes, points["name"], strict=True):
-        text.remove()
-        offset = (box[:2] + size / 2 - xy) / point
-        far = np.linalg.norm(np.maximum(abs(offset) - size / point / 2, 0)) > 8
-        arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if far else None
+    lines = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xydata()) > 1]
+    along = [Path(line).interpolated(30).vertices for line in lines]
+    places = points[["cost", "top1"]].to_numpy()
+    dots, point = axes.transData.transform(np.concatenate([*along, *[places] * 10])), axes.figure.dpi / 72
+    ruler, names = axes.text(0, 0, "", size=SMALL), []
+    for name, xy, centre in zip(points["name"], places, axes.transData.transform(places), strict=True):
+        ruler.set_text(name)
+        size, options = np.array(ruler.get_window_extent().size), []
+        for distance, angle in product((5, 9, 14, 20, 28, 38), np.arange(16) * np.pi / 8):
+            offset = np.array([math.cos(angle), math.sin(angle)]) * (size / 2 + distance * point)
+            box = Bbox.from_bounds(*(centre + offset - size / 2), *size).padded(2 * point)
+            covered = 20 * box.count_contains(dots) + 200 * box.count_overlaps(names)
+            outside = 4 - axes.bbox.count_contains(box.corners())
+            options.append((5 * distance + covered + 1000 * outside, distance, offset / point, box))
+        _, distance, offset, box = min(options, key=lambda option: option[0])
+        names += [box] * bool(name)
+        arrow = (
+            {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if distance > 9 else None
+        )
         style = {"size": SMALL, "ha": "center", "va": "center", "color": INK, "zorder": 4, "arrowprops": arrow}
-        xy = axes.transData.inverted().transform(xy)
         axes.annotate(name, xy, offset, textcoords="offset points", **style).set_in_layout(False)
+    ruler.remove()
 
 
 def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
@@ -171,9 +157,9 @@ def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
     (of top1, as a bar). A line joins the group DenseNAS, steps mark the Pareto front; `x_label` names cost and unit.
     """
     figure, (axes,) = canvas(7, 4.6)
-    lines = _scatter(axes, points, [*points["group"].unique()], x_label)
+    _scatter(axes, points, points["group"].unique(), x_label)
     legend_above(axes)
-    _label(axes, points, lines)
+    _label(axes, points)
     return figure
 
 
@@ -217,24 +203,25 @@ def published_accuracy(paper: Mapping[str, Any], against: Literal["mult_adds", "
     """
     published, families = paper["published"], {"DenseNAS": "DenseNAS", "Random": "random search"}
     families |= dict.fromkeys(("MobileNet", "ResNet"), "designed by hand") | {"": "other search"}
-    extra = {"mobilenetv2": ("curve", "FLOPs", "latency_ms", "top1"), "resnet": ("curve", "FLOPs", "top1")}
+    extra = {"mobilenetv2": ("model", "FLOPs", "latency_ms", "top1"), "resnet": ("model", "FLOPs", "top1")}
     x_label = {"mult_adds": "Mult-Adds (millions)", "latency": "latency (ms, TITAN XP, batch 32)"}[against]
     figure, panels = canvas(WIDTH, 4.6, (range(2),), width_ratios=(1.4, 1))
     drawn = []
     for axes, space, title in zip(panels, extra, ("MobileNetV2 space", "ResNet space"), strict=True):
-        rows = [dict(zip(published[f"{space}_space_columns"], row, strict=True)) for row in published[f"{space}_space"]]
-        rows += [dict(zip(extra[space], row, strict=True)) for row in published[f"{space}_curve_extra"]]
-        points = pd.DataFrame(rows, columns=["model", "curve", "FLOPs", "latency_ms", "top1"])
-        original, points["name"] = points["model"].fillna(points["curve"]), points["model"].fillna("")
-        points["group"] = [next(group for key, group in families.items() if key in name) for name in original]
+        named, curve = published[f"{space}_space"], published[f"{space}_curve_extra"]
+        rows = [dict(zip(published[f"{space}_space_columns"], row, strict=True)) for row in named]
+        points = pd.DataFrame(rows + [dict(zip(extra[space], row, strict=True)) for row in curve])
+        points["name"] = points["model"].where(points.index < len(named), "")
+        points["group"] = [next(group for key, group in families.items() if key in name) for name in points["model"]]
         flops = points["FLOPs"].str[:-1].astype(float) * points["FLOPs"].str[-1].map({"M": 1, "B": 1000})
         points["cost"] = flops if against == "mult_adds" else points["latency_ms"]
         points = points.dropna(subset="cost")
         axes.set_title(title)
-        drawn.append((axes, points, _scatter(axes, points, [*dict.fromkeys(families.values())], x_label)))
+        _scatter(axes, points, [*dict.fromkeys(families.values())], x_label)
+        drawn.append((axes, points))
     legend_below(figure, panels[0].get_legend_handles_labels()[0])
-    for axes, points, lines in drawn:
-        _label(axes, points, lines)
+    for axes, points in drawn:
+        _label(axes, points)
     return figure
 
 
