@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -90,12 +92,45 @@ class Norm:
         return nn.BatchNorm2d(channels, self.eps, self.momentum, affine or self.affine, self.affine)
 
 
+class _DepthwiseByImage(torch.autograd.Function):
+    """A depthwise convolution whose weight gradient is one, too: each image's channel convolved with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        kernel, planes, grad_x = weight.shape[-1], x.shape[0] * x.shape[1], None
+        if ctx.needs_input_grad[0]:
+            grad_x = nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, kernel // 2, groups=len(weight))
+        images, kernels = x.reshape(1, planes, *x.shape[2:]), grad.reshape(planes, 1, *grad.shape[2:])
+        each = F.conv2d(images, kernels, padding=kernel // 2, dilation=ctx.stride, groups=planes)
+        each = each[..., :kernel, :kernel].reshape(len(x), *weight.shape)
+        return grad_x, each.sum(dim=0), None
+
+
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution. Where oneDNN's weight gradient takes many times its forward pass, ours replaces it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        trained = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        slow = x.device.type == "cpu" and x.dtype == torch.float32 and self.kernel_size[0] > 3
+        if trained and slow and not torch.is_autocast_enabled("cpu"):
+            return _DepthwiseByImage.apply(x, self.weight, self.stride[0])
+        return super().forward(x)
+
+
 def conv_norm(
     in_channels: int, out: int, norm: Callable[[int], nn.Module], act: type[nn.Module] | None = None, **conv: int
 ) -> nn.Sequential:
     """Convolution without bias (1×1 unless told otherwise), batch norm and, where given, an activation."""
     kernel = conv.pop("kernel_size", 1)
-    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
+    make = Depthwise if conv.get("groups", 1) > 1 else nn.Conv2d
+    layers = [make(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
     return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
