@@ -73,7 +73,9 @@ def write_overview() -> str:
     """Writes reports/index.html, all runs in one table that sorts; returns its path relative to the repository."""
     formats = {"top1": "%.2f", "low": "%.1f", "high": "%.1f", "cost": "%.3f", "params": "%.1f"}
     template, runs = TEMPLATES.get_template("overview.html.j2"), all_runs().to_dict("records")
-    write_text(ROOT / "reports" / "index.html", template.render(runs=runs, columns=COLUMNS, formats=formats))
+    studies = sorted(path.parent.name for path in (ROOT / "reports").glob("*/evidence.html"))
+    page = template.render(runs=runs, columns=COLUMNS, formats=formats, studies=studies)
+    write_text(ROOT / "reports" / "index.html", page)
     return "reports/index.html"
 
 
@@ -123,7 +125,8 @@ if __name__ == "__main__":
     metrics = run.read_json("metrics.json")
     print(f"\nRun '{run.name}'")
     if "evidence" in metrics:
-        print(f"  {'evidence':<16} {metrics['evidence']['verdict']}\n  {'report':<16} {write_study(run)}\n")
+        path, found = write_study(run), metrics["evidence"]["verdict"]
+        print(f"{found}\n  {'report':<16} {path}, beside all runs in {write_overview()}\n")
     if "evaluate" in metrics:
         path = write_report(run)
         for name, text in headline(run).items():

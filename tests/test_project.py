@@ -175,14 +175,16 @@ def test_the_overview_lists_every_evaluated_run(tmp_path, monkeypatch):
     unfinished = tmp_path / "reports" / "unfinished"
     unfinished.mkdir()
     shutil.copy(ROOT / "reports" / "digits" / "architecture.json", unfinished)
+    (unfinished / "evidence.html").touch()
     page = (tmp_path / report.write_overview()).read_text()
-    assert re.findall(r'href="(.*?)"', page) == ["digits/index.html", "second/index.html"]
+    pages = ["digits/index.html", "second/index.html", "unfinished/evidence.html"]
+    assert re.findall(r'href="(.*?)"', page) == pages
     top1 = json.loads((ROOT / "reports" / "digits" / "metrics.json").read_text())["evaluate"]["top1"]
     assert page.count(f">{100 * top1:.2f}</td>") == 2
     assert not re.search("https?://", page), "it must read without a network"
 
 
-@pytest.mark.parametrize("run", sorted(path.parent.name for path in (ROOT / "reports").glob("*/evidence.csv")))
-def test_the_readme_says_what_the_study_found(run):
+@pytest.mark.parametrize("run", ["cifar10", "evidence-digits"])
+def test_the_readme_says_what_a_study_found(run):
     verdict = json.loads((ROOT / "reports" / run / "metrics.json").read_text())["evidence"]["verdict"]
     assert verdict in (ROOT / "README.md").read_text()
