@@ -9,6 +9,7 @@ from densenas.figures.networks import (
     cost_table,
     operation_probabilities,
     path_probabilities,
+    restyled,
     search_space,
 )
 from densenas.figures.results import (
@@ -27,5 +28,5 @@ from densenas.figures.results import (
 __all__ = [
     "accuracy_against_cost", "architectures", "block_counts_and_widths", "class_counts", "confusion", "cost_table",
     "image_grid", "image_sizes", "operation_probabilities", "path_probabilities", "predicted_latency",
-    "published_accuracy", "search_health", "search_history", "search_space", "training_history",
+    "published_accuracy", "restyled", "search_health", "search_history", "search_space", "training_history",
 ]  # fmt: skip
