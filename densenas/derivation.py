@@ -35,6 +35,20 @@ def visit_probabilities(p: Tensor) -> Tensor:
     return visits
 
 
+def expected_cost(table: CostTable, p: Tensor, head: Tensor, stack: Tensor) -> float:
+    """The chained cost, from the front: each edge and layer as often as a path visits it; in the table's unit.
+
+    p (blocks, nodes), head (edges into blocks, head ops) and stack (layers, stack ops) are probabilities.
+    """
+    space, last, edges = table.space, table.space.num_blocks, torch.zeros_like(p)
+    head_cost, stack_cost, final_cost = table.tensors(like=p)
+    edges[tuple(torch.tensor(space.head_edges).T)] = (head * head_cost).sum(dim=1)
+    edges[space.incoming(last), last] = final_cost
+    visits = visit_probabilities(p)[:-1]
+    layers = visits.repeat_interleave(torch.tensor(space.num_layers)) @ (stack * stack_cost).sum(dim=1)
+    return table.stem + float(visits @ (p * edges).sum(dim=1) + layers) + table.classifier
+
+
 class Arc(NamedTuple):
     """One choice: the op of an edge or the ops of a stack, with what it adds to log-probability and cost."""
 

@@ -9,6 +9,7 @@ from densenas.figures.networks import (
     cost_table,
     operation_probabilities,
     path_probabilities,
+    restyled,
     search_space,
 )
 from densenas.figures.results import (

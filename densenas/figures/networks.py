@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
@@ -46,12 +46,20 @@ def _stages(space: SearchSpace) -> tuple[dict[int, Any], list[Patch]]:
     return colours, [Patch(facecolor=tint(colour), edgecolor=colour, label=names[s]) for s, colour in colours.items()]
 
 
+def edge_look(share: float, chosen: bool = False) -> dict[str, Any]:
+    """An edge of probability `share` in a graph: thick where probable, red where `chosen` for the derived path."""
+    width = 0.4 + 3 * share
+    if chosen:
+        return {"color": RED, "linewidth": max(2, width), "alpha": 1, "zorder": 3}
+    return {"color": INK, "linewidth": width, "alpha": 0.1 + 0.9 * share}
+
+
 def search_space(space: SearchSpace, p: Tensor | None = None, path: list[int] | None = None) -> Figure:
     """The blocks of a space in order, their width inside and stages as colours, with all edges as arrows.
 
     Arrows above the blocks keep the map (stride 1), those below halve it (stride 2); the bands are maps of one size,
     with the side in pixels. `p` (blocks, nodes) makes improbable edges thin and faint; the nodes of `path`, from 0 to
-    the final node, and the edges between them are red.
+    the final node, and the edges between them are red. In an SVG they are called edge-i-j and node-i.
     """
     (colours, handles), nodes = _stages(space), space.num_blocks + 1
     pitch = min(0.9, (WIDTH - 0.9) / nodes)  # inches from block to block
@@ -68,23 +76,20 @@ def search_space(space: SearchSpace, p: Tensor | None = None, path: list[int] | 
         axes.text((start + end - 1) / 2, (floor + bottom) / 2, f"{side}²", ha="center", va="center")
         start = end
 
-    def look(share: float) -> dict[str, Any]:
-        return {"color": INK, "linewidth": 0.4 + 3 * share, "alpha": 0.1 + 0.9 * share}
-
     chosen = set(pairwise(path or ()))
     for i, j in space.edges:
         side = 1 if space.stride(i, j) == 1 else -1
-        style = {"color": INK, "linewidth": 1.1, "alpha": 0.5} if p is None else look(float(p[i, j]))
-        if (i, j) in chosen:
-            style = {"color": RED, "linewidth": max(2, style["linewidth"]), "zorder": 3}
+        style = {"color": INK, "linewidth": 1.1, "alpha": 0.5}
+        if p is not None or (i, j) in chosen:
+            style = edge_look(0 if p is None else float(p[i, j]), (i, j) in chosen)
         line = {"connectionstyle": f"arc3,rad={-side * bend}", "arrowstyle": "-|>", "mutation_scale": 6}
         ends = (i + 0.15, side * half), (j - 0.15, side * half)
-        axes.add_patch(FancyArrowPatch(*ends, shrinkA=0, shrinkB=0, **line, **style))
+        axes.add_patch(FancyArrowPatch(*ends, shrinkA=0, shrinkB=0, gid=f"edge-{i}-{j}", **line, **style))
     for node, width in enumerate((*space.chs, space.last_dim)):
         colour = colours[space.stage[node]] if node < nodes - 1 else GREY
         style = {"edgecolor": RED, "linewidth": 2} if node in (path or ()) else {"edgecolor": colour, "linewidth": 1}
         box = FancyBboxPatch((node - 0.34, 0.08 - half), 0.68, 2 * half - 0.16, boxstyle="round,pad=0.08", zorder=4)
-        axes.add_patch(box).set(facecolor=tint(colour), **style)
+        axes.add_patch(box).set(facecolor=tint(colour), gid=f"node-{node}", **style)
         axes.text(node, 0, width, ha="center", va="center", size=10 if pitch > 0.6 else SMALL, color=INK, zorder=5)
     heights = [(half + top) / 2, 0, (floor + bottom) / 2, (bottom - half) / 2]
     names = ["stride 1", "width\n(channels)", "map (px)", "stride 2"]
@@ -92,11 +97,27 @@ def search_space(space: SearchSpace, p: Tensor | None = None, path: list[int] | 
     axes.set_xticks(range(nodes), [*range(nodes - 1), "final"])
     bare(axes)
     if p is not None:
-        handles += [Line2D([], [], **look(share), label=f"p = {share:g}") for share in (0.1, 0.5, 1)]
+        handles += [Line2D([], [], **edge_look(share), label=f"p = {share:g}") for share in (0.1, 0.5, 1)]
     if path:
         handles.append(Line2D([], [], color=RED, linewidth=2, label="derived path"))
     legend_below(figure, handles)
     return figure
+
+
+def restyled(space: SearchSpace, p: Tensor, path: Sequence[int]) -> str:
+    """CSS that shows other p (blocks, nodes) and another path in an SVG of `search_space`, which is drawn but once.
+
+    There blocks are the paler, the rarer a path visits them.
+    """
+    rules, chosen = [], set(pairwise(path))
+    for i, j in space.edges:
+        style = edge_look(float(p[i, j]), (i, j) in chosen)
+        colour, line = to_hex(style["color"]), f"stroke-width:{style['linewidth']:.2f};opacity:{style['alpha']:.2f}"
+        rules += [f"#edge-{i}-{j} path{{stroke:{colour};{line}}}", f"#edge-{i}-{j} path+path{{fill:{colour}}}"]
+    for node, share in enumerate(visit_probabilities(p).tolist()):
+        red = f";stroke:{RED};stroke-width:2" if node in path else ""
+        rules.append(f"#node-{node} path{{fill-opacity:{share:.2f}{red}}}")
+    return "\n".join(rules).replace(";", "!important;").replace("}", "!important}")
 
 
 def path_probabilities(space: SearchSpace, trace: list[Tensor]) -> Figure:

@@ -1,0 +1,110 @@
+"""What the sliders of notebook 00 show is what supernet, search and derivation say; driven without a browser."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from helpers import SMALL, block_paths, edge_probabilities, path_probability, random_supernet, refused, spaces
+from hypothesis import given
+from test_search import DATA, SEARCH, TABLE
+
+from densenas import CostTable, figures
+from densenas.derivation import expected_cost
+from densenas.explore import NO_RUN, Explorer, best_paths, candidates, finished, undecided
+from densenas.run import Run
+from densenas.search import Probabilities, search
+
+
+@given(spaces())
+def test_expected_cost_and_best_paths_are_those_of_the_supernet(space):
+    net = random_supernet(space, 1)
+    table, moment = CostTable.mult_adds(space, space.input_size, 3), Probabilities.of(net)
+    cost = expected_cost(table, moment.p, moment.head, moment.stack)
+    assert cost == pytest.approx(net.cost(table).item(), rel=1e-9)
+    shares, best = edge_probabilities(net), best_paths(space, moment.p, 4)
+    assert list(best[0][1]) == net.best_path()
+    for share, path in best:
+        assert share == pytest.approx(path_probability(shares, path), rel=1e-9)
+    every = sorted((path_probability(shares, path) for path in block_paths(space)), reverse=True)
+    assert [share for share, _ in best] == pytest.approx(every[:4], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet"])
+def test_sliders_move_probabilities_costs_and_the_derived_path(name):
+    explorer = Explorer(name, 10)
+    space, p = explorer.table.space, undecided(explorer.table).p
+    assert "<svg" in explorer.graph.value and f'id="edge-0-{space.outgoing(0)[-1]}"' in explorer.graph.value
+    assert figures.restyled(space, p, best_paths(space, p)[0][1]) in explorer.style.value
+    explorer.block.value = 1
+    logits = torch.linspace(-1, 2.3, len(space.outgoing(1)))
+    for slider, logit in zip(explorer.beta.children, logits.tolist(), strict=True):
+        before = explorer.style.value, explorer.numbers.value
+        slider.value = logit
+        assert (explorer.style.value, explorer.numbers.value) != before
+    explorer.temperature.value = 0.5
+    p[1, space.outgoing(1)] = (logits / 0.5).softmax(0)
+    best, moment = best_paths(space, p), undecided(explorer.table)
+    assert figures.restyled(space, p, best[0][1]) in explorer.style.value
+    assert f"<b>{expected_cost(explorer.table, p, moment.head, moment.stack):.4g}</b>" in explorer.numbers.value
+    assert "→".join(map(str, best[0][1])) in explorer.numbers.value
+
+
+def test_a_change_of_space_leaves_nothing_of_the_old_one():
+    explorer, fresh = Explorer("resnet", 10), Explorer("digits", 10)
+    explorer.block.value, explorer.temperature.value = 20, 3
+    explorer.space.value = "digits"
+    assert (explorer.block.value, explorer.run.value, explorer.temperature.value) == (0, NO_RUN, 1)
+    assert 'id="node-7"' in explorer.graph.value and 'id="node-8"' not in explorer.graph.value
+    assert explorer.numbers.value == fresh.numbers.value
+
+
+def test_candidates_are_those_of_the_block():
+    table, moment = TABLE, Probabilities.of(random_supernet(SMALL, 2, dtype=torch.float32))
+    frame = candidates(table, moment, 2)
+    assert frame["layer"].drop_duplicates().tolist() == [
+        *(f"{i}→2" for i in SMALL.incoming(2)), "layer 1", "layer 2",
+    ]  # fmt: skip
+    assert frame.groupby("layer")["probability"].sum().tolist() == pytest.approx([1] * frame["layer"].nunique())
+    costs = [cost for row in table.head[1] + table.stack[1] for cost in row]
+    assert frame["cost"].tolist() == pytest.approx(costs)
+    assert candidates(table, moment, 0).empty and math.isclose(
+        frame["probability"].iloc[0], moment.head[1, 0], rel_tol=1
+    )
+
+
+@pytest.fixture
+def searched(root, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("densenas.explore.ROOT", tmp_path)
+    result = search(run, DATA, TABLE, SEARCH, device="cpu")
+    TABLE.write(run.reports / "cost.json")
+    path = tmp_path / "made up.yml"
+    path.write_text(SMALL.model_dump_json())  # JSON is YAML
+    return run.name, str(path), result
+
+
+def test_an_epoch_of_a_run_is_the_trace_of_that_run(searched):
+    name, space, result = searched
+    explorer = Explorer(space, 7, name)
+    assert explorer.run.options == (NO_RUN, name) and explorer.epoch.max == len(result.trace) - 1 == 3
+    assert explorer.temperature.value == SEARCH.softmax_temp
+    assert explorer.table.conditions["num_classes"] == 3  # the run's, not the notebook's
+    for epoch in (0, 2, 3):
+        explorer.epoch.value = epoch
+        p = (explorer.logits / explorer.temperature.value).softmax(1)
+        torch.testing.assert_close(p, result.trace[epoch].p)
+        assert f"{expected_cost(TABLE, *vars(result.trace[epoch]).values()):.4g}</b>" in explorer.numbers.value
+    assert "→".join(map(str, result.net.best_path())) in explorer.numbers.value
+
+
+def test_wrong_spaces_and_runs_are_refused_in_one_sentence(searched):
+    name, space, _ = searched
+    with refused(FileNotFoundError, "no search space 'digit'"):
+        Explorer("digit", 10)
+    with refused(ValueError, f"run '{name}' is of space made up, not digits"):
+        Explorer("digits", 10, name)
+    with refused(FileNotFoundError, "run 'other' has no cost.json yet: run 02-cost first"):
+        Explorer(space, 3, "other")
+    shutil.rmtree(Run(name).work)
+    with refused(FileNotFoundError, "has no search.pt yet: run 03-search first"):
+        finished(name, SMALL)
