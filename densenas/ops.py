@@ -104,13 +104,17 @@ class _DepthwiseByImage(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
-        kernel, planes, grad_x = weight.shape[-1], x.shape[0] * x.shape[1], None
+        kernel, grad_x, grad_weight = weight.shape[-1], None, torch.zeros_like(weight)
         if ctx.needs_input_grad[0]:
             grad_x = nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, kernel // 2, groups=len(weight))
-        images, kernels = x.reshape(1, planes, *x.shape[2:]), grad.reshape(planes, 1, *grad.shape[2:])
-        each = F.conv2d(images, kernels, padding=kernel // 2, dilation=ctx.stride, groups=planes)
-        each = each[..., :kernel, :kernel].reshape(len(x), *weight.shape)
-        return grad_x, each.sum(dim=0), None
+        # Large images one by one, as they lie in memory; of small ones all at once, laid out plane by plane.
+        share = 1 if x[0].numel() > 100_000 else len(x)
+        for images, grads in zip(x.split(share), grad.split(share), strict=True):
+            planes = len(images) * len(weight)
+            image, kernels = images.reshape(1, planes, *x.shape[2:]), grads.reshape(planes, 1, *grad.shape[2:])
+            each = F.conv2d(image, kernels, padding=kernel // 2, dilation=ctx.stride, groups=planes)
+            grad_weight += each[..., :kernel, :kernel].reshape(-1, *weight.shape).sum(dim=0)
+        return grad_x, grad_weight, None
 
 
 class Depthwise(nn.Conv2d):
