@@ -24,7 +24,7 @@ TEMPLATES = jinja2.Environment(
 # Columns of the overview with their heads.
 COLUMNS = {
     "name": "run", "dataset": "data", "group": "space", "top1": "test top-1 (%)", "low": "from", "high": "to",
-    "images": "test images", "cost": "Mult-Adds (M)", "target": "target", "params": "parameters (k)",
+    "images": "test images", "cost": "Mult-Adds (M)", "target": "target", "params": "parameters (k)", "ms": "ms an image",
     "blocks": "blocks", "layers": "layers", "seconds": "search (s)", "seed": "seed",
 }  # fmt: skip
 
@@ -64,14 +64,15 @@ def all_runs() -> pd.DataFrame:
         rows.append([
             run.name, metrics["data"]["dataset"], arch["space"], 100 * test["top1"], 100 * low, 100 * high,
             test["images"], arch["mult_adds_m"], f"{target} {unit}" if target else "none",
-            1000 * arch["params_m"], arch["blocks"], arch["layers"], metrics["search"]["seconds"], arch["seed"],
+            1000 * arch["params_m"], test["ms"]["PyTorch"], arch["blocks"], arch["layers"], metrics["search"]["seconds"],
+            arch["seed"],
         ])  # fmt: skip
     return pd.DataFrame(rows, columns=[*COLUMNS])
 
 
 def write_overview() -> str:
     """Writes reports/index.html, all runs in one table that sorts; returns its path relative to the repository."""
-    formats = {"top1": "%.2f", "low": "%.1f", "high": "%.1f", "cost": "%.3f", "params": "%.1f"}
+    formats = {"top1": "%.2f", "low": "%.1f", "high": "%.1f", "cost": "%.3f", "params": "%.1f", "ms": "%.2f"}
     template, runs = TEMPLATES.get_template("overview.html.j2"), all_runs().to_dict("records")
     studies = sorted(path.parent.name for path in (ROOT / "reports").glob("*/evidence.html"))
     page = template.render(runs=runs, columns=COLUMNS, formats=formats, studies=studies)

@@ -12,7 +12,7 @@ import torch
 from helpers import SMALL, make_space, refused
 from test_search import DATA, SEARCH, TABLE
 
-from densenas import Architecture, CostTable, SearchSpace, SuperNet, report
+from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
 from densenas.config import ROOT
 from densenas.derivation import Lattice
 from densenas.evidence import METHODS, Job, PathOf, Study, compared, hand_made, verdict
@@ -129,6 +129,17 @@ def test_a_study_compares_mult_adds_alone(study):
 def test_a_job_comes_back_from_its_name():
     for job in (Job("DenseNAS", 1.0, 0), Job("hand-made", 0.65, 12)):
         assert Job.parse(str(job)) == job
+
+
+@pytest.mark.filterwarnings("error")
+def test_shapes_count_the_blocks_of_each_map():
+    text = "[[8, 8], 'mbconv_k3_t1', [], 0, 1]|[[8, 16], 'mbconv_k3_t3', [], 0, 2]|[[16, 16], 'mbconv_k3_t3', [], 0, 1]"
+    arch = Architecture.parse(f"{text}|[[16, 24], 'mbconv_k5_t3', ['mbconv_k5_t3'], 1, 2]|[[24, 7], 'conv1_1']")
+    for groups in ({"one": [arch]}, {"DenseNAS": [arch] * 8, "random": [arch, arch]}):
+        left, right = figures.shapes(groups).axes
+        drawn = [line.get_ydata() for line in left.lines]
+        assert any(list(heights) == [2, 1] for heights in drawn), "two blocks after one halving, one after two"
+        assert any(list(line.get_ydata()) == [16, 16, 24, 24] for line in right.lines)
 
 
 def test_the_verdict_is_a_difference_of_means():

@@ -11,6 +11,7 @@ from densenas.figures.networks import (
     path_probabilities,
     restyled,
     search_space,
+    shapes,
 )
 from densenas.figures.results import (
     accuracy_against_cost,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 from matplotlib.colors import LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
@@ -268,7 +270,7 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
         rows.append(row)
     extent = max(row[-1][0] + len(row[-1][1]) for row in rows)
     bar = min(0.45, (WIDTH - 1.5) / extent)  # inches
-    figure, (axes,) = canvas(max(5.5, bar * extent + 1.5), 0.85 * len(named) + 0.9)
+    figure, (axes,) = canvas(max(6.4, bar * extent + 1.5), 0.85 * len(named) + 0.9)
     text = {"size": SMALL, "ha": "center", "va": "center", "color": INK}
     kinds, expansions = set(), set()
     for y, (x, operations, width) in ((y, block) for y, row in enumerate(rows) for block in row):
@@ -294,5 +296,44 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
     handles = [Patch(color=tint(KINDS[kind], 0.75), label=meaning[kind]) for kind in KINDS if kind in kinds]
     tall = {"linestyle": "", "marker": "|", "markeredgewidth": 6, "color": GREY}
     handles += [Line2D([], [], markersize=14 * h, label=f"expansion {e}", **tall) for h, e in sorted(expansions)]
+    legend_below(figure, handles)
+    return figure
+
+
+def shapes(groups: Mapping[str, Sequence[Architecture]]) -> Figure:
+    """Block counts and widths of many architectures by group: mean over the members, bars and bands hold 80 % of them.
+
+    Left the routing blocks on each map, after so many halvings behind the stem; right the channels of each layer.
+    """
+    counts, widths = [], []
+    for group, members in groups.items():
+        for arch in members:
+            halvings, layer = list(accumulate(block.stride == 2 for block in arch.routing_blocks)), 0
+            counts += [(group, k, halvings.count(k)) for k in {*halvings}]
+            for block in arch.routing_blocks:
+                for _ in (block.head, *block.stack):
+                    layer += 1
+                    widths.append((group, layer, block.out_ch))
+    figure, (left, right) = canvas(WIDTH, 3.6, ((0, 1),))
+    look = dict(zip(groups, [RED, *COLOURS], strict=False))
+    blocks = pd.DataFrame(counts, columns=["group", "halvings", "blocks"])
+    style = {"hue": "group", "palette": look, "errorbar": ("pi", 80), "legend": False}
+    sns.pointplot(
+        blocks,
+        x="halvings",
+        y="blocks",
+        dodge=len(groups) > 1 and 0.2,
+        linestyle="none",
+        capsize=0.05,
+        ax=left,
+        **style,
+    )
+    layers = pd.DataFrame(widths, columns=["group", "layer", "width"])
+    sns.lineplot(layers, x="layer", y="width", marker="o", ax=right, **style)
+    left.set(xlabel="halvings of the map", ylabel="routing blocks", ylim=(0, None))
+    right.set(xlabel="layer", ylabel="width (channels)", ylim=(0, None))
+    integers(right.xaxis, left.yaxis)
+    names = [f"{group} (n = {len(members)})" for group, members in groups.items()]
+    handles = [Patch(color=look[group], label=name) for group, name in zip(groups, names, strict=True)]
     legend_below(figure, handles)
     return figure
