@@ -24,8 +24,8 @@ TEMPLATES = jinja2.Environment(
 # Columns of the overview with their heads.
 COLUMNS = {
     "name": "run", "dataset": "data", "group": "space", "top1": "test top-1 (%)", "low": "from", "high": "to",
-    "images": "test images", "cost": "Mult-Adds (M)", "target": "target", "params": "parameters (k)", "ms": "ms an image",
-    "blocks": "blocks", "layers": "layers", "seconds": "search (s)", "seed": "seed",
+    "images": "test images", "cost": "Mult-Adds (M)", "target": "target", "params": "parameters (k)",
+    "ms": "ms an image", "blocks": "blocks", "layers": "layers", "seconds": "search (s)", "seed": "seed",
 }  # fmt: skip
 
 
@@ -64,8 +64,8 @@ def all_runs() -> pd.DataFrame:
         rows.append([
             run.name, metrics["data"]["dataset"], arch["space"], 100 * test["top1"], 100 * low, 100 * high,
             test["images"], arch["mult_adds_m"], f"{target} {unit}" if target else "none",
-            1000 * arch["params_m"], test["ms"]["PyTorch"], arch["blocks"], arch["layers"], metrics["search"]["seconds"],
-            arch["seed"],
+            1000 * arch["params_m"], test["ms"]["PyTorch"], arch["blocks"], arch["layers"],
+            metrics["search"]["seconds"], arch["seed"],
         ])  # fmt: skip
     return pd.DataFrame(rows, columns=[*COLUMNS])
 
