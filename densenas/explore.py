@@ -61,17 +61,14 @@ def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFr
 
 
 class Explorer(VBox):
-    """Sliders over a space, to be displayed: whatever value changes, by hand or in Python, the rest follows.
-
-    The graph is drawn once and restyled by CSS, which takes milliseconds. Costs are millions of Mult-Adds.
-    """
+    """Sliders over a space: whatever value changes, by hand or in Python, the rest follows; in million Mult-Adds."""
 
     def __init__(self, space: str, num_classes: int, run: str | None = None) -> None:
         self.num_classes, self.following = num_classes, False
         self.space = Dropdown(options=[*dict.fromkeys((*PRESETS, space))], value=space, description="space")
         self.run, self.block = Dropdown(description="run"), Dropdown(description="block")
         self.epoch = IntSlider(description="epoch")
-        self.temperature = FloatSlider(min=0.1, max=5, description="temperature")
+        self.temperature = FloatSlider(min=0.1, max=5, description="temp. T")
         self.beta, self.graph, self.style, self.numbers, self.ops = VBox(), *(HTML() for _ in range(4))
         for step, widget in enumerate((self.space, self.run, self.epoch, self.block, self.temperature)):
             widget.observe(lambda _, step=step: self.follow(step), "value")
@@ -95,6 +92,7 @@ class Explorer(VBox):
     def _space(self) -> None:
         space, svg = SearchSpace.load(self.space.value), io.StringIO()
         self.table = CostTable.mult_adds(space, space.input_size, self.num_classes)
+        # Drawn once: from then on a style sheet changes it, in milliseconds.
         figures.search_space(space, undecided(self.table).p, [0]).savefig(svg, format="svg", bbox_inches="tight")
         self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
         names = sorted(path.parent.name for path in ROOT.glob("runs/*/search.pt"))
@@ -125,7 +123,8 @@ class Explorer(VBox):
             slider.observe(lambda _: self.follow(4), "value")
         frame = candidates(self.table, self.trace[self.epoch.value], i)
         frame["text"] = frame["probability"].map("{:.0%}: ".format) + frame["cost"].map("{:.3g} M".format)
-        self.ops.value = frame.set_index(["layer", "op"])["text"].unstack(sort=False, fill_value="").to_html()
+        table = frame.set_index(["layer", "op"])["text"].unstack(sort=False, fill_value="")
+        self.ops.value = table.to_html() if i else ""
 
     def _show(self) -> None:
         space, i, moment = self.table.space, self.block.value, self.trace[self.epoch.value]

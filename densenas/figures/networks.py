@@ -246,7 +246,7 @@ def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: li
         right.hlines(block.out_ch, depth, end, color=RED, linewidth=2.5)
         right.axvline(end, color=GREY, linewidth=0.8, linestyle=":")
         depth = end
-    right.set(xlabel="depth (layers; dotted: block borders)", xlim=(0, depth))
+    right.set(xlabel="depth (layers; dotted: block borders)", xlim=(0, max(1, depth)))
     right.set(ylabel="width (channels)", ylim=(0, 1.05 * max(space.chs)))
     right.grid(False)
     legend_below(figure, [*handles[1:], Line2D([], [], color=RED, label="derived architecture")])
