@@ -73,7 +73,7 @@ class Explorer(VBox):
         for step, widget in enumerate((self.space, self.run, self.epoch, self.block, self.temperature)):
             widget.observe(lambda _, step=step: self.follow(step), "value")
         controls = VBox([self.space, self.run, self.epoch, self.temperature, self.block, self.beta])
-        super().__init__([HBox([controls, self.graph]), self.style, HBox([self.numbers, self.ops])])
+        super().__init__([HBox([controls, self.graph]), self.style, self.numbers, self.ops])
         self.add_class(f"of-{self.model_id}")
         self.follow(0)
         if run and finished(run, self.table.space):

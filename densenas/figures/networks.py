@@ -215,7 +215,8 @@ def cost_table(space: SearchSpace, head: list[list[list[float]]], stack: list[li
     low, high = (values.min(), values.max()) if len(values) else (1, 1)
     norm, decimals = LogNorm(low, max(high, 2 * low)), min(3, max(0, 2 - math.floor(math.log10(high))))
     ticks = LogLocator(subs=(1, 2, 5) if high > 30 * low else (1, 2, 3, 5, 7))
-    bar = {"label": f"cost of the candidate ({unit}; white: 0)", "format": "{x:g}", "ticks": ticks}
+    ticks = ticks if high >= 2 * low else sorted({low, high})  # within one octave the locator's labels overlap
+    bar = {"label": f"cost of the candidate ({unit}; white: 0)", "format": "{x:.4g}", "ticks": ticks}
     figure = _op_tables(space, tables, [len(block) for block in stack], norm, f".{decimals}f", **bar)
     figure.axes[-1].minorticks_off()
     return figure
