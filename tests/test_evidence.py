@@ -140,6 +140,7 @@ def test_shapes_count_the_blocks_of_each_map():
         drawn = [line.get_ydata() for line in left.lines]
         assert any(list(heights) == [2, 1] for heights in drawn), "two blocks after one halving, one after two"
         assert any(list(line.get_ydata()) == [16, 16, 24, 24] for line in right.lines)
+        assert [label.get_text() for label in left.get_xticklabels()] == ["1", "2"]
 
 
 def test_the_verdict_is_a_difference_of_means():

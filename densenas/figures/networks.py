@@ -309,7 +309,7 @@ def shapes(groups: Mapping[str, Sequence[Architecture]]) -> Figure:
     counts, widths = [], []
     for group, members in groups.items():
         for arch in members:
-            halvings, layer = list(accumulate(block.stride == 2 for block in arch.routing_blocks)), 0
+            halvings, layer = list(accumulate(block.stride // 2 for block in arch.routing_blocks)), 0
             counts += [(group, k, halvings.count(k)) for k in {*halvings}]
             for block in arch.routing_blocks:
                 for _ in (block.head, *block.stack):
