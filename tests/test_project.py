@@ -184,7 +184,6 @@ def test_the_overview_lists_every_evaluated_run(tmp_path, monkeypatch):
     assert not re.search("https?://", page), "it must read without a network"
 
 
-@pytest.mark.parametrize("run", ["cifar10", "evidence-digits"])
-def test_the_readme_says_what_a_study_found(run):
-    verdict = json.loads((ROOT / "reports" / run / "metrics.json").read_text())["evidence"]["verdict"]
+def test_the_readme_says_what_the_study_found():
+    verdict = json.loads((ROOT / "reports/cifar10/metrics.json").read_text())["evidence"]["verdict"]
     assert verdict in (ROOT / "README.md").read_text()
