@@ -13,6 +13,11 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# One run at a time: a second command waits for the first, also for one whose terminal is gone. The lock is the
+# kernel's and goes with its process, where Snakemake's own would stay behind after a kill -9.
+PIPELINE = mkdir -p runs && flock runs/.lock $(BIN)/snakemake --nolock --rerun-incomplete --cores $(CORES) \
+	--config run=$(RUN) configuration=$(CONFIG)
+
 .PHONY: setup reproduce evidence test notebooks lock
 .DEFAULT_GOAL := setup
 
@@ -25,19 +30,13 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# One run at a time: a second command waits for the first, also for one whose terminal is gone. The lock is the
-# kernel's and goes with its process, where Snakemake's own would stay behind after a kill -9.
 reproduce: setup
-	@mkdir -p runs
-	@flock runs/.lock $(BIN)/snakemake --nolock --rerun-incomplete --quiet host reason progress --cores $(CORES) \
-		--config run=$(RUN) configuration=$(CONFIG)
+	@$(PIPELINE) --quiet host reason progress
 	@$(BIN)/python -m densenas.report $(RUN)
 
 evidence: RUN = evidence-digits
 evidence: setup
-	@mkdir -p runs
-	@flock runs/.lock $(BIN)/snakemake --nolock --rerun-incomplete --keep-going --quiet host reason --cores $(CORES) \
-		--config run=$(RUN) configuration=$(CONFIG) -- evidence
+	@$(PIPELINE) --keep-going --quiet host reason -- evidence
 	@$(BIN)/python -m densenas.report $(RUN)
 
 test: setup

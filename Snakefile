@@ -33,6 +33,11 @@ PAPERMILL = (
 )
 
 
+def as_argument(stage):
+    """A stage's parameters as YAML for the shell; where JSON writes 1e-05, papermill would read a string."""
+    return shlex.quote(yaml.safe_dump(PARAMETERS[stage], default_flow_style=True, width=10**6).strip())
+
+
 rule all:
     input:
         expand("runs/{run}/{stage}.done", run=RUN, stage=NEEDS),
@@ -52,8 +57,7 @@ for stage, needs in NEEDS.items():
             # Not in git: a fresh clone runs everything, whatever results it came with.
             done=touch(f"runs/{RUN}/{stage}.done"),
         params:
-            # YAML of its own making: it writes 1.0e-05 where JSON's 1e-05 would be read as a string.
-            parameters=shlex.quote(yaml.safe_dump(PARAMETERS[stage], default_flow_style=True, width=10**6).strip()),
+            parameters=as_argument(stage),
         threads: workflow.cores
         message:
             f"== {stage} =="
@@ -76,7 +80,7 @@ if STUDY := PARAMETERS.get("09-evidence"):
             notebook=f"reports/{RUN}/09-evidence.ipynb",
             done=touch(f"runs/{RUN}/09-evidence.done"),
         params:
-            parameters=shlex.quote(yaml.safe_dump(STUDY, default_flow_style=True, width=10**6).strip()),
+            parameters=as_argument("09-evidence"),
         threads: workflow.cores
         message:
             "== 09-evidence =="

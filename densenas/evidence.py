@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from densenas.architecture import Architecture, Block
-from densenas.config import override, write_text
+from densenas.config import override, refuse, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Candidate, Lattice
@@ -129,10 +129,9 @@ class Study:
 
     @cached_property
     def table(self) -> CostTable:
-        run = Run(self.run)
-        table = CostTable.read(run.need(run.reports / "cost.json", "02-cost"))
-        if table.kind != "mult_adds":
-            raise ValueError(f"run '{self.run}' counts {table.unit}, a study compares at equal Mult-Adds")
+        table = Run(self.run).costs()
+        unequal = f"run '{self.run}' counts {table.unit}, a study compares at equal Mult-Adds"
+        refuse(table.kind != "mult_adds", unequal)
         return table
 
     @cached_property
@@ -204,10 +203,11 @@ class Study:
         job = Job(SEARCHED, sorted(self.targets)[len(self.targets) // 2], 0)
         net = load_search(self.folder(job), self.table, len(self.data.classes)).net
         rows = []
-        for row in results[results["method"] == RANDOM].itertuples():
-            path = PathOf(net, self.random(row.target)[row.number])
-            one_shot = evaluate(path, self.data, "val", device=self.device)["top1"]
-            rows.append({"target": row.target, "one_shot": one_shot, "retrained": row.top1})
+        for target, trained in results[results["method"] == RANDOM].groupby("target", sort=False):
+            drawn = self.random(target)
+            for row in trained.itertuples():
+                one_shot = evaluate(PathOf(net, drawn[row.number]), self.data, "val", device=self.device)["top1"]
+                rows.append({"target": target, "one_shot": one_shot, "retrained": row.top1})
         return pd.DataFrame(rows)
 
     def complete(self) -> pd.DataFrame:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
 import io
-import math
 
 import pandas as pd
 import torch
 from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, VBox
-from torch import Tensor
 
 from densenas import figures
-from densenas.config import ROOT
+from densenas.config import ROOT, refuse
 from densenas.cost import CostTable
 from densenas.derivation import expected_cost, visit_probabilities
 from densenas.run import Run
 from densenas.search import Probabilities, Search, load_search
 from densenas.space import PRESETS, SearchSpace
-from densenas.supernet import derive
+from densenas.supernet import best_paths, derive
 
 NO_RUN = "none, only sliders"
 
@@ -33,19 +30,10 @@ def undecided(table: CostTable) -> Probabilities:
 def finished(name: str, space: SearchSpace) -> Search:
     """A run's search; FileNotFoundError before 03-search has run, ValueError where it searched another space."""
     run = Run(name)
-    table = CostTable.read(run.need(run.reports / "cost.json", "02-cost"))
-    if table.space != space:
-        raise ValueError(f"run '{name}' is of space {table.space.name}, not {space.name}: choose another run or space")
+    table = run.costs()
+    other = f"run '{name}' is of space {table.space.name}, not {space.name}: choose another run or space"
+    refuse(table.space != space, other)
     return load_search(run, table, table.conditions["num_classes"])
-
-
-def best_paths(space: SearchSpace, p: Tensor, k: int = 5) -> list[tuple[float, tuple[int, ...]]]:
-    """The k most probable paths by p (blocks, nodes), each with its probability; the first is the derived one."""
-    log_p, ways = p.double().log().tolist(), {space.num_blocks: [(0.0, (space.num_blocks,))]}
-    for i in reversed(range(space.num_blocks)):
-        onward = ((log_p[i][j] + rest, (i, *path)) for j in space.outgoing(i) for rest, path in ways[j])
-        ways[i] = heapq.nlargest(k, onward, key=lambda way: way[0])
-    return [(math.exp(log_probability), path) for log_probability, path in ways[0]]
 
 
 def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFrame:
@@ -130,7 +118,7 @@ class Explorer(VBox):
         space, i, moment = self.table.space, self.block.value, self.trace[self.epoch.value]
         self.logits[i, space.outgoing(i)] = torch.tensor([slider.value for slider in self.beta.children])
         p = (self.logits / self.temperature.value).softmax(dim=1)
-        best, arch = best_paths(space, p), derive(space, p, moment.head, moment.stack)
+        best, arch = best_paths(space, p, 5), derive(space, p, moment.head, moment.stack)
         self.style.value = f"<style>.of-{self.model_id} {{{figures.restyled(space, p, best[0][1])}}}</style>"
         paths = [(share, "→".join(map(str, path))) for share, path in best]
         mult_adds = arch.mult_adds(*(self.table.conditions[key] for key in ("input_size", "num_classes")))

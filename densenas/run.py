@@ -166,6 +166,10 @@ class Run:
             raise FileNotFoundError(f"run '{self.name}' has no {path.name} yet: run {stage} first")
         return path
 
+    def costs(self) -> CostTable:
+        """The table that 02-cost kept."""
+        return CostTable.read(self.need(self.reports / "cost.json", "02-cost"))
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Two stages that run at once must not lose each other's entries."""

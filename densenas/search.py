@@ -255,7 +255,7 @@ def search_run(
     shortened = {"epochs": epochs, "arch_start_epoch": arch_start_epoch, "batch_size": batch_size}
     recipe = override(SearchSpace.load(space).search, **shortened)
     run = Run(name)
-    table = CostTable.read(run.need(run.reports / "cost.json", "02-cost"))
+    table = run.costs()
     rank, world = rank_and_world()
     if rank == 0:
         asked = {"space": space, **shortened, "target_cost": target_cost, "devices": world, **how}

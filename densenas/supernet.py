@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,7 +193,7 @@ class SuperNet(nn.Module):
     @torch.no_grad()
     def best_path(self) -> list[int]:
         """The most probable path from block 0 to the final node, by Viterbi from the back (section 3.4)."""
-        return best_path(self.space, self.path_probabilities())
+        return list(best_paths(self.space, self.path_probabilities())[0][1])
 
     @torch.no_grad()
     def derive(self) -> Architecture:
@@ -251,17 +253,15 @@ def _rows(choice: Indices, alphas: nn.ParameterList, what: str) -> list[list[int
     return [row for layers in choice for row in layers]
 
 
-def best_path(space: SearchSpace, p: Tensor) -> list[int]:
-    """The path of the largest product of p (blocks, nodes) from block 0 to the final node, by Viterbi (section 3.4)."""
-    log_p = p.double().log().cpu().tolist()
-    last = space.num_blocks
-    best, onward = [0.0] * (last + 1), [last] * (last + 1)
-    for i in reversed(range(last)):
-        best[i], onward[i] = max(((log_p[i][j] + best[j], j) for j in space.outgoing(i)), key=lambda pair: pair[0])
-    path = [0]
-    while path[-1] != last:
-        path.append(onward[path[-1]])
-    return path
+def best_paths(space: SearchSpace, p: Tensor, k: int = 1) -> list[tuple[float, tuple[int, ...]]]:
+    """The k paths from block 0 to the final node with the largest products of p (blocks, nodes), each behind its
+    product, by Viterbi from the back (section 3.4).
+    """
+    log_p, ways = p.double().log().tolist(), {space.num_blocks: [(0.0, (space.num_blocks,))]}
+    for i in reversed(range(space.num_blocks)):
+        onward = ((log_p[i][j] + rest, (i, *path)) for j in space.outgoing(i) for rest, path in ways[j])
+        ways[i] = heapq.nlargest(k, onward, key=lambda way: way[0])
+    return [(math.exp(log_probability), path) for log_probability, path in ways[0]]
 
 
 def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Architecture:
@@ -269,7 +269,7 @@ def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Archit
 
     `head` and `stack` are alphas or their softmax, rows in the supernet's order. Skips are dropped (section 3.4).
     """
-    path = best_path(space, p)
+    path = best_paths(space, p)[0][1]
     rows = {edge: row for row, edge in enumerate(space.head_edges)}
     best_head, best_stack = head.argmax(dim=1).tolist(), stack.argmax(dim=1).tolist() if stack.numel() else []
     chosen = []
