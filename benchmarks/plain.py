@@ -2,7 +2,8 @@
 
 Sampled candidates are wrapped in new modules every step and multiplied by their weights, also by a weight of one; the
 cost is a recursion over scalars; maps are NCHW; optimisers are PyTorch's at their defaults; metrics are `.item()`.
-Modules, weights and the draw of candidates are the supernet's, the depthwise gradient is PyTorch's.
+Weights and the draw of candidates are the supernet's, an MBConv is its modules one after the other, all gradients are
+PyTorch's.
 """
 
 import copy
@@ -27,6 +28,14 @@ class MixedOp(nn.Module):
         return sum(weight * op(x) for weight, op in zip(weights, self.ops, strict=True))
 
 
+class MBConv(ops.MBConv):
+    """An inverted residual module by module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project_conv(self.depthwise_conv(self.expand_conv(x)))
+        return y + x if self.residual else y
+
+
 class Plain(nn.Module):
     """A copy of a supernet, with a forward pass, a cost and two kinds of step of its own."""
 
@@ -35,8 +44,8 @@ class Plain(nn.Module):
         self.net, self.table, self.recipe, self.precision = copy.deepcopy(net), table, recipe, precision
         self.net.to(memory_format=torch.contiguous_format)
         for module in self.net.modules():
-            if isinstance(module, ops.Depthwise):
-                module.__class__ = nn.Conv2d
+            if isinstance(module, ops.MBConv):
+                module.__class__ = MBConv
         self.space, self.last = net.space, net.space.num_blocks
         decay, arch_decay = recipe.weight_decay, recipe.arch_weight_decay
         weights, arch = self.net.weight_parameters(), self.net.arch_parameters()

@@ -17,10 +17,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from densenas.config import refuse
 
+aten = torch.ops.aten
 MBCONV = re.compile(r"mbconv_k([357])_t([136])")
 SKIP = "skip_connect"
 KNOWN = "mbconv_k{3,5,7}_t{1,3,6}, basic_block, bottleneck, skip_connect"
@@ -92,40 +94,61 @@ class Norm:
         return nn.BatchNorm2d(channels, self.eps, self.momentum, affine or self.affine, self.affine)
 
 
-class _DepthwiseByImage(torch.autograd.Function):
-    """A depthwise convolution whose weight gradient is one, too: each image's channel convolved with its gradient."""
+class _NormActConv(torch.autograd.Function):
+    """conv(relu6(norm(x))) in training, which keeps x alone for its backward pass.
+
+    What the convolution reads is as large as x, and two passes over x make it again: kept, it would be half of all
+    that a step keeps. Only here is the gradient of relu6 known to be nobody else's, so that it is masked in place.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
+    def forward(ctx, x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, norm, conv) -> Tensor:
+        statistics = norm.running_mean, norm.running_var
+        y, mean, invstd = torch.native_batch_norm(x, scale, shift, *statistics, True, norm.momentum, norm.eps)
+        ctx.save_for_backward(x, scale, shift, weight, mean, invstd)
+        ctx.eps, ctx.conv = norm.eps, (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+        return aten.convolution(aten.hardtanh_(y, 0.0, 6.0), weight.to(y.dtype), None, *ctx.conv)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        kernel, grad_x, grad_weight = weight.shape[-1], None, torch.zeros_like(weight)
-        if ctx.needs_input_grad[0]:
-            grad_x = nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, kernel // 2, groups=len(weight))
-        # Large images one by one, as they lie in memory; of small ones all at once, laid out plane by plane.
-        share = 1 if x[0].numel() > 100_000 else len(x)
-        for images, grads in zip(x.split(share), grad.split(share), strict=True):
-            planes = len(images) * len(weight)
-            image, kernels = images.reshape(1, planes, *x.shape[2:]), grads.reshape(planes, 1, *grad.shape[2:])
-            each = F.conv2d(image, kernels, padding=kernel // 2, dilation=ctx.stride, groups=planes)
-            grad_weight += each[..., :kernel, :kernel].reshape(-1, *weight.shape).sum(dim=0)
-        return grad_x, grad_weight, None
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, weight, mean, invstd = ctx.saved_tensors
+        trained, (stride, *_, groups) = ctx.needs_input_grad[3], ctx.conv
+        y = torch.native_batch_norm(x, scale, shift, mean, invstd.pow(-2), False, 0.0, 0.0)[0]
+        if trained:
+            aten.hardtanh_(y, 0.0, 6.0)
+        # oneDNN's own weight gradient of such a convolution takes many times its forward pass.
+        slow = groups > 1 and weight.shape[-1] > 3 and x.device.type == "cpu" and x.dtype == torch.float32
+        wanted = [True, trained and not slow, False]
+        grad_y, grad_weight, _ = aten.convolution_backward(grad, y, weight.to(y.dtype), None, *ctx.conv, wanted)
+        if trained and slow:
+            grad_weight = _depthwise_weight_gradient(y, weight, grad, stride[0])
+        aten.hardtanh_backward.grad_input(grad_y, y, 0.0, 6.0, grad_input=grad_y)
+        del y
+        grads = aten.native_batch_norm_backward(
+            grad_y, x, scale, None, None, mean, invstd, True, ctx.eps, ctx.needs_input_grad[:3]
+        )
+        return *grads, grad_weight, None, None
 
 
-class Depthwise(nn.Conv2d):
-    """A depthwise convolution. Where oneDNN's weight gradient takes many times its forward pass, ours replaces it."""
+def _depthwise_weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, stride: int) -> Tensor:
+    """The weight gradient of a depthwise convolution is one, too: each image's channel convolved with its gradient."""
+    kernel, total = weight.shape[-1], torch.zeros_like(weight)
+    # Large images one by one, as they lie in memory; of small ones all at once, laid out plane by plane.
+    share = 1 if x[0].numel() > 100_000 else len(x)
+    for images, grads in zip(x.split(share), grad.split(share), strict=True):
+        planes = len(images) * len(weight)
+        image, kernels = images.reshape(1, planes, *x.shape[2:]), grads.reshape(planes, 1, *grad.shape[2:])
+        each = F.conv2d(image, kernels, padding=kernel // 2, dilation=stride, groups=planes)
+        total += each[..., :kernel, :kernel].reshape(-1, *weight.shape).sum(dim=0)
+    return total
 
-    def forward(self, x: Tensor) -> Tensor:
-        trained = self.training and torch.is_grad_enabled() and self.weight.requires_grad
-        slow = x.device.type == "cpu" and x.dtype == torch.float32 and self.kernel_size[0] > 3
-        if trained and slow and not torch.is_autocast_enabled("cpu"):
-            return _DepthwiseByImage.apply(x, self.weight, self.stride[0])
-        return super().forward(x)
+
+def norm_act_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
+    """conv(relu6(norm(x))) as a training step computes it."""
+    if norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+    return _NormActConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv)
 
 
 def conv_norm(
@@ -133,8 +156,7 @@ def conv_norm(
 ) -> nn.Sequential:
     """Convolution without bias (1×1 unless told otherwise), batch norm and, where given, an activation."""
     kernel = conv.pop("kernel_size", 1)
-    make = Depthwise if conv.get("groups", 1) > 1 else nn.Conv2d
-    layers = [make(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
+    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
     return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
@@ -152,7 +174,13 @@ class MBConv(nn.Module):
         self.project_conv = conv_norm(hidden, out, partial(norm, affine=expansion == 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project_conv(self.depthwise_conv(self.expand_conv(x)))
+        expand, depthwise, project = self.expand_conv, self.depthwise_conv, self.project_conv
+        if self.training and torch.is_grad_enabled():
+            expanded = not isinstance(expand, nn.Identity)
+            hidden = norm_act_conv(expand[0](x), expand[1], depthwise[0]) if expanded else depthwise[0](x)
+            y = project[1](norm_act_conv(hidden, depthwise[1], project[0]))
+        else:
+            y = project(depthwise(expand(x)))
         return y + x if self.residual else y
 
 

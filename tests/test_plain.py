@@ -1,6 +1,8 @@
 """Our search steps against the same ones written the obvious way (benchmarks/plain.py)."""
 
+import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from search_step import RESULTS, table
 
 from densenas import CostTable, SearchSpace
 from densenas.config import ROOT
-from densenas.ops import Depthwise
+from densenas.ops import norm_act_conv
 from densenas.search import SearchTrainer
 
 SPACE = SearchSpace.load("digits")
@@ -64,22 +66,54 @@ def test_three_steps_move_parameters_as_the_plain_ones_do(kind):
         close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("width", "size"), [(6, 1), (6, 2), (6, 7), (24, 65)])
-def test_the_depthwise_gradients_are_pytorchs(kernel, stride, width, size):
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_fused_layer_is_its_three_modules(kernel, stride, width, size, frozen, derived):
     torch.manual_seed(0)
-    ours = Depthwise(width, width, kernel, stride, kernel // 2, groups=width, bias=False)
-    theirs = torch.nn.Conv2d(width, width, kernel, stride, kernel // 2, groups=width, bias=False)
-    theirs.load_state_dict(ours.state_dict())
-    grads = []
-    for module in (ours, theirs):
-        x = torch.randn(3, width, size, size, generator=torch.Generator().manual_seed(1))
+    groups = width if kernel > 1 else 1
+    conv = torch.nn.Conv2d(width, width, kernel, stride, kernel // 2, groups=groups, bias=False)
+    norm = torch.nn.BatchNorm2d(width, affine=derived, track_running_stats=derived)
+    if derived:
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+        torch.nn.init.uniform_(norm.bias, -0.5, 2)
+    conv.requires_grad_(not frozen)
+    ours, theirs = torch.nn.Sequential(norm, conv), copy.deepcopy(torch.nn.Sequential(norm, torch.nn.ReLU6(), conv))
+    results = []
+    for net, function in ((ours, partial(norm_act_conv, norm=norm, conv=conv)), (theirs, theirs)):
+        x = 3 * torch.randn(3, width, size, size, generator=torch.Generator().manual_seed(1))
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-        module(x).sin().sum().backward()
-        grads.append((x.grad, module.weight.grad))
-    for mine, expected in zip(*grads, strict=True):
+        y = function(x)
+        y.sin().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in net.parameters() if p.requires_grad), *net.buffers()])
+    for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_keeps_at_most_half_of_what_the_plain_one_keeps(count):
+    """Between the forward and the backward pass; a weight step (count 1) and an architecture step."""
+    net, _, plain, images, _ = both(torch.float32)
+    choice = net.sample(count, torch.Generator().manual_seed(1))
+    kept = []
+    for trained in (net, plain.net):
+        for parameter in trained.arch_parameters() if count == 1 else trained.weight_parameters():
+            parameter.requires_grad_(False)
+    for forward in (net, plain):
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            if not isinstance(tensor, torch.nn.Parameter):
+                storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = forward(images, choice)
+        assert output.requires_grad
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
+    assert kept[0] <= kept[1] / 2
 
 
 def test_readme_shows_the_committed_results():
