@@ -120,11 +120,7 @@ def retrain(
 
 
 def retrain_run(
-    name: str,
-    net_config: str | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    **how: Any,
+    name: str, net_config: str | None = None, epochs: int | None = None, batch_size: int | None = None, **how: Any
 ) -> None:
     """`retrain` as notebook 05 and torchrun call it: on the run's data; None is the run's own network and recipe."""
     run = Run(name)

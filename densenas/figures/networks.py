@@ -21,24 +21,9 @@ from torch import Tensor
 from densenas import ops
 from densenas.architecture import Architecture
 from densenas.derivation import Candidate, visit_probabilities
-from densenas.figures.style import (
-    COLOURS,
-    GREY,
-    INK,
-    KINDS,
-    RED,
-    SMALL,
-    WIDTH,
-    array,
-    bare,
-    canvas,
-    heat_map,
-    integers,
-    legend_below,
-    number_cells,
-    tint,
-)
 from densenas.space import SearchSpace
+
+from .style import COLOURS, GREY, INK, KINDS, RED, SMALL, WIDTH, bare, canvas, heat_map, integers, legend_below, tint
 
 
 def _stages(space: SearchSpace) -> tuple[dict[int, Any], list[Patch]]:
@@ -122,6 +107,11 @@ def restyled(space: SearchSpace, p: Tensor, path: Sequence[int]) -> str:
     return "\n".join(rules).replace(";", "!important;").replace("}", "!important}")
 
 
+def _number_cells(axis: Any, count: int, at_most: int) -> None:
+    numbers = np.arange(0, count, math.ceil(count / at_most))
+    axis.set_ticks(numbers + 0.5, numbers)
+
+
 def path_probabilities(space: SearchSpace, trace: list[Tensor]) -> Figure:
     """Above, p_ij from block to node at the start of a trace, after its first change, halfway on and at its end (white:
     no edge). Below, the probability that a path visits a block, before the search and after every epoch.
@@ -135,16 +125,16 @@ def path_probabilities(space: SearchSpace, trace: list[Tensor]) -> Figure:
     for axes in above[len(moments) :]:
         axes.set_axis_off()
     for axes, k in zip(above, moments, strict=False):
-        mesh = heat_map(axes, np.ma.array(array(trace[k]), mask=~edges), Normalize(0, 1))
+        mesh = heat_map(axes, np.ma.array(trace[k], mask=~edges), Normalize(0, 1))
         axes.set(title=f"after {k} epoch{'s' * (k > 1)}" if k else "start", xlabel="to node", aspect="equal")
-        number_cells(axes.xaxis, edges.shape[1], 8)
-        number_cells(axes.yaxis, edges.shape[0], 8)
+        _number_cells(axes.xaxis, edges.shape[1], 8)
+        _number_cells(axes.yaxis, edges.shape[0], 8)
     above[0].set_ylabel("from block")
-    visits = np.stack([array(visit_probabilities(p))[:-1] for p in trace], axis=1)
+    visits = torch.stack([visit_probabilities(p)[:-1] for p in trace], dim=1).numpy()
     heat_map(below, visits, Normalize(0, 1))
     below.set(title="probability that a path visits the block", xlabel="epochs searched", ylabel="block")
-    number_cells(below.xaxis, len(trace), 21)
-    number_cells(below.yaxis, len(visits), 12)
+    _number_cells(below.xaxis, len(trace), 21)
+    _number_cells(below.yaxis, len(visits), 12)
     figure.colorbar(mesh, ax=[*above, below], label="probability", aspect=40).outline.set_visible(False)
     return figure
 
@@ -198,9 +188,9 @@ def operation_probabilities(space: SearchSpace, head: Tensor, stack: Tensor) -> 
 
     k5 e6 is an MBConv of kernel 5 and expansion 6. Where edges have but one candidate, only the layers are drawn.
     """
-    rows = array(head[: len(head) if head.shape[1] > 1 or not len(stack) else 0])
-    label = "probability of the candidate"
-    return _op_tables(space, (rows, array(stack)), space.num_layers[1:], Normalize(0, 1), ".2f", label=label)
+    rows = head[: len(head) if head.shape[1] > 1 or not len(stack) else 0]
+    tables, label = (rows.numpy(), stack.numpy()), "probability of the candidate"
+    return _op_tables(space, tables, space.num_layers[1:], Normalize(0, 1), ".2f", label=label)
 
 
 def cost_table(space: SearchSpace, head: list[list[list[float]]], stack: list[list[list[float]]], unit: str) -> Figure:
@@ -229,7 +219,7 @@ def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: li
     """
     colours, handles = _stages(space)
     figure, (left, right) = canvas(WIDTH, 3.6, ((0, 1),))
-    visits = np.stack([array(visit_probabilities(p)) for p in trace])
+    visits = torch.stack([visit_probabilities(p) for p in trace]).numpy()
     members = {s: [block for block in range(1, space.num_blocks) if space.stage[block] == s] for s in colours}
     counts = [visits[:, blocks].sum(axis=1) for blocks in members.values()]
     left.stackplot(range(len(trace)), counts, colors=[tint(c, 0.7) for c in colours.values()], linewidth=0)
@@ -309,26 +299,16 @@ def shapes(groups: Mapping[str, Sequence[Architecture]]) -> Figure:
     counts, widths = [], []
     for group, members in groups.items():
         for arch in members:
-            halvings, layer = list(accumulate(block.stride // 2 for block in arch.routing_blocks)), 0
+            halvings = list(accumulate(block.stride // 2 for block in arch.routing_blocks))
             counts += [(group, k, halvings.count(k)) for k in {*halvings}]
-            for block in arch.routing_blocks:
-                for _ in (block.head, *block.stack):
-                    layer += 1
-                    widths.append((group, layer, block.out_ch))
+            along = [block.out_ch for block in arch.routing_blocks for _ in (block.head, *block.stack)]
+            widths += [(group, layer, width) for layer, width in enumerate(along, start=1)]
     figure, (left, right) = canvas(WIDTH, 3.6, ((0, 1),))
     look = dict(zip(groups, [RED, *COLOURS], strict=False))
     blocks = pd.DataFrame(counts, columns=["group", "halvings", "blocks"])
     style = {"hue": "group", "palette": look, "errorbar": ("pi", 80), "legend": False}
-    sns.pointplot(
-        blocks,
-        x="halvings",
-        y="blocks",
-        dodge=len(groups) > 1 and 0.2,
-        linestyle="none",
-        capsize=0.05,
-        ax=left,
-        **style,
-    )
+    points = {"dodge": len(groups) > 1 and 0.2, "linestyle": "none", "capsize": 0.05}
+    sns.pointplot(blocks, x="halvings", y="blocks", ax=left, **points, **style)
     layers = pd.DataFrame(widths, columns=["group", "layer", "width"])
     sns.lineplot(layers, x="layer", y="width", marker="o", ax=right, **style)
     left.set(xlabel="halvings of the map", ylabel="routing blocks", ylim=(0, None))

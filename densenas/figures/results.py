@@ -16,25 +16,17 @@ from matplotlib.path import Path
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from densenas.figures.style import (
-    BLUE,
-    COLOURS,
-    GREY,
-    INK,
-    MANY,
-    ORANGE,
-    RED,
-    SMALL,
-    WIDTH,
-    array,
-    canvas,
-    heat_map,
-    integers,
-    legend_above,
-    legend_below,
-    short_names,
-    tint,
-)
+from .style import BLUE, COLOURS, GREY, INK, ORANGE, RED, SMALL, WIDTH, canvas, heat_map, integers, legend_below, tint
+
+MANY = 20  # classes, beyond which they are neither all named nor numbered
+
+
+def _short_names(names: Sequence[str], longest: int = 16) -> list[str]:
+    return [name if len(name) <= longest else name[: longest - 1] + "…" for name in names]
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, handlelength=1.5)
 
 
 def _curves(axes: Axes, history: pd.DataFrame, columns: Mapping[str, str], label: str, scale: float = 1) -> None:
@@ -44,7 +36,7 @@ def _curves(axes: Axes, history: pd.DataFrame, columns: Mapping[str, str], label
     lines.plot(ax=axes, xlabel="epoch", ylabel=label, legend=False, **style)
     integers(axes.xaxis)
     if len(columns) > 1:
-        legend_above(axes)
+        _legend_above(axes)
 
 
 def search_history(history: pd.DataFrame, unit: str) -> Figure:
@@ -58,7 +50,7 @@ def search_history(history: pd.DataFrame, unit: str) -> Figure:
     _curves(panels[2], history, {"expected_cost": "expected", "derived_cost": "derived"}, f"cost ({unit})")
     if "target_cost" in history:
         panels[2].axhline(history["target_cost"].iloc[-1], color=RED, linewidth=1, zorder=1, label="target")
-        legend_above(panels[2])
+        _legend_above(panels[2])
     updated = history.loc[history["val_loss"].notna(), "epoch"] if "val_loss" in history else history[:0]
     if len(updated):
         label = f"from epoch {updated.iloc[0]} on alpha and beta are trained too"
@@ -89,7 +81,7 @@ def predicted_latency(frame: pd.DataFrame) -> Figure:
     both = 0, 1.05 * frame.to_numpy().max()
     axes.plot(both, both, color=GREY, linewidth=0.9, zorder=1)
     axes.set(xlabel="predicted (ms)", ylabel="measured (ms)", xlim=both, ylim=both, aspect="equal")
-    legend_above(axes)
+    _legend_above(axes)
     return figure
 
 
@@ -158,7 +150,7 @@ def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
     """
     figure, (axes,) = canvas(7, 4.6)
     _scatter(axes, points, points["group"].unique(), x_label)
-    legend_above(axes)
+    _legend_above(axes)
     _label(axes, points)
     return figure
 
@@ -233,7 +225,7 @@ def confusion(matrix: list[list[int]], classes: list[str]) -> Figure:
     side = min(6.2, 2.6 + 0.4 * len(classes))
     figure, (left, right) = canvas(side + 1.8, side, ((0, 1),), width_ratios=(4.5, 1))
     mesh = heat_map(left, np.ma.masked_equal(counts, 0), LogNorm(1, max(2, counts.max())), "" if many else "d")
-    names, ticks = short_names(classes), np.arange(0, len(classes), math.ceil(len(classes) / MANY))
+    names, ticks = _short_names(classes), np.arange(0, len(classes), math.ceil(len(classes) / MANY))
     rotation = 90 if max(map(len, names)) * min(len(names), MANY) > 60 else 0
     left.set_xticks(ticks + 0.5, [names[k] for k in ticks], rotation=rotation)
     left.set_yticks(ticks + 0.5, [names[k] for k in ticks])
@@ -257,7 +249,7 @@ def image_grid(images: Tensor, labels: list[str]) -> Figure:
     figure, grid = canvas(max(3, 0.88 * columns), 1.05 * rows, cells)
     for axes in grid:
         axes.set_axis_off()
-    for axes, image, label in zip(grid, array(images), short_names(labels, 12), strict=False):
+    for axes, image, label in zip(grid, images.numpy(), _short_names(labels, 12), strict=False):
         axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
         axes.set_title(label, size=SMALL, weight="normal", pad=2)
     return figure
@@ -271,13 +263,13 @@ def class_counts(counts: Mapping[str, list[int]], classes: list[str]) -> Figure:
             axes.step(range(1, len(classes) + 1), sorted(numbers, reverse=True), where="mid", label=split)
         axes.set(xlabel="classes, largest first (each split by itself)", ylim=(0, None))
     else:
-        names = short_names(classes)
+        names = _short_names(classes)
         rotation = 90 if max(map(len, names)) * len(names) > 100 else 0
         pd.DataFrame(counts, index=names).plot.bar(ax=axes, width=0.8, color=COLOURS, linewidth=0, rot=rotation)
         axes.grid(False, axis="x")
         axes.set(xlabel="class")
     axes.set_ylabel("images")
-    legend_above(axes)
+    _legend_above(axes)
     return figure
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -17,7 +16,6 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH = 9.0  # inches, of the widest figures
 SMALL = 8  # points, the smallest text
-MANY = 20  # classes, beyond which they are neither all named nor numbered
 INK, GREY, RED = "0.15", "0.6", "#d40020"  # red: what was derived, and DenseNAS among others
 BLUE, ORANGE, GREEN, _, PINK, TAN, _, _, _, SKY = sns.color_palette("colorblind")  # without what resembles red
 COLOURS = [BLUE, ORANGE, GREEN, PINK, "#d4c000", SKY, TAN]
@@ -52,22 +50,10 @@ def tint(colour: Any, strength: float = 0.55) -> tuple[float, ...]:
     return tuple(strength * part + 1 - strength for part in to_rgb(colour))
 
 
-def array(values: Any) -> np.ndarray:
-    return torch.as_tensor(values).detach().cpu().numpy()
-
-
-def legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, handlelength=1.5)
-
-
 def legend_below(figure: Figure, handles: list[Any]) -> None:
     inches = sum(0.55 + 0.065 * len(handle.get_label()) for handle in handles)
     rows = math.ceil(inches / figure.get_figwidth())
     figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows))
-
-
-def short_names(names: Sequence[str], longest: int = 16) -> list[str]:
-    return [name if len(name) <= longest else name[: longest - 1] + "…" for name in names]
 
 
 def bare(axes: Axes) -> None:
@@ -91,11 +77,6 @@ def heat_map(axes: Axes, matrix: np.ndarray, norm: Normalize, formatted: str = "
 def integers(*axes: Any) -> None:
     for axis in axes:
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def number_cells(axis: Any, count: int, at_most: int) -> None:
-    numbers = np.arange(0, count, math.ceil(count / at_most))
-    axis.set_ticks(numbers + 0.5, numbers)
 
 
 use_theme()
