@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import Choice, CostTable, SearchSpace, SuperNet
-from densenas.engine import PRECISIONS, training_on
+from densenas.engine import PRECISIONS, keep_freed_memory, training_on
 from densenas.run import environment
 from densenas.search import SearchTrainer
 
@@ -82,6 +82,7 @@ def stepper(
     net, table = SuperNet(space, CLASSES).to(device), CostTable.mult_adds(space, size, CLASSES)
     images, labels = torch.randn(batch, 3, size, size, device=device), torch.randint(CLASSES, (batch,), device=device)
     if which == "ours":
+        keep_freed_memory()
         images = images.contiguous(memory_format=torch.channels_last)
         trainer = SearchTrainer(
             net.to(memory_format=torch.channels_last), table, space.search, 10**6, precision=precision

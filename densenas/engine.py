@@ -7,6 +7,7 @@ needs besides weights is only where it was written, and a run that goes on from 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -102,6 +103,7 @@ def fit(
     """
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
+    keep_freed_memory()
     path, (rank, world) = run.work / f"{stage}.pt", rank_and_world()
     position, saved = Position(), time.monotonic()
     if rank > 0:
@@ -208,6 +210,13 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, lr_min: float, warmup: 
         return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+def keep_freed_memory() -> None:
+    """glibc would give the activations of every step back to the system, and get them again page by page."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 @contextmanager

@@ -118,16 +118,15 @@ class _NormActConv(torch.autograd.Function):
         if trained:
             aten.hardtanh_(y, 0.0, 6.0)
         # oneDNN's own weight gradient of such a convolution takes many times its forward pass.
-        slow = groups > 1 and weight.shape[-1] > 3 and x.device.type == "cpu" and x.dtype == torch.float32
-        wanted = [True, trained and not slow, False]
+        own = trained and groups > 1 and weight.shape[-1] > 3 and x.device.type == "cpu" and x.dtype == torch.float32
+        wanted = [True, trained and not own, False]
         grad_y, grad_weight, _ = aten.convolution_backward(grad, y, weight.to(y.dtype), None, *ctx.conv, wanted)
-        if trained and slow:
+        if own:
             grad_weight = _depthwise_weight_gradient(y, weight, grad, stride[0])
         aten.hardtanh_backward.grad_input(grad_y, y, 0.0, 6.0, grad_input=grad_y)
         del y
-        grads = aten.native_batch_norm_backward(
-            grad_y, x, scale, None, None, mean, invstd, True, ctx.eps, ctx.needs_input_grad[:3]
-        )
+        statistics = None, None, mean, invstd, True, ctx.eps
+        grads = aten.native_batch_norm_backward(grad_y, x, scale, *statistics, ctx.needs_input_grad[:3])
         return *grads, grad_weight, None, None
 
 

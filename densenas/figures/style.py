@@ -22,17 +22,15 @@ COLOURS = [BLUE, ORANGE, GREEN, PINK, "#d4c000", SKY, TAN]
 KINDS = {"k3": SKY, "k5": ORANGE, "k7": GREEN, "basic": SKY, "bottleneck": PINK, "conv1_1": "0.75"}
 HEAT = ListedColormap(sns.color_palette("mako_r", as_cmap=True)(np.linspace(0, 0.85, 256)))
 
-
-def use_theme() -> None:
-    """Sets the style of all figures; SVG files hold text as text and are the same bytes for the same data."""
-    sizes = dict.fromkeys(("font.size", "axes.labelsize"), 9) | {"axes.titlesize": 9.5}
-    sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5)
-    lines = {"axes.linewidth": 0.8, "grid.linewidth": 0.6, "lines.linewidth": 1.6, "patch.linewidth": 0.8}
-    fonts = {"font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}  # the first comes with matplotlib
-    files = {"svg.fonttype": "none", "svg.hashsalt": "densenas", "figure.dpi": 100}
-    rc = {"legend.frameon": False, "legend.columnspacing": 1.4, "axes.titleweight": "bold"}
-    rc |= sizes | lines | fonts | files
-    sns.set_theme(style="whitegrid", context="notebook", palette="colorblind", rc=rc)
+# The style of all figures; SVG files hold text as text and are the same bytes for the same data.
+sizes = dict.fromkeys(("font.size", "axes.labelsize"), 9) | {"axes.titlesize": 9.5}
+sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5)
+lines = {"axes.linewidth": 0.8, "grid.linewidth": 0.6, "lines.linewidth": 1.6, "patch.linewidth": 0.8}
+fonts = {"font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}  # the first comes with matplotlib
+files = {"svg.fonttype": "none", "svg.hashsalt": "densenas", "figure.dpi": 100}
+rc = {"legend.frameon": False, "legend.columnspacing": 1.4, "axes.titleweight": "bold"}
+rc |= sizes | lines | fonts | files
+sns.set_theme(style="whitegrid", context="notebook", palette="colorblind", rc=rc)
 
 
 def canvas(
@@ -77,6 +75,3 @@ def heat_map(axes: Axes, matrix: np.ndarray, norm: Normalize, formatted: str = "
 def integers(*axes: Any) -> None:
     for axis in axes:
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-use_theme()
