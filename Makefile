@@ -40,7 +40,7 @@ evidence: setup
 	@$(BIN)/python -m densenas.report $(RUN)
 
 test: setup
-	$(BIN)/pytest tests
+	$(BIN)/pytest --numprocesses $(CORES) --dist worksteal tests
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 
 # Runs every notebook at its defaults and keeps the outputs, which are committed: from scratch, or what an earlier demo

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from densenas import CostTable, SearchSpace, SuperNet
-from densenas.engine import training_on
+from densenas.engine import computing_on
 from densenas.run import environment
 from densenas.search import SearchTrainer
 
@@ -26,7 +26,7 @@ IMAGES = 1281167 // 10  # the paper's search set: 100 of ImageNet's 1000 classes
 
 def measure(pipe, name: str, kind: str, batch: int | None, precision: str, steps: int) -> None:
     space = SearchSpace.load(name)
-    with training_on("auto", precision) as device:
+    with computing_on("auto", precision) as device:
         gpu = device.type == "cuda"
         size = batch or (space.search.batch_size if gpu else 8)
         net = SuperNet(space, num_classes=100).to(device, memory_format=torch.channels_last)

@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import Choice, CostTable, SearchSpace, SuperNet
-from densenas.engine import PRECISIONS, keep_freed_memory, training_on
+from densenas.engine import PRECISIONS, computing_on, keep_freed_memory
 from densenas.run import environment
 from densenas.search import SearchTrainer
 
@@ -114,7 +114,7 @@ def stepper(
 
 def serve(pipe: Connection, which: str, *arguments: Any) -> None:
     """In a process of its own: does the steps that are asked for; at the end of them, sends the peak memory in GiB."""
-    with training_on("auto", arguments[3]) as device:
+    with computing_on("auto", arguments[3]) as device:
         step = stepper(which, *arguments, device)
         while choice := pipe.recv():
             pipe.send(step(choice))
@@ -124,7 +124,7 @@ def serve(pipe: Connection, which: str, *arguments: Any) -> None:
 
 def speeds(precision: str) -> tuple[float, float]:
     """Multiply-adds of a matrix product and bytes of a copy, both per second."""
-    with training_on("auto", precision) as device:
+    with computing_on("auto", precision) as device:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         side = 2048 if device.type == "cpu" else 8192
         matrix = torch.randn(side, side, device=device, dtype=dtype)

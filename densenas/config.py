@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent  # the repository, where reports/ and runs/ live
@@ -43,6 +43,12 @@ class SearchRecipe(Strict):
     arch_lr: float = Field(3e-4, gt=0)  # alpha and beta: Adam
     arch_betas: tuple[float, float] = (0.5, 0.999)
     arch_weight_decay: float = Field(1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _learns_an_architecture(self) -> SearchRecipe:
+        never = f"arch_start_epoch is {self.arch_start_epoch}, of {self.epochs} epochs none would move alpha and beta"
+        refuse(self.arch_start_epoch >= self.epochs, never)
+        return self
 
 
 class RetrainRecipe(Strict):

@@ -6,14 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from densenas import ops
-from densenas.architecture import Architecture, Block
+from densenas.architecture import Architecture
 from densenas.config import literal, read_text, refuse, write_text
 from densenas.space import PRESETS, Layer, Layers, SearchSpace
 
@@ -151,30 +151,14 @@ class CostTable:
         """
         if isinstance(arch, str):
             arch = Architecture.read(arch)
-        stem = self.space.stem
-        along = self._along(0, arch.blocks[len(stem) :]) if arch.blocks[: len(stem)] == stem else None
-        refuse(along is None, f"the architecture is not one of space {self.space.name}: {arch}")
-        return self.stem + along + self.classifier
-
-    def _along(self, i: int, blocks: tuple[Block, ...]) -> float | None:
-        """Cost from block i on through `blocks` to the final node; None where the space has no such path."""
-        space, last = self.space, self.space.num_blocks
-        if not blocks:
-            return self.final[space.incoming(last).index(i)] if (i, last) in space.edges else None
-        block = blocks[0]
-        for j in (j for j in space.outgoing(i) if j != last):
+        space, path = self.space, self.space.path_of(arch)
+        total = self.stem + self.final[space.incoming(path[-1]).index(path[-2])] + self.classifier
+        for (i, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
             layers = self.stack[j - 1]
             chosen = (*block.stack, *[ops.SKIP] * (len(layers) - len(block.stack)))
-            if (
-                (block.in_ch, block.out_ch, block.stride) == (space.chs[i], space.chs[j], space.stride(i, j))
-                and block.head in space.head_ops
-                and set(chosen) <= {*space.stack_ops}
-                and len(block.stack) <= space.num_layers[j]
-                and (rest := self._along(j, blocks[1:])) is not None
-            ):
-                head = self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
-                return head + sum(row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=True)) + rest
-        return None
+            total += self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
+            total += sum(row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=True))
+        return total
 
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """head (edges into blocks, head ops), stack (layers, stack ops), final (edges): rows in the supernet's order.

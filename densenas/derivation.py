@@ -89,7 +89,7 @@ class Lattice:
         head = torch.ones(len(space.head_edges), len(space.head_ops)) if head is None else head
         stack = torch.ones(sum(space.num_layers), len(space.stack_ops)) if stack is None else stack
         log_p = p.double().log().tolist()
-        log_head, log_stack = ((v.double().log() - v.double().amax(1, True).log()).tolist() for v in (head, stack))
+        log_head, log_stack = ([(row - row.max()).tolist() for row in v.double().log()] for v in (head, stack))
         rows = {edge: row for row, edge in enumerate(space.head_edges)}
         ends = table.derived_ends()
         self.start, self.end = 1, 2 * last

@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.lr_scheduler import LambdaLR
 
-from densenas.config import RetrainRecipe, SearchRecipe, atomic
+from densenas.config import RetrainRecipe, SearchRecipe, atomic, refuse
 from densenas.loading import Batches, rank_and_world, seed_of
 from densenas.run import Run, RunConfig, pick_device, progress
 
@@ -112,8 +112,13 @@ def fit(
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         position = Position(**checkpoint["position"])
-    if world > 1 and rank == 0:
-        dist.barrier()
+    if world > 1:
+        if rank == 0:
+            dist.barrier()
+        places: list[Any] = [None] * world
+        dist.all_gather_object(places, (len(position.history), position.passes, position.steps))
+        apart = f"{stage} would go on from different places {places}, every machine needs the same runs/ folder"
+        refuse(len({*places}) > 1, apart)
 
     def save(where: Path) -> None:
         nonlocal saved
@@ -139,7 +144,7 @@ def fit(
             clock = time.perf_counter()
             for images, labels in one.batches.epoch(epoch, start=position.steps):
                 torch.manual_seed(seed_of(configuration["seed"], stage, epoch, number, position.steps))
-                # The one place in a step where the host waits for the device.
+                # Where the host waits for the device; a search draws its candidates from alpha right behind it.
                 loss, top1 = one.step(images, labels).tolist()
                 if not math.isfinite(loss):
                     where = f"{stage}, epoch {epoch}: the {one.name} loss is not finite at step {position.steps}"
@@ -162,6 +167,8 @@ def fit(
             run.write_history(stage, position.history)
             for name, value in position.history[-1].items():
                 board.add_scalar(name, value, epoch)
+    if board:
+        run.write_history(stage, position.history)  # a kill may have come between the last checkpoint and this
     bar.close()
     return position.history
 
@@ -220,8 +227,8 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def training_on(device: str, precision: str, deterministic: bool = False) -> Iterator[torch.device]:
-    """The device to train on; inside, PyTorch's global generators, TF32 and determinism are as training wants them."""
+def computing_on(device: str, precision: str, deterministic: bool = False) -> Iterator[torch.device]:
+    """The device to compute on; inside, PyTorch's generators, TF32 and determinism are as a repeatable result needs."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
     where = pick_device(device)
@@ -248,6 +255,8 @@ def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settin
     most = torch.cuda.device_count() if torch.cuda.is_available() else devices
     if not 1 <= devices <= most:
         raise ValueError(f"devices is {devices}, expected at least 1" + f" and at most {most}" * (devices > most))
+    one = settings.get("device", "auto")
+    refuse(devices > 1 and ":" in one, f"devices is {devices}, but device '{one}' is one alone: expected auto or cuda")
     if devices == 1:
         function(*arguments, **settings)
         return
@@ -269,7 +278,9 @@ def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settin
 @record
 def together(function: Callable[..., Any], arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
     """The function as one of the processes that torchrun or `launch` started."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     # More threads than cores would make a small network many times slower.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:

@@ -21,7 +21,8 @@ from densenas.architecture import Architecture, Block
 from densenas.config import override, refuse, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
-from densenas.derivation import Candidate, Lattice
+from densenas.derivation import Lattice
+from densenas.loading import seed_of
 from densenas.run import Run, RunConfig
 from densenas.search import load_search, search
 from densenas.space import SearchSpace
@@ -74,13 +75,16 @@ def hand_made(space: SearchSpace, target: float, input_size: int, num_classes: i
 
 
 class PathOf(nn.Module):
-    """One path of a supernet with one op a layer, by the supernet's own weights: images (B, 3, H, W) → logits."""
+    """An architecture as a path of a supernet, by the supernet's own weights: images (B, 3, H, W) → logits.
 
-    def __init__(self, net: SuperNet, candidate: Candidate) -> None:
+    Its batch norm knows no averages, so that logits depend on the batch: its images must be of mixed classes.
+    """
+
+    def __init__(self, net: SuperNet, arch: Architecture) -> None:
         super().__init__()
-        space, path = net.space, candidate.path
+        space, path = net.space, net.space.path_of(arch)
         layers = [net.stem]
-        for (i, j), block in zip(pairwise(path[:-1]), candidate.architecture.routing_blocks, strict=True):
+        for (i, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
             routing = net.blocks[j - 1]
             layers.append(routing.heads[space.incoming(j).index(i)][space.head_ops.index(block.head)])
             # Which of its layers a shorter stack skipped does not show in an architecture: the last ones.
@@ -148,10 +152,10 @@ class Study:
         """Where a job keeps its checkpoints and its result."""
         return Run(self.run).part(f"evidence/{job}")
 
-    def random(self, target: float) -> list[Candidate]:
-        """The random networks of a target, the same in every process."""
-        spread = (1 - WITHIN) * target, (1 + WITHIN) * target
-        return Lattice(self.table).sample(self.networks, self.targets.index(target), *spread)
+    def random(self, job: Job) -> Architecture:
+        """A random network, the same in every process and whatever else is compared."""
+        spread = (1 - WITHIN) * job.target, (1 + WITHIN) * job.target
+        return Lattice(self.table).sample(1, seed_of(job.target, job.number), *spread)[0].architecture
 
     def searched(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""
@@ -170,7 +174,7 @@ class Study:
             found = json.loads(path.read_text(encoding="utf-8"))
             return SEARCHED, Architecture.parse(found["net_config"]), job.number, found["seconds"]
         if job.method == RANDOM:
-            return RANDOM, self.random(job.target)[job.number].architecture, job.number, None
+            return RANDOM, self.random(job), job.number, None
         size, classes = self.data.image_size, len(self.data.classes)
         designs = [*hand_made(self.table.space, job.target, size, classes).items()]
         return *designs[job.number % len(designs)], job.number // len(designs), None
@@ -202,13 +206,10 @@ class Study:
         """
         job = Job(SEARCHED, sorted(self.targets)[len(self.targets) // 2], 0)
         net = load_search(self.folder(job), self.table, len(self.data.classes)).net
-        rows = []
-        for target, trained in results[results["method"] == RANDOM].groupby("target", sort=False):
-            drawn = self.random(target)
-            for row in trained.itertuples():
-                one_shot = evaluate(PathOf(net, drawn[row.number]), self.data, "val", device=self.device)["top1"]
-                rows.append({"target": target, "one_shot": one_shot, "retrained": row.top1})
-        return pd.DataFrame(rows)
+        drawn = results[results["method"] == RANDOM]
+        paths = [PathOf(net, Architecture.parse(text)) for text in drawn["net_config"]]
+        one_shot = [evaluate(path, self.data, "val", device=self.device)["top1"] for path in paths]
+        return pd.DataFrame({"target": drawn["target"], "one_shot": one_shot, "retrained": drawn["top1"]})
 
     def complete(self) -> pd.DataFrame:
         """Does here and now what is still to do of all jobs; returns `results`."""

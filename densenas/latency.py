@@ -20,6 +20,7 @@ from densenas import ops
 from densenas.architecture import Architecture
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
+from densenas.engine import computing_on
 from densenas.run import environment, pick_device, progress
 from densenas.space import Layer, SearchSpace
 
@@ -47,7 +48,7 @@ def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
     from torch.utils.benchmark import Timer
 
     timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads())
-    with torch.inference_mode():
+    with torch.inference_mode(), computing_on(str(x.device), "fp32"):
         return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -86,10 +87,11 @@ class Batches:
     """Normalised batches (b, 3, S, S) with labels (b,), on the device.
 
     With a seed these are training batches: shuffled, augmented as `data.augment` says, the last incomplete one left
-    out. Without one the splits are read in order, whole and unchanged. `batch_size` is that of all `world` processes
-    together (None: of those that train with this one); process `rank` gets its slice of each batch, of an incomplete
-    one perhaps an empty one. `workers` are processes that decode, as many as this one has cores where None; resident
-    images need none.
+    out. Without one the splits are read whole and unchanged, always in the same mixed order: a supernet normalises by
+    the batch, and a set that is sorted by class would give it batches of one class. `batch_size` is that of all `world`
+    processes together (None: of those that train with this one); process `rank` gets its slice of each batch, of an
+    incomplete one perhaps an empty one. `workers` are processes that decode, as many as this one has cores where None;
+    resident images need none.
     """
 
     def __init__(
@@ -116,7 +118,8 @@ class Batches:
         else:
             augment = None if seed is None else data.augment
             self.decoder = Decoded(parts, transform(augment, data.image_size), self.mirror and seed is not None)
-            self.workers = max(1, CORES // world) if workers is None else workers
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says it
+            self.workers = max(1, CORES // here) if workers is None else workers
         self.labels = labels
 
     def __len__(self) -> int:
@@ -125,9 +128,7 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one pass from step `start` on: what an undisturbed pass yields from there."""
-        order = torch.arange(self.count)
-        if self.seed is not None:
-            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
         mine = [batch.tensor_split(self.world)[self.rank] for batch in order.split(self.batch_size)]
         steps = range(start, len(self))
         batches = self._resident(epoch, mine, steps) if self.decoder is None else self._decoded(epoch, mine, steps)

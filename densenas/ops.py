@@ -107,26 +107,28 @@ class _NormActConv(torch.autograd.Function):
         y, mean, invstd = torch.native_batch_norm(x, scale, shift, *statistics, True, norm.momentum, norm.eps)
         ctx.save_for_backward(x, scale, shift, weight, mean, invstd)
         ctx.eps, ctx.conv = norm.eps, (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
-        return aten.convolution(aten.hardtanh_(y, 0.0, 6.0), weight.to(y.dtype), None, *ctx.conv)
+        return torch.convolution(F.hardtanh_(y, 0.0, 6.0), weight.to(y.dtype), None, *ctx.conv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight, mean, invstd = ctx.saved_tensors
         trained, (stride, *_, groups) = ctx.needs_input_grad[3], ctx.conv
-        y = torch.native_batch_norm(x, scale, shift, mean, invstd.pow(-2), False, 0.0, 0.0)[0]
+        # A CPU gives statistics of bf16 in bf16: rounded once more, they would make another y than the forward pass.
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        y = torch.native_batch_norm(x, scale, shift, mean.to(wide), invstd.to(wide).pow(-2), False, 0.0, 0.0)[0]
         if trained:
-            aten.hardtanh_(y, 0.0, 6.0)
+            F.hardtanh_(y, 0.0, 6.0)
         # oneDNN's own weight gradient of such a convolution takes many times its forward pass.
         own = trained and groups > 1 and weight.shape[-1] > 3 and x.device.type == "cpu" and x.dtype == torch.float32
         wanted = [True, trained and not own, False]
-        grad_y, grad_weight, _ = aten.convolution_backward(grad, y, weight.to(y.dtype), None, *ctx.conv, wanted)
+        grad_y, grad_weight, _ = aten.convolution_backward.default(grad, y, weight.to(y.dtype), None, *ctx.conv, wanted)
         if own:
             grad_weight = _depthwise_weight_gradient(y, weight, grad, stride[0])
         aten.hardtanh_backward.grad_input(grad_y, y, 0.0, 6.0, grad_input=grad_y)
         del y
         statistics = None, None, mean, invstd, True, ctx.eps
-        grads = aten.native_batch_norm_backward(grad_y, x, scale, *statistics, ctx.needs_input_grad[:3])
+        grads = aten.native_batch_norm_backward.default(grad_y, x, scale, *statistics, ctx.needs_input_grad[:3])
         return *grads, grad_weight, None, None
 
 
@@ -145,6 +147,8 @@ def _depthwise_weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, stride: 
 
 def norm_act_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
     """conv(relu6(norm(x))) as a training step computes it."""
+    if type(norm) is not nn.BatchNorm2d or not norm.training:  # somebody froze or replaced it
+        return conv(F.relu6(norm(x)))
     if norm.track_running_stats:
         norm.num_batches_tracked.add_(1)
     return _NormActConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv)

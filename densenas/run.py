@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from tqdm import tqdm
 
-from densenas.config import ROOT, Augment, Dataset, Strict, atomic, naming, read_yaml, refuse, write_text
+from densenas.config import ROOT, Augment, Dataset, Strict, atomic, naming, override, read_yaml, refuse, write_text
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.space import SearchSpace
@@ -102,6 +102,8 @@ class RunConfig(Strict):
         with naming(str(path)):
             config = cls(**settings)
         space = SearchSpace.load(config.space)
+        with naming(str(path), ": search: "):
+            override(space.search, **config.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}))
         size = config.image_size or space.input_size
         space.maps(size)  # refuses a size at which a map would vanish
         unequal = f"{path}: evidence compares at equal Mult-Adds, but cost.kind is {config.cost.kind}"
@@ -131,7 +133,7 @@ class RunConfig(Strict):
             "03-search": {**self.search.model_dump(), "space": self.space, **training},
             "04-derive": {},
             "05-retrain": {**self.retrain.model_dump(), **training},
-            "06-evaluate": {**self.evaluate.model_dump(), "device": self.device},
+            "06-evaluate": {**self.evaluate.model_dump(), "net_config": self.retrain.net_config, "device": self.device},
             "07-figures": {},
         }
         if self.evidence:
@@ -247,10 +249,10 @@ def environment() -> dict[str, Any]:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the first CUDA device, or else the CPU; raises ValueError for a device that is not there."""
-    if device == "auto":
-        # torchrun and `launch` give every process its own device.
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    """`auto` is a CUDA device, or else the CPU; raises ValueError for a device that is not there."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")  # one for each process of `launch` and torchrun
+    device = "cpu" if device == "auto" else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -17,7 +17,7 @@ from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Candidate, Lattice, visit_probabilities
-from densenas.engine import Pass, cosine, descend, fit, fused_sgd, rank_and_world, training_on
+from densenas.engine import Pass, computing_on, cosine, descend, fit, fused_sgd, rank_and_world
 from densenas.loading import Batches
 from densenas.run import Run
 from densenas.space import SearchSpace
@@ -71,9 +71,11 @@ class Probabilities:
         """
         visits, size = visit_probabilities(self.p), space.num_blocks
 
-        def entropy(rows: Tensor) -> Tensor:
-            choices = (rows > 0).sum(dim=1)
-            return (torch.special.entr(rows).sum(dim=1) / choices.clamp(min=2).log())[choices > 1]
+        def entropy(*parts: Tensor) -> float:
+            choices = [(rows > 0).sum(dim=1) for rows in parts]
+            shares = [torch.special.entr(rows).sum(dim=1) / n.log() for rows, n in zip(parts, choices, strict=True)]
+            open_ones = torch.cat(shares)[torch.cat(choices) > 1]
+            return float(open_ones.mean()) if len(open_ones) else 0.0
 
         owner = torch.tensor([j for j in range(size) for _ in range(space.num_layers[j])], dtype=torch.long)
         edges = torch.tensor(space.head_edges).T
@@ -85,10 +87,9 @@ class Probabilities:
         cheap_head = self.head[:, ops.cheapest(space.head_ops)]
         cheap_stack = self.stack[:, ops.cheapest(space.stack_ops)] if len(self.stack) else skip
         skipped = (stack_weight * skip).sum()
-        alphas = torch.cat([entropy(self.head), entropy(self.stack)])
         return {
-            "alpha_entropy": float(alphas.mean()) if len(alphas) else 0.0,
-            "beta_entropy": float(entropy(self.p).mean()),
+            "alpha_entropy": entropy(self.head, self.stack),
+            "beta_entropy": entropy(self.p),
             "expected_layers": float(layers - skipped),
             "skip_share": float(skipped / stack_weight.sum()) if len(owner) else 0.0,
             "cheapest_share": float(((head_weight * cheap_head).sum() + (stack_weight * cheap_stack).sum()) / layers),
@@ -202,7 +203,7 @@ def search(
     network. Until `arch_start_epoch` weights alone are trained; from then on each epoch is a pass over val that updates
     alpha and beta, then a pass over train that updates weights. A killed search goes on when called again (`fit`).
     """
-    with training_on(device, precision, deterministic) as where:
+    with computing_on(device, precision, deterministic) as where:
         configuration = {
             "space": table.space.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
             "cost": table.nested(), "target_cost": target_cost, "data": data.digest, "seed": seed,

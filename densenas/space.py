@@ -177,6 +177,24 @@ class SearchSpace(Strict):
         final = [("conv1_1", channels[i], self.last_dim, sizes[i], 1) for i in self.incoming(self.num_blocks)]
         return head, stack, final
 
+    def path_of(self, arch: Architecture) -> tuple[int, ...]:
+        """The first path, nodes from 0 to the final one, that can be this architecture; ValueError if none can."""
+        stem, last = len(self.stem), self.num_blocks
+
+        def fits(i: int, j: int, block: Block) -> bool:
+            skipped = (ops.SKIP,) * (self.num_layers[j] - len(block.stack))
+            shape = (block.in_ch, block.out_ch, block.stride) == (self.chs[i], self.chs[j], self.stride(i, j))
+            chosen = block.head in self.head_ops and {*block.stack, *skipped} <= {*self.stack_ops}
+            return shape and chosen and len(block.stack) <= self.num_layers[j]
+
+        paths = [(0,)] if arch.blocks[:stem] == self.stem else []
+        for block in arch.blocks[stem:]:
+            steps = [(path, j) for path in paths for j in self.outgoing(path[-1]) if j < last]
+            paths = [(*path, j) for path, j in steps if fits(path[-1], j, block)]
+        paths = [(*path, last) for path in paths if last in self.outgoing(path[-1])]
+        refuse(not paths, f"the architecture is not one of space {self.name}: {arch}")
+        return paths[0]
+
     @property
     def stem(self) -> tuple[Block, ...]:
         """The block that every network of a MobileNetV2 space starts with; none in a ResNet space."""

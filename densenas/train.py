@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas.architecture import Architecture, load_published, save_published
-from densenas.config import RetrainRecipe, atomic, override, read_text, write_text
+from densenas.config import RetrainRecipe, atomic, override, read_text, refuse, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
-from densenas.engine import Pass, cosine, descend, fit, fused_sgd, rank_and_world, training_on
+from densenas.engine import Pass, computing_on, cosine, descend, fit, fused_sgd, rank_and_world
 from densenas.loading import Batches
-from densenas.run import Run, pick_device, progress
+from densenas.run import Run, progress
 
 
 def network(model: str, num_classes: int) -> nn.Module:
@@ -50,12 +50,18 @@ def save_network(folder: Path, model: str, net: nn.Module) -> None:
         torch.save({key: value.cpu() for key, value in net.state_dict().items()}, partial)
 
 
-def load_network(folder: str | Path, num_classes: int) -> nn.Module:
-    """The network in a published folder, or in one that `save_network` wrote."""
+def load_network(folder: str | Path, num_classes: int, model: str | None = None) -> nn.Module:
+    """The network in a published folder, or in one that `save_network` wrote.
+
+    A folder may name torchvision's networks. Code is imported only where the caller, not a file, names it as `model`.
+    """
     folder = Path(folder)
     if not (folder / "model").is_file():
         return load_published(folder)[1]
-    net = network(read_text(folder / "model").strip(), num_classes)
+    found = read_text(folder / "model").strip()
+    foreign = f"{folder}: the network is {found[:80]!r}, code is run only where net_config says the same"
+    refuse(found not in torchvision.models.list_models() and found != model, foreign)
+    net = network(found, num_classes)
     net.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
     return net
 
@@ -84,7 +90,7 @@ def retrain(
 
     A killed training goes on when called again (`fit`). The test split is looked at once, by `evaluate`.
     """
-    with training_on(device, precision, deterministic) as where:
+    with computing_on(device, precision, deterministic) as where:
         configuration = {
             "model": str(model), "recipe": recipe.model_dump(mode="json"), "data": data.digest, "seed": seed,
             "precision": precision, "device": where.type,
@@ -145,16 +151,15 @@ def evaluate(
 
     Returns top1 and top5 in [0, 1], the mean cross-entropy, images, and the confusion matrix (truth × prediction).
     """
-    where = pick_device(device)
-    net = net.to(where).eval()
-    batches = Batches(data, split, batch_size, where)
-    bar = progress(len(batches), "evaluate")
     logits, labels = [], []
-    for images, truth in batches.epoch(0):
-        logits.append(net(images).float())
-        labels.append(truth)
-        bar.update()
-    bar.close()
+    with computing_on(device, "fp32") as where:
+        net = net.to(where).eval()
+        batches = Batches(data, split, batch_size, where)
+        with progress(len(batches), "evaluate") as bar:
+            for images, truth in batches.epoch(0):
+                logits.append(net(images))
+                labels.append(truth)
+                bar.update()
     scores, truth = torch.cat(logits), torch.cat(labels)
     if scores.shape[1] != len(data.classes):
         raise ValueError(f"the network tells {scores.shape[1]} classes apart, the data set has {len(data.classes)}")

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 
 # Tiny networks gain nothing from threads, and lose much once another process wants a core.
@@ -12,6 +13,14 @@ settings.register_profile(
     "densenas", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("densenas")
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Processes that start at once: forked off one that has PyTorch imported, but never used."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["densenas.search", "densenas.train", "torch.utils.tensorboard"])
+    return context
 
 
 @pytest.fixture

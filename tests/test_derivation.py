@@ -15,12 +15,13 @@ from helpers import (
     path_probability,
     random_supernet,
     refused,
+    smallest_input,
     spaces,
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from densenas import CostTable, SearchSpace
+from densenas import Architecture, CostTable, SearchSpace
 from densenas.derivation import Lattice, visit_probabilities
 from densenas.search import Probabilities
 
@@ -158,6 +159,19 @@ def test_every_target_between_the_deciles_is_hit(preset, seed, share):
 
 
 @given(spaces(), seeds)
+def test_a_path_of_an_architecture_makes_that_architecture(space, seed):
+    size = smallest_input(space)
+    for one in Lattice(CostTable.mult_adds(space, size, 3)).sample(3, seed):
+        chosen = [(block.head, block.stack) for block in one.architecture.routing_blocks]
+        assert space.architecture(space.path_of(one.architecture), chosen) == one.architecture
+
+
+def test_an_architecture_of_another_space_has_no_path():
+    with refused(ValueError, r"the architecture is not one of space made up: \[\[16, 16\], 'mbconv_k3_t1'"):
+        SMALL.path_of(Architecture.named("DenseNAS-A"))
+
+
+@given(spaces(), seeds)
 def test_visits_are_summed_over_all_paths(space, seed):
     net = random_supernet(space, seed)
     p = net.path_probabilities().detach()
@@ -165,6 +179,19 @@ def test_visits_are_summed_over_all_paths(space, seed):
     for node, visit in enumerate(visit_probabilities(p).tolist()):
         expected = sum(path_probability(chances, path) for path in block_paths(space) if node in path)
         assert visit == pytest.approx(expected)
+
+
+def test_a_space_without_choices_has_a_lattice_and_health():
+    """One edge from block to block, one op on each, no stacked layers: nothing is undecided."""
+    space = make_space(
+        init_dim=4, chs=[4, 6], fm_sizes=[16, 16], stage=[0, 1, 2], num_layers=[0, 0], max_connections=1,
+        head_ops=["mbconv_k3_t3"], stack_ops=[],
+    )  # fmt: skip
+    moment, table = Probabilities.of(random_supernet(space, 0)), CostTable.mult_adds(space, 32, 3)
+    best = moment.derive(table, None)
+    assert best.path == (0, 1, 2) and moment.derive(table, best.cost) == best
+    health = moment.health(space)
+    assert (health["alpha_entropy"], health["beta_entropy"], health["expected_layers"]) == (0, 0, 1)
 
 
 def test_health_of_a_uniform_and_of_a_decided_search():

@@ -1,6 +1,5 @@
 """What training survives: kill -9 at any step, lost processes; and that many processes do what one does."""
 
-import multiprocessing
 import os
 import random
 import re
@@ -51,14 +50,6 @@ def train(root, stage, epochs=6, checkpoint_seconds=0.0, die_at=None, pause=0.0)
             search(run, DATA, TABLE, recipe)
         else:
             retrain(run, DATA, ARCH, recipe)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start at once: forked off one that has PyTorch imported, but never used."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["densenas.search", "densenas.train", "torch.utils.tensorboard"])
-    return context
 
 
 @pytest.mark.parametrize("stage", RECIPES)
@@ -135,6 +126,34 @@ def test_a_lost_process_ends_the_run_and_any_number_goes_on(root):
 def test_a_mistake_in_a_process_is_told_as_it_is(root):
     with refused(RuntimeError, r"process \d of 2 ended \(.*KeyError: 'nonsense'.*\)"):
         launch(train, 2, str(root), "nonsense")
+
+
+def train_apart(roots, stage):
+    """Each process on a machine with a disk of its own."""
+    train(roots[engine.rank_and_world()[0]], stage)
+
+
+def test_machines_that_do_not_share_their_checkpoints_are_told(tmp_path):
+    roots = [str(tmp_path / name) for name in ("first", "second")]
+    for root in roots:
+        Path(root).mkdir()
+    train(roots[0], "search")
+    with refused(RuntimeError, r"different places \[\(6, 0, 0\), \(0, 0, 0\)\], every machine needs the same runs/"):
+        launch(train_apart, 2, roots, "search")
+
+
+def test_a_history_that_a_kill_left_behind_is_written_again(root):
+    train(root, "search", epochs=2)
+    path = root / "reports/made-up/history.csv"
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    train(root, "search", epochs=2)
+    assert path.read_text() == whole
+
+
+def test_several_devices_are_not_one_by_name():
+    with refused(ValueError, r"devices is 2, but device 'cpu:0' is one alone: expected auto or cuda"):
+        launch(print, 2, device="cpu:0")
 
 
 @pytest.mark.parametrize("devices", [0, -1])

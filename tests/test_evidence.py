@@ -73,7 +73,7 @@ def test_a_path_of_the_supernet_gives_what_the_supernet_gives_where_there_is_one
     ]
     choice = Choice([[[ops.index(block.head)]] for block in blocks], stack)
     images = torch.randn(4, 3, 16, 16)
-    torch.testing.assert_close(PathOf(net, candidate)(images), net(images, choice))
+    torch.testing.assert_close(PathOf(net, candidate.architecture)(images), net(images, choice))
 
 
 @pytest.fixture
@@ -87,11 +87,13 @@ def study(run, monkeypatch):
     return Study(run.name, str(space), (TARGET, 2 * TARGET), 1, 2, {**EPOCH, "arch_start_epoch": 0}, EPOCH)
 
 
-def test_random_networks_cost_the_target_and_are_the_same_in_every_process(study):
-    drawn = study.random(TARGET)
-    assert all(abs(one.cost / TARGET - 1) < 0.051 for one in drawn)
-    again = Study(study.run, study.space, study.targets, 1, 2).random(TARGET)
-    assert again == drawn
+def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_study(study):
+    jobs = [Job("random", 2 * TARGET, number) for number in range(4)]
+    drawn = [study.random(job) for job in jobs]
+    assert all(arch.mult_adds(16, 3) == pytest.approx(2 * TARGET, rel=0.051) for arch in drawn)
+    assert len({*map(str, drawn)}) > 1
+    larger = Study(study.run, study.space, (TARGET, 3 * TARGET, 2 * TARGET), 1, 9)
+    assert [larger.random(job) for job in jobs] == drawn
 
 
 def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
@@ -123,7 +125,7 @@ def test_a_study_compares_mult_adds_alone(study):
     table = CostTable(TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, TABLE.conditions)
     table.write(Run(study.run).reports / "cost.json")
     with refused(ValueError, r"run 'made-up' counts ms, a study compares at equal Mult-Adds"):
-        study.random(TARGET)
+        study.random(Job("random", TARGET, 0))
 
 
 def test_a_job_comes_back_from_its_name():

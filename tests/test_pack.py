@@ -3,9 +3,8 @@
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
+from unittest import mock
 
 import lmdb
 import numpy as np
@@ -211,30 +210,32 @@ def test_the_map_grows(tmp_path):
     assert all(torch.equal(packed.read(k), array) for k, array in enumerate(arrays))
 
 
-PACKING = """
-import sys
-from pathlib import Path
-from densenas import pack
-pack.CHUNK = 8
-found = [pack.Item(path.name, path.parent.name, None, path) for path in sorted(Path(sys.argv[1]).glob("*/*"))]
-print("begin", flush=True)
-pack.write_pack(Path(sys.argv[2]), {"train": found[::2], "val": found[1::2]}, shorter=32)
-"""
+def packing(folder, target, begun):
+    """Packs in a process of its own."""
+    found = [Item(path.name, path.parent.name, None, path) for path in sorted(folder.glob("*/*"))]
+    begun.set()
+    with mock.patch("densenas.pack.CHUNK", 8):
+        write_pack(target, {"train": found[::2], "val": found[1::2]}, shorter=32)
 
 
-def test_kill_9_at_any_moment(tmp_path):
+def test_kill_9_at_any_moment(processes, tmp_path):
     folder = fill(tmp_path / "set", 0)
     for index in range(200):
         (folder / "ab"[index % 2] / f"{index:03d}.jpg").write_bytes(jpeg(140, 140, index))
-    command = [sys.executable, "-c", PACKING, str(folder), str(tmp_path / "undisturbed")]
 
     def start(target):
-        process = subprocess.Popen([*command[:4], str(target)], stdout=subprocess.PIPE)
-        process.stdout.readline()
+        begun = processes.Event()
+        process = processes.Process(target=packing, args=(folder, target, begun))
+        process.start()
+        assert begun.wait(60)
         return process
 
+    def ends(process):
+        process.join()
+        return process.exitcode == 0
+
     process, begin = start(tmp_path / "undisturbed"), time.monotonic()
-    assert process.wait() == 0
+    assert ends(process)
     needed = time.monotonic() - begin
     expected = content(tmp_path / "undisturbed")
     moments = random.Random(0)
@@ -242,16 +243,16 @@ def test_kill_9_at_any_moment(tmp_path):
     for _ in range(10):
         process = start(target)
         time.sleep(needed * moments.uniform(0, 0.4))
-        killed += process.poll() is None
+        killed += process.is_alive()
         process.kill()
-        process.wait()
+        process.join()
         assert not target.exists() or content(target) == expected
         if moments.random() < 0.3:  # finished after this kill, or killed again where it goes on
-            assert start(target).wait() == 0
+            assert ends(start(target))
             assert content(target) == expected and verify(target) == 200
             shutil.rmtree(target)
     assert killed
-    assert start(target).wait() == 0
+    assert ends(start(target))
     assert content(target) == expected and not (tmp_path / "pack.partial").exists()
 
 

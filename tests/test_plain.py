@@ -13,7 +13,7 @@ from search_step import RESULTS, table
 
 from densenas import CostTable, SearchSpace
 from densenas.config import ROOT
-from densenas.ops import norm_act_conv
+from densenas.ops import MBConv, Norm, norm_act_conv
 from densenas.search import SearchTrainer
 
 SPACE = SearchSpace.load("digits")
@@ -90,6 +90,19 @@ def test_a_fused_layer_is_its_three_modules(kernel, stride, width, size, frozen,
         results.append([y, x.grad, *(p.grad for p in net.parameters() if p.requires_grad), *net.buffers()])
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_frozen_norm_stays_frozen():
+    """Fine-tuning with batch norm in evaluation mode, as `for norm in norms: norm.eval()` leaves it."""
+    layer = MBConv(6, 6, 1, 3, 3, Norm(affine=True)).train()
+    norms = [module for module in layer.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        torch.nn.init.uniform_(norm.running_mean)
+        norm.eval()
+    before, x = [norm.running_mean.clone() for norm in norms], torch.randn(2, 6, 8, 8)
+    y = layer(x)
+    torch.testing.assert_close(y, layer.eval()(x))
+    assert all(torch.equal(mean, norm.running_mean) for mean, norm in zip(before, norms, strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -23,11 +23,18 @@ OWN = f"{__name__}:small_network"
 def test_a_trained_network_comes_back_from_its_folder(model, tmp_path):
     net = network(model, 3).eval()
     save_network(tmp_path, model, net)
-    again = load_network(tmp_path, 3).eval()
+    again = load_network(tmp_path, 3, model).eval()
     assert type(again) is type(net)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(images), net(images))
+
+
+def test_a_file_alone_has_no_code_imported(tmp_path):
+    save_network(tmp_path, OWN, network(OWN, 3))
+    for named in (None, "squeezenet1_1"):
+        with refused(ValueError, rf"the network is '{OWN}', code is run only where net_config says the same"):
+            load_network(tmp_path, 3, named)
 
 
 def test_a_users_network_is_trained_and_repeats_exactly(run, root):
