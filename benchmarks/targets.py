@@ -72,7 +72,7 @@ def main() -> None:
             if table.kind == "latency":
                 known = Lattice(table).sample(30, 0, even=True)  # what `judge` looked at
                 networks = found + [one.architecture for one in known]
-                measured = fresh(latency.whole, networks, table.conditions, "cpu", 12, 0)
+                measured = fresh(latency.whole, networks, table.conditions, "cpu", 12)
                 slower = median(now / one.cost for now, one in zip(measured[len(found) :], known, strict=True))
             else:
                 measured = [train.size(architecture.build(classes), size)["mult_adds_m"] for architecture in found]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from densenas import ops
-from densenas.config import DATA, atomic, literal, naming, read_text, refuse, write_text
+from densenas.config import DATA, literal, naming, read_text, refuse, write_text
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class DerivedNet(nn.Sequential):
     """A derived network: images (B, 3, H, W) → logits (B, num_classes)."""
 
     def __init__(self, arch: Architecture, num_classes: int) -> None:
-        norm = ops.Norm(affine=True, eps=1e-3 if arch.net_type == "mbv2" else 1e-5)
+        norm = ops.batch_norm(affine=True, eps=1e-3 if arch.net_type == "mbv2" else 1e-5)
         stem = channels = arch.blocks[0].in_ch
         blocks, last = nn.Sequential(), nn.Sequential()
         for block in arch.blocks:
@@ -166,7 +166,7 @@ class DerivedNet(nn.Sequential):
             classifier=nn.Linear(channels, num_classes),
         ))  # fmt: skip
         self.arch = arch
-        ops.init_weights(self, arch.net_type)
+        ops.init_weights(self)
 
 
 def from_published(key: str) -> str:
@@ -174,13 +174,9 @@ def from_published(key: str) -> str:
     return key.removeprefix("module.").replace("._", ".")
 
 
-def save_published(folder: str | Path, arch: Architecture, net: nn.Module | None = None) -> None:
-    """Writes `net_config` and, with a network, `weights.pt`: the folder that `load_published` reads."""
-    folder = Path(folder)
+def save_published(folder: Path, arch: Architecture) -> None:
+    """Writes `net_config`, one of the two files of a folder that `load_published` reads."""
     write_text(folder / "net_config", f"{arch}\nnet_type: {arch.net_type}\n")
-    if net is not None:
-        with atomic(folder / "weights.pt") as partial:
-            torch.save({key: value.cpu() for key, value in net.state_dict().items()}, partial)
 
 
 def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:

@@ -80,7 +80,13 @@ def naming(where: str, link: str = ": ") -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise one_sentence(error, where) from None
+        # A misspelled name also leaves the right one missing: the misspelling is what to mend.
+        first = min(error.errors(), key=lambda entry: entry["type"] not in ("extra_forbidden", "invalid_key"))
+        field, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        unknown, missing = f"there is no setting '{field}', is it misspelled?", f"the setting '{field}' is missing"
+        known = {"extra_forbidden": unknown, "invalid_key": unknown, "missing": missing}
+        usual = f"{field}: {reason} (got {first['input']!r})" if field else reason
+        raise ValueError(f"{where}: {known.get(first['type'], usual)}") from None
     except ValueError as error:
         raise ValueError(f"{where}{link}{error}") from None
 
@@ -90,19 +96,6 @@ def override(recipe: Recipe, **settings: Any) -> Recipe:
     given = {name: value for name, value in settings.items() if value is not None}
     with naming(type(recipe).__name__):
         return type(recipe)(**{**recipe.model_dump(), **given})
-
-
-def one_sentence(error: ValidationError, where: str) -> ValueError:
-    """The complaint of pydantic that helps most, as one sentence that says where and what."""
-    # A misspelled name also leaves the right one missing: the misspelling is what to mend.
-    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return ValueError(f"{where}: there is no setting '{field}', is it misspelled?")
-    if first["type"] == "missing":
-        return ValueError(f"{where}: the setting '{field}' is missing")
-    reason = first["msg"].removeprefix("Value error, ")
-    return ValueError(f"{where}: {field}: {reason} (got {first['input']!r})" if field else f"{where}: {reason}")
 
 
 def literal(text: str) -> Any:
@@ -127,10 +120,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
-    if odd := [key for key in content if not isinstance(key, str)]:
-        raise ValueError(f"{path}: there is no setting {odd[0]!r}, settings are words")
+    refuse(not isinstance(content, dict), f"{path}: expected a mapping of settings, found {type(content).__name__}")
     return content
 
 

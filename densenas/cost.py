@@ -10,6 +10,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from densenas import ops
@@ -40,7 +41,7 @@ class CostTable:
     final: list[float]
     classifier: float
     conditions: dict[str, Any] = field(default_factory=dict)  # input size, classes, and for latency the device
-    _tensors: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _tensors: dict[Any, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         refuse(self.kind not in [*UNITS], f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
@@ -154,23 +155,27 @@ class CostTable:
         space, path = self.space, self.space.path_of(arch)
         total = self.stem + self.final[space.incoming(path[-1]).index(path[-2])] + self.classifier
         for (i, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
-            layers = self.stack[j - 1]
-            chosen = (*block.stack, *[ops.SKIP] * (len(layers) - len(block.stack)))
+            layers, skips = self.stack[j - 1], [ops.SKIP] if ops.SKIP in space.stack_ops else []
+            chosen = (*block.stack, *skips * (len(layers) - len(block.stack)))
             total += self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
-            total += sum(row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=True))
+            total += sum(row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=False))
         return total
 
-    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """head (edges into blocks, head ops), stack (layers, stack ops), final (edges): rows in the supernet's order.
+    def tensors(self, like: Tensor) -> tuple[Any, ...]:
+        """head (edges into blocks, head ops), stack (layers, stack ops), final in a matrix (blocks, nodes), where in it
+        the rows of head belong, and the block of each row of stack; rows in the supernet's order.
 
         Kept for each device and dtype, so that a step neither copies nor waits.
         """
-        key = (like.device, like.dtype)
+        key, space, last = (like.device, like.dtype), self.space, self.space.num_blocks
         if key not in self._tensors:
-            head = like.new_tensor([*chain(*self.head)])
-            rows = [*chain(*(rows[:used] for rows, used in zip(self.stack, self.space.num_layers[1:], strict=True)))]
-            stack = like.new_tensor(rows).reshape(len(rows), len(self.space.stack_ops))
-            self._tensors[key] = head, stack, like.new_tensor(self.final)
+            head, edges = like.new_tensor([*chain(*self.head)]), like.new_zeros(last, last + 1)
+            rows = [*chain(*(rows[:used] for rows, used in zip(self.stack, space.num_layers[1:], strict=True)))]
+            stack = like.new_tensor(rows).reshape(len(rows), len(space.stack_ops))
+            edges[space.incoming(last), last] = like.new_tensor(self.final)
+            owner = torch.arange(last).repeat_interleave(torch.tensor(space.num_layers)).to(like.device)
+            where = tuple(torch.tensor(space.head_edges, device=like.device).T)
+            self._tensors[key] = head, stack, edges, where, owner
         return self._tensors[key]
 
 

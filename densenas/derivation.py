@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,26 +27,25 @@ BINS = 16384  # of cost, from nothing to the dearest network of interest
 
 
 def visit_probabilities(p: Tensor) -> Tensor:
-    """The probability (nodes,) that a path visits a node: the sum over all paths to it, by forward recursion over p."""
-    visits = torch.zeros(p.shape[1], dtype=p.dtype, device=p.device)
-    visits[0] = 1
-    for node in range(1, p.shape[1]):
-        visits[node] = visits[:-1] @ p[:, node]
-    return visits
+    """The probability v (nodes,) that a path visits a node, the sum over all paths to it.
+
+    The forward recursion over p (blocks, nodes), v_0 = 1 and v_j = Σ_i v_i p_ij, is one triangular system.
+    """
+    eye = torch.eye(len(p), dtype=p.dtype, device=p.device)
+    visits = torch.linalg.solve_triangular((eye - p[:, :-1]).T, eye[:, :1], upper=False, unitriangular=True)
+    return torch.cat([visits, p[:, -1:].T @ visits]).flatten()
 
 
-def expected_cost(table: CostTable, p: Tensor, head: Tensor, stack: Tensor) -> float:
-    """The chained cost, from the front: each edge and layer as often as a path visits it; in the table's unit.
+def expected_cost(table: CostTable, p: Tensor, head: Tensor, stack: Tensor) -> Tensor:
+    """The chained cost (section 3.3), from the front: each edge and layer as often as a path visits it; 0-d.
 
     p (blocks, nodes), head (edges into blocks, head ops) and stack (layers, stack ops) are probabilities.
     """
-    space, last, edges = table.space, table.space.num_blocks, torch.zeros_like(p)
-    head_cost, stack_cost, final_cost = table.tensors(like=p)
-    edges[tuple(torch.tensor(space.head_edges).T)] = (head * head_cost).sum(dim=1)
-    edges[space.incoming(last), last] = final_cost
-    visits = visit_probabilities(p)[:-1]
-    layers = visits.repeat_interleave(torch.tensor(space.num_layers)) @ (stack * stack_cost).sum(dim=1)
-    return table.stem + float(visits @ (p * edges).sum(dim=1) + layers) + table.classifier
+    head_cost, stack_cost, edges, head_edge, owner = table.tensors(like=p)
+    edges = edges.index_put(head_edge, (head * head_cost).sum(dim=1))
+    visits = visit_probabilities(p)
+    layers = visits[owner] @ (stack * stack_cost).sum(dim=1)
+    return table.stem + visits[:-1] @ (p * edges).sum(dim=1) + layers + table.classifier
 
 
 class Arc(NamedTuple):
@@ -90,22 +89,15 @@ class Lattice:
         stack = torch.ones(sum(space.num_layers), len(space.stack_ops)) if stack is None else stack
         log_p = p.double().log().tolist()
         log_head, log_stack = ([(row - row.max()).tolist() for row in v.double().log()] for v in (head, stack))
-        rows = {edge: row for row, edge in enumerate(space.head_edges)}
-        ends = table.derived_ends()
-        self.start, self.end = 1, 2 * last
-        self.arcs: dict[int, list[Arc]] = {}
-        layers = iter(log_stack)
-        for j in range(last):
-            if j:
-                self.arcs[2 * j] = self._stacks(j, [*islice(layers, space.num_layers[j])])
-            leave = self.arcs[2 * j + 1] = []
-            for k in space.outgoing(j):
-                if k == last:
-                    leave.append(Arc(self.end, (), log_p[j][k], ends[j]))
-                    continue
-                costs = table.head[k - 1][space.incoming(k).index(j)]
-                for op, chance, cost in zip(space.head_ops, log_head[rows[j, k]], costs, strict=True):
-                    leave.append(Arc(2 * k, (op,), log_p[j][k] + chance, cost))
+        self.start, self.end, layers = 1, 2 * last, iter(log_stack)
+        self.arcs: dict[int, list[Arc]] = {state: [] for state in range(self.start, self.end)}
+        for j in range(1, last):
+            self.arcs[2 * j] = self._stacks(j, [*islice(layers, space.num_layers[j])])
+        for (i, j), chances, costs in zip(space.head_edges, log_head, chain(*table.head), strict=True):
+            for op, chance, cost in zip(space.head_ops, chances, costs, strict=True):
+                self.arcs[2 * i + 1].append(Arc(2 * j, (op,), log_p[i][j] + chance, cost))
+        for i, cost in table.derived_ends().items():
+            self.arcs[2 * i + 1].append(Arc(self.end, (), log_p[i][last], cost))
 
     def _stacks(self, block: int, log_p: list[list[float]]) -> list[Arc]:
         """Every sequence of ops that the block's layers can become once skips are dropped."""

@@ -64,25 +64,8 @@ class Position:
     def add(self, loss: float, top1: float) -> None:
         self.steps, self.loss, self.top1 = self.steps + 1, self.loss + loss, self.top1 + top1
 
-    def shown(self) -> dict[str, str]:
-        values = {"loss": f"{self.loss / self.steps:.3f}", "top1": f"{self.top1 / self.steps:.1%}"}
-        if self.history and "expected_cost" in self.history[-1]:
-            values["cost"] = f"{self.history[-1]['expected_cost']:.3g}"
-        return values
-
-    def end_pass(self, name: str) -> None:
-        self.row |= {f"{name}_loss": self.loss / self.steps, f"{name}_top1": self.top1 / self.steps}
-        self.passes, self.steps, self.loss, self.top1 = self.passes + 1, 0, 0.0, 0.0
-
-    def end_epoch(self) -> None:
-        self.history.append(self.row)
-        self.row, self.passes = {}, 0
-
-    def at_best(self) -> bool:
-        """Whether no earlier epoch was better than the last finished one."""
-        last = self.history[-1]
-        column = "val_top1" if "val_top1" in last else "train_top1"
-        return last[column] >= max(row.get(column, 0.0) for row in self.history)
+    def means(self) -> dict[str, float]:
+        return {"loss": self.loss / self.steps, "top1": self.top1 / self.steps}
 
 
 def fit(
@@ -130,10 +113,12 @@ def fit(
     start = len(position.history)
     lengths = [[len(one.batches) for one in passes(epoch)] for epoch in range(epochs)]
     behind = sum(map(sum, lengths[:start])) + sum(sum(n[: position.passes]) for n in lengths[start : start + 1])
-    bar = progress(sum(map(sum, lengths)), stage, behind + position.steps, silent=rank > 0)
+    bar = progress(sum(map(sum, lengths)), stage, initial=behind + position.steps, disable=rank > 0)
     board = SummaryWriter(run.work / "tensorboard" / stage, purge_step=start) if rank == 0 else None
     for epoch in range(start, epochs):
         position.row.setdefault("epoch", epoch)
+        last = position.history[-1] if position.history else {}
+        cost = {"cost": last["expected_cost"]} if "expected_cost" in last else {}
         for number, one in enumerate(passes(epoch)):
             if number < position.passes:
                 continue
@@ -153,14 +138,16 @@ def fit(
                 position.add(loss, top1)
                 position.row["seconds"] = position.row.get("seconds", 0.0) + time.perf_counter() - clock
                 clock = time.perf_counter()
-                bar.set_postfix(position.shown(), refresh=False)
+                bar.set_postfix(position.means() | cost, refresh=False)
                 bar.update()
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save(path)
-            position.end_pass(one.name)
-        position.row |= finish()
-        position.end_epoch()
-        if position.at_best():
+            position.row |= {f"{one.name}_{key}": mean for key, mean in position.means().items()}
+            position.passes, position.steps, position.loss, position.top1 = position.passes + 1, 0, 0.0, 0.0
+        position.history.append(position.row | finish())
+        position.row, position.passes = {}, 0
+        column = "val_top1" if "val_top1" in position.history[-1] else "train_top1"
+        if position.history[-1][column] >= max(row.get(column, 0.0) for row in position.history):
             save(path.with_suffix(".best.pt"))  # before the other: a kill between the two repeats the epoch
         save(path)
         if board:
@@ -229,8 +216,7 @@ def keep_freed_memory() -> None:
 @contextmanager
 def computing_on(device: str, precision: str, deterministic: bool = False) -> Iterator[torch.device]:
     """The device to compute on; inside, PyTorch's generators, TF32 and determinism are as a repeatable result needs."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
+    refuse(precision not in PRECISIONS, f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
     where = pick_device(device)
     switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
@@ -253,8 +239,8 @@ def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settin
     Raises RuntimeError with one sentence where a process is lost; a checkpoint serves any number of devices.
     """
     most = torch.cuda.device_count() if torch.cuda.is_available() else devices
-    if not 1 <= devices <= most:
-        raise ValueError(f"devices is {devices}, expected at least 1" + f" and at most {most}" * (devices > most))
+    expected = "at least 1" + f" and at most {most}" * (devices > most)
+    refuse(not 1 <= devices <= most, f"devices is {devices}, expected {expected}")
     one = settings.get("device", "auto")
     refuse(devices > 1 and ":" in one, f"devices is {devices}, but device '{one}' is one alone: expected auto or cuda")
     if devices == 1:

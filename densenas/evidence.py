@@ -163,9 +163,8 @@ class Study:
         how = {"seed": job.number, "precision": self.precision, "device": self.device}
         result = search(folder, self.data, self.table, recipe, job.target, **how)
         seconds = sum(row["seconds"] for row in result.history)
-        write_text(
-            folder.work / "searched.json", json.dumps({"net_config": str(result.best.architecture), "seconds": seconds})
-        )
+        found = {"net_config": str(result.best.architecture), "seconds": seconds}
+        write_text(folder.work / "searched.json", json.dumps(found))
 
     def network(self, job: Job) -> tuple[str, Architecture, int, float | None]:
         """A job's design by name, its architecture, the seed that it is trained with, and seconds of search."""

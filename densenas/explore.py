@@ -41,7 +41,7 @@ def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFr
     space, rows = table.space, []
     layers = [(f"{i}→{j}", j, space.head_ops) for i, j in space.head_edges]
     layers += [(f"layer {n + 1}", j, space.stack_ops) for j, count in enumerate(space.num_layers) for n in range(count)]
-    head, stack, _ = table.tensors(like=moment.p)
+    head, stack, *_ = table.tensors(like=moment.p)
     values = ((*a.tolist(), *b.tolist()) for a, b in ((moment.head, moment.stack), (head, stack)))
     for (name, owner, ops), *shares_and_costs in zip(layers, *values, strict=True):
         rows += [(name, *row) for row in zip(ops, *shares_and_costs, strict=True) if owner == block]

@@ -31,7 +31,7 @@ T = TypeVar("T")
 def build(layer: Layer, space: SearchSpace) -> nn.Module:
     """The module of a layer as it stands in a derived network; a classifier's width is its number of classes."""
     op, in_channels, width, _, stride = layer
-    norm = ops.Norm(affine=True, eps=space.bn_eps)
+    norm = ops.batch_norm(affine=True, eps=space.bn_eps)
     if op == "stem":
         conv = ops.conv_norm(3, space.init_dim, norm, nn.ReLU6, kernel_size=3, stride=2)
         return conv.extend(ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem)
@@ -52,14 +52,11 @@ def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
         return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
 
 
-def shuffled(items: Sequence[T], rounds: int, seed: int, what: str) -> Iterator[tuple[int, T]]:
+def shuffled(items: Sequence[T], rounds: int, what: str) -> Iterator[tuple[int, T]]:
     """Each item once a round, with the round's number, in an order of its own, so that a drift favours none."""
-    dice = random.Random(seed)
-    with progress(rounds * len(items), what) as bar:
-        for number in range(rounds):
-            for item in dice.sample(items, len(items)):
-                yield number, item
-                bar.update()
+    dice = random.Random(0)
+    order = ((number, item) for number in range(rounds) for item in dice.sample(items, len(items)))
+    return iter(progress(rounds * len(items), what, order))
 
 
 def measure(
@@ -70,7 +67,6 @@ def measure(
     batch_size: int = 1,
     device: str = "auto",
     rounds: int = 12,
-    seed: int = 0,
 ) -> CostTable:
     """Times every distinct op of a space (fp32, evaluation mode, channels last); gives a table in milliseconds.
 
@@ -105,7 +101,7 @@ def measure(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write("\n")
-        for number, layer in shuffled(layers, rounds, seed, "latency"):
+        for number, layer in shuffled(layers, rounds, "latency"):
             if len(times[layer]) <= number:
                 module = build(layer, space).eval().to(where, memory_format=torch.channels_last)
                 x = torch.randn(batch_size, layer[1], layer[3], layer[3], device=where)
@@ -123,21 +119,21 @@ def measure(
     return CostTable.of(space, "latency", (head, stack, final), ms.__getitem__, *ends, conditions)
 
 
-def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12, seed: int = 0) -> pd.DataFrame:
+def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12) -> pd.DataFrame:
     """Predicted and measured latency (ms) of n random architectures, over all latencies of the space alike.
 
     Columns predicted, measured, and corrected: the prediction times one factor, the median of measured / predicted. An
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
     """
-    candidates = Lattice(table).sample(n, seed, even=True)
-    measured = whole([one.architecture for one in candidates], table.conditions, device, rounds, seed)
+    candidates = Lattice(table).sample(n, even=True)
+    measured = whole([one.architecture for one in candidates], table.conditions, device, rounds)
     frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": measured})
     frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
     return frame
 
 
 def whole(
-    architectures: Sequence[Architecture], conditions: Mapping[str, Any], device: str, rounds: int, seed: int
+    architectures: Sequence[Architecture], conditions: Mapping[str, Any], device: str, rounds: int
 ) -> list[float]:
     """Milliseconds of each network as a whole, under a table's conditions: the least of so many shuffled rounds."""
     where = pick_device(device)
@@ -145,7 +141,7 @@ def whole(
     shape = (conditions["batch_size"], 3, conditions["input_size"], conditions["input_size"])
     x = torch.randn(shape, device=where).contiguous(memory_format=torch.channels_last)
     nets = [architecture.build(conditions["num_classes"]).eval() for architecture in architectures]
-    for _, index in shuffled(range(len(nets)), rounds, seed, "networks"):
+    for _, index in shuffled(range(len(nets)), rounds, "networks"):
         net = nets[index].to(where, memory_format=torch.channels_last)
         times[index].append(milliseconds(net, x))
     return [min(values) for values in times]

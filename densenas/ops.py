@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import Conv2dNormActivation
 
 from densenas.config import refuse
 
@@ -28,6 +28,7 @@ SKIP = "skip_connect"
 KNOWN = "mbconv_k{3,5,7}_t{1,3,6}, basic_block, bottleneck, skip_connect"
 
 NetType = Literal["mbv2", "res"]
+Norm = Callable[..., nn.Module]  # channels → their batch norm
 
 
 def net_type(op: str) -> NetType | None:
@@ -76,22 +77,17 @@ def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> 
     return in_channels * width * before + 9 * width * width * after + width * out * after + downsample
 
 
-def cheapest(names: Sequence[str]) -> int:
-    """The index of the op with the fewest Mult-Adds, the same at any width and map."""
-    return min(range(len(names)), key=lambda index: mult_adds(names[index], 64, 64, 14, 1))
+def cheapest(names: Sequence[str]) -> list[int]:
+    """The index of the op with the fewest Mult-Adds, the same at any width and map; none of no ops."""
+    return sorted(range(len(names)), key=lambda index: mult_adds(names[index], 64, 64, 14, 1))[:1]
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Batch norm as a network wants it."""
+def batch_norm(affine: bool, **settings: float) -> Norm:
+    """Batch norm as a network wants it: without `affine` it has no running statistics either.
 
-    affine: bool
-    eps: float = 1e-5
-    momentum: float = 0.1
-
-    def __call__(self, channels: int, affine: bool = False) -> nn.BatchNorm2d:
-        """`affine` asks for the parameters even in the supernet, for the few layers that have them there."""
-        return nn.BatchNorm2d(channels, self.eps, self.momentum, affine or self.affine, self.affine)
+    The few layers that have parameters even in the supernet take `partial(norm, affine=True)`.
+    """
+    return partial(nn.BatchNorm2d, affine=affine, track_running_stats=affine, **settings)
 
 
 class _NormActConv(torch.autograd.Function):
@@ -154,13 +150,10 @@ def norm_act_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
     return _NormActConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv)
 
 
-def conv_norm(
-    in_channels: int, out: int, norm: Callable[[int], nn.Module], act: type[nn.Module] | None = None, **conv: int
-) -> nn.Sequential:
+def conv_norm(in_channels: int, out: int, norm: Norm, act: type[nn.Module] | None = None, **conv: int) -> nn.Sequential:
     """Convolution without bias (1×1 unless told otherwise), batch norm and, where given, an activation."""
-    kernel = conv.pop("kernel_size", 1)
-    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
-    return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
+    conv = {"kernel_size": 1, **conv}
+    return Conv2dNormActivation(in_channels, out, norm_layer=norm, activation_layer=act, **conv)
 
 
 class MBConv(nn.Module):
@@ -174,7 +167,7 @@ class MBConv(nn.Module):
         depthwise = {"kernel_size": kernel, "stride": stride, "groups": hidden}
         self.depthwise_conv = conv_norm(hidden, hidden, norm, nn.ReLU6, **depthwise)
         # Without an expansion its last batch norm has affine parameters even in the supernet.
-        self.project_conv = conv_norm(hidden, out, partial(norm, affine=expansion == 1))
+        self.project_conv = conv_norm(hidden, out, partial(norm, affine=True) if expansion == 1 else norm)
 
     def forward(self, x: Tensor) -> Tensor:
         expand, depthwise, project = self.expand_conv, self.depthwise_conv, self.project_conv
@@ -202,15 +195,12 @@ def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> 
     return Bottleneck(in_channels, width, stride, shortcut, norm_layer=partial(norm, affine=True))
 
 
-def init_weights(net: nn.Module, family: NetType) -> None:
-    """normal(0, sqrt(2 / (k·k·out / groups))) for MobileNetV2, Kaiming normal fan-out for ResNet; linear 0.01."""
+def init_weights(net: nn.Module) -> None:
+    """normal(0, sqrt(2 / (k·k·out / groups))), for a ResNet, which has no groups, Kaiming's fan-out; linear 0.01."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
-            if family == "res":
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            else:
-                fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+            fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
+            nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.01)
             nn.init.zeros_(module.bias)

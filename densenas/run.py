@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,7 +100,7 @@ class RunConfig(Strict):
             raise FileNotFoundError(f"no run configuration '{path}'")
         settings = read_yaml(Path(path))
         with naming(str(path)):
-            config = cls(**settings)
+            config = cls.model_validate(settings)
         space = SearchSpace.load(config.space)
         with naming(str(path), ": search: "):
             override(space.search, **config.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}))
@@ -115,12 +115,9 @@ class RunConfig(Strict):
             # The classes are not counted yet, the classifier's share is small.
             few, many = (Lattice(CostTable.mult_adds(space, size, classes)) for classes in (2, 10_000))
             low, high = few.reach[0], many.reach[1]
+            reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
         for setting, target in targets:
-            if not low <= target <= high:
-                raise ValueError(
-                    f"{path}: {setting} is {target:g} million Mult-Adds, networks of space {space.name} at"
-                    f" {size} pixels have {low:.4g} to {high:.4g}"
-                )
+            refuse(not low <= target <= high, f"{path}: {setting} is {target:g} million Mult-Adds, {reach}")
         return config
 
     def parameters(self, run: str) -> dict[str, dict[str, Any]]:
@@ -260,6 +257,6 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def progress(total: int, what: str, initial: int = 0, silent: bool = False) -> tqdm:
+def progress(total: int, what: str, over: Iterable[Any] | None = None, **how: Any) -> tqdm:
     """A progress bar with time left: plain text, which reads the same in a terminal, Jupyter and papermill's log."""
-    return tqdm(total=total, initial=initial, desc=what, file=sys.stdout, mininterval=2.0, ncols=110, disable=silent)
+    return tqdm(over, total=total, desc=what, file=sys.stdout, mininterval=2.0, ncols=110, **how)

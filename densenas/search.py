@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from densenas import ops
 from densenas.architecture import save_published
@@ -69,7 +69,6 @@ class Probabilities:
         Entropies are means over layers (alpha) and blocks (beta), 1 for a uniform choice. Expectations are over paths:
         layers of a network, and on its path the probability of a skip and of the cheapest op, a skip included.
         """
-        visits, size = visit_probabilities(self.p), space.num_blocks
 
         def entropy(*parts: Tensor) -> float:
             choices = [(rows > 0).sum(dim=1) for rows in parts]
@@ -77,22 +76,20 @@ class Probabilities:
             open_ones = torch.cat(shares)[torch.cat(choices) > 1]
             return float(open_ones.mean()) if len(open_ones) else 0.0
 
-        owner = torch.tensor([j for j in range(size) for _ in range(space.num_layers[j])], dtype=torch.long)
-        edges = torch.tensor(space.head_edges).T
-        head_weight, stack_weight = visits[edges[0]] * self.p[edges[0], edges[1]], visits[owner]
-        layers = head_weight.sum() + stack_weight.sum()
-        skip = self.stack.new_zeros(len(self.stack))
-        if ops.SKIP in space.stack_ops:
-            skip = self.stack[:, space.stack_ops.index(ops.SKIP)]
-        cheap_head = self.head[:, ops.cheapest(space.head_ops)]
-        cheap_stack = self.stack[:, ops.cheapest(space.stack_ops)] if len(self.stack) else skip
-        skipped = (stack_weight * skip).sum()
+        visits = visit_probabilities(self.p)[:-1]
+        head_weight = (visits[:, None] * self.p)[tuple(torch.tensor(space.head_edges).T)]
+        stack_weight = visits.repeat_interleave(torch.tensor(space.num_layers))
+        layers = torch.cat([head_weight, stack_weight])
+        skips = [index for index, op in enumerate(space.stack_ops) if op == ops.SKIP]
+        skipped = (stack_weight * self.stack[:, skips].sum(dim=1)).sum()
+        both = (self.head, space.head_ops), (self.stack, space.stack_ops)
+        cheap = torch.cat([shares[:, ops.cheapest(names)].sum(dim=1) for shares, names in both])
         return {
             "alpha_entropy": entropy(self.head, self.stack),
             "beta_entropy": entropy(self.p),
-            "expected_layers": float(layers - skipped),
-            "skip_share": float(skipped / stack_weight.sum()) if len(owner) else 0.0,
-            "cheapest_share": float(((head_weight * cheap_head).sum() + (stack_weight * cheap_stack).sum()) / layers),
+            "expected_layers": float(layers.sum() - skipped),
+            "skip_share": float(skipped / stack_weight.sum()) if len(self.stack) else 0.0,
+            "cheapest_share": float((layers * cheap).sum() / layers.sum()),
         }
 
 
@@ -106,7 +103,7 @@ class Trace(list[Probabilities]):
         self[:] = [Probabilities(**entry) for entry in state["entries"]]
 
 
-class Target:
+class Target(nn.Module):
     """A penalty that brings the expected cost to a target from either side, without a factor to tune.
 
     With g = log(cost / target) the loss gains multiplier · g + g² / 2, and after every step the multiplier grows by
@@ -115,21 +112,16 @@ class Target:
 
     RATE = 0.05
 
-    def __init__(self, cost: float, device: torch.device) -> None:
+    def __init__(self, cost: float) -> None:
+        super().__init__()
         self.cost = cost
-        self.multiplier = torch.zeros((), device=device)
+        self.register_buffer("multiplier", torch.zeros(()))
 
-    def penalty(self, cost: Tensor) -> Tensor:
+    def forward(self, cost: Tensor) -> Tensor:
         gap = (cost / self.cost).log()
         penalty = self.multiplier * gap + gap.square() / 2
         self.multiplier = self.multiplier + self.RATE * gap.detach()
         return penalty
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"multiplier": self.multiplier}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.multiplier = state["multiplier"].to(self.multiplier.device)
 
 
 class SearchTrainer:
@@ -148,7 +140,7 @@ class SearchTrainer:
         target_cost: float | None = None,
     ) -> None:
         self.net, self.table, self.recipe, self.precision = net, table, recipe, precision
-        self.target = None if target_cost is None else Target(target_cost, net.beta[0].device)
+        self.target = None if target_cost is None else Target(target_cost).to(net.beta[0].device)
         self.weights, self.arch = net.weight_parameters(), net.arch_parameters()
         self.sgd = fused_sgd(self.weights, recipe)
         decay = recipe.arch_weight_decay
@@ -175,7 +167,7 @@ class SearchTrainer:
         loss, logits = self._classify(images, labels, choice)
         cost = self.net.cost(self.table, choice)
         if self.target:
-            penalty = self.target.penalty(cost)
+            penalty = self.target(cost)
         else:
             penalty = self.recipe.sub_loss_factor * cost.log() / math.log(self.recipe.log_base)
         self.adam.zero_grad()

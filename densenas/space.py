@@ -56,7 +56,7 @@ class SearchSpace(Strict):
             raise FileNotFoundError(f"no search space '{space}': neither a YAML file nor one of {', '.join(PRESETS)}")
         settings = read_yaml(path)
         with naming(f"search space {path.name}"):
-            return cls(**{"name": path.stem, **settings})
+            return cls.model_validate({"name": path.stem, **settings})
 
     @field_validator("head_ops", "stack_ops")
     @classmethod

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from densenas import ops
 from densenas.architecture import Architecture
+from densenas.config import refuse
 from densenas.cost import CostTable
+from densenas.derivation import expected_cost
 from densenas.space import SearchSpace
 
 Term = tuple[int, Tensor | None]  # an active candidate and its weight; None for a weight that can only be 1
@@ -59,11 +61,10 @@ class SuperNet(nn.Module):
         super().__init__()
         self.space = space
         self.temperature = space.search.softmax_temp
-        norm = ops.Norm(affine=False, eps=space.bn_eps, momentum=space.bn_momentum)
+        norm = ops.batch_norm(affine=False, eps=space.bn_eps, momentum=space.bn_momentum)
         activation = nn.ReLU6 if space.net_type == "mbv2" else nn.ReLU
         self.stem = ops.conv_norm(3, space.init_dim, norm, activation, kernel_size=3, stride=2)
-        if space.net_type == "mbv2":
-            self.stem.append(ops.build_op("mbconv_k3_t1", space.init_dim, space.chs[0], 1, norm))
+        self.stem.extend(ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem)
         blocks = range(1, space.num_blocks)
         self.blocks = nn.ModuleList(RoutingBlock(space, block, norm) for block in blocks)
         self.final = nn.ModuleList(
@@ -71,7 +72,7 @@ class SuperNet(nn.Module):
             for i in space.incoming(space.num_blocks)
         )
         self.classifier = nn.Linear(space.last_dim, num_classes)
-        ops.init_weights(self, space.net_type)
+        ops.init_weights(self)
 
         def logits(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape))
@@ -80,19 +81,10 @@ class SuperNet(nn.Module):
         self.alpha_head = nn.ParameterList(logits(len(space.incoming(b)), len(space.head_ops)) for b in blocks)
         self.alpha_stack = nn.ParameterList(logits(space.num_layers[b], len(space.stack_ops)) for b in blocks)
         self._incoming = [space.incoming(node) for node in range(space.num_blocks + 1)]
-        self._index_buffers()
-
-    def _index_buffers(self) -> None:
-        """Where edges and layers stand in the matrices below, kept on the device so that no step waits for the host."""
-        space, last = self.space, self.space.num_blocks
-        for name, values in (
-            ("edge", space.edges),  # rows of cat(beta)
-            ("head_edge", space.head_edges),
-            ("final_edge", [(i, last) for i in space.incoming(last)]),
-        ):
-            self.register_buffer(f"_{name}", torch.tensor(values).T.contiguous(), persistent=False)
-        owner = [j for j in range(1, last) for _ in range(space.num_layers[j])]
-        self.register_buffer("_layer_block", torch.tensor(owner, dtype=torch.long), persistent=False)
+        # Where edges stand in the matrix of their probabilities, kept on the device so that no step waits for the host.
+        final = [(i, space.num_blocks) for i in self._incoming[-1]]
+        for name, edges in (("_edge", space.edges), ("_head_edge", space.head_edges), ("_final_edge", final)):
+            self.register_buffer(name, torch.tensor(edges).T.contiguous(), persistent=False)
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """alpha and beta."""
@@ -100,8 +92,7 @@ class SuperNet(nn.Module):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Everything else that is trained."""
-        arch = {id(p) for p in self.arch_parameters()}
-        return [p for p in self.parameters() if id(p) not in arch]
+        return [p for name, p in self.named_parameters() if not name.startswith(("alpha_", "beta."))]
 
     def path_probabilities(self) -> Tensor:
         """p_ij = softmax(beta_i / temperature) as a matrix (blocks, nodes), 0 where there is no edge (section 3.2)."""
@@ -137,24 +128,11 @@ class SuperNet(nn.Module):
         return self.classifier(x)
 
     def cost(self, table: CostTable, choice: Choice | None = None) -> Tensor:
-        """Expected cost over all paths, chained from the final node back (section 3.3); 0-d, in the table's unit.
-
-        With r_i = Σ_j p_ij (head_ij + stack_j), the recursion C_i = r_i + Σ_j p_ij C_j is one triangular system.
-        """
-        if table.space != self.space:
-            raise ValueError(f"the cost table is of space {table.space.name}, the supernet of {self.space.name}")
+        """Expected cost over all paths and active candidates (section 3.3); 0-d, in the table's unit."""
+        other = f"the cost table is of space {table.space.name}, the supernet of {self.space.name}"
+        refuse(table.space != self.space, other)
         head, stack = self._mixtures(choice)
-        p = self.path_probabilities()
-        head_cost, stack_cost, final_cost = table.tensors(like=p)
-        last = self.space.num_blocks
-        blocks = p.new_zeros(last + 1).index_add(0, self._layer_block, (stack.weights * stack_cost).sum(dim=1))
-        edges = torch.zeros_like(p)
-        edges = edges.index_put(tuple(self._head_edge), (head.weights * head_cost).sum(dim=1))
-        edges = edges.index_put(tuple(self._final_edge), final_cost)
-        onwards = (p * (edges + blocks)).sum(dim=1, keepdim=True)
-        system = torch.eye(last, dtype=p.dtype, device=p.device) - p[:, :last]
-        chained = torch.linalg.solve_triangular(system, onwards, upper=True, unitriangular=True)
-        return table.stem + chained[0, 0] + table.classifier
+        return expected_cost(table, self.path_probabilities(), head.weights, stack.weights)
 
     @torch.no_grad()
     def sample(self, k: int, generator: torch.Generator | None = None) -> Choice:
@@ -162,8 +140,7 @@ class SuperNet(nn.Module):
 
         Drawn on the CPU, from `generator` or PyTorch's global one, so that every device gives the same choice.
         """
-        if k < 1:
-            raise ValueError(f"k = {k} candidates asked for, at least 1 is needed")
+        refuse(k < 1, f"k = {k} candidates asked for, at least 1 is needed")
 
         def draw(alphas: nn.ParameterList) -> Indices:
             probabilities = torch.cat([*alphas]).float().cpu().softmax(dim=1)

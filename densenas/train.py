@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densenas.architecture import Architecture, load_published, save_published
 from densenas.config import RetrainRecipe, atomic, override, read_text, refuse, write_text
-from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.engine import Pass, computing_on, cosine, descend, fit, fused_sgd, rank_and_world
 from densenas.loading import Batches
@@ -43,9 +42,9 @@ def network(model: str, num_classes: int) -> nn.Module:
 def save_network(folder: Path, model: str, net: nn.Module) -> None:
     """Keeps a trained network where `load_network` finds it; a derived one in the published format."""
     if hasattr(net, "arch"):
-        save_published(folder, net.arch, net)
-        return
-    write_text(folder / "model", f"{model}\n")
+        save_published(folder, net.arch)
+    else:
+        write_text(folder / "model", f"{model}\n")
     with atomic(folder / "weights.pt") as partial:
         torch.save({key: value.cpu() for key, value in net.state_dict().items()}, partial)
 
@@ -133,7 +132,7 @@ def retrain_run(
     derived = run.need(run.reports / "architecture.json", "04-derive")
     model = net_config or run.read_json(derived.name)["net_config"]
     shortened = {"epochs": epochs, "batch_size": batch_size}
-    recipe = override(CostTable.read(run.reports / "cost.json").space.retrain, **shortened)
+    recipe = override(run.costs().space.retrain, **shortened)
     rank, world = rank_and_world()
     if rank == 0:
         asked = {"net_config": net_config, **shortened, "devices": world, **how}
@@ -151,21 +150,15 @@ def evaluate(
 
     Returns top1 and top5 in [0, 1], the mean cross-entropy, images, and the confusion matrix (truth × prediction).
     """
-    logits, labels = [], []
     with computing_on(device, "fp32") as where:
         net = net.to(where).eval()
         batches = Batches(data, split, batch_size, where)
-        with progress(len(batches), "evaluate") as bar:
-            for images, truth in batches.epoch(0):
-                logits.append(net(images))
-                labels.append(truth)
-                bar.update()
-    scores, truth = torch.cat(logits), torch.cat(labels)
-    if scores.shape[1] != len(data.classes):
-        raise ValueError(f"the network tells {scores.shape[1]} classes apart, the data set has {len(data.classes)}")
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+        parts = [(net(images), truth) for images, truth in progress(len(batches), "evaluate", batches.epoch(0))]
+    scores, truth = map(torch.cat, zip(*parts, strict=True))
+    told, classes = scores.shape[1], len(data.classes)
+    refuse(told != classes, f"the network tells {told} classes apart, the data set has {classes}")
+    best = scores.topk(min(5, classes), dim=1).indices
     hits = best == truth[:, None]
-    classes = len(data.classes)
     confusion = torch.bincount(truth * classes + best[:, 0], minlength=classes**2).view(classes, classes)
     return {
         "top1": float(hits[:, 0].float().mean()),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densenas import Architecture, load_published
-from densenas.architecture import Block, save_published
+from densenas.architecture import Block
+from densenas.train import save_network
 
 
 @st.composite
@@ -152,7 +153,7 @@ TINY = Architecture.parse(second("[[8, 8], 'mbconv_k3_t3', ['mbconv_k5_t6'], 1, 
 
 @pytest.fixture
 def published(tmp_path):
-    save_published(tmp_path, TINY, TINY.build(5))
+    save_network(tmp_path, str(TINY), TINY.build(5))
     return tmp_path
 
 

@@ -31,7 +31,7 @@ def drawn(space):
     yield figures.path_probabilities(space, trace[:1])
     yield figures.path_probabilities(space, [*trace, trace[1]])
     yield figures.operation_probabilities(space, moment.head, moment.stack)
-    yield figures.cost_table(space, table.head, table.stack, table.unit)
+    yield figures.cost_table(table)
     yield figures.block_counts_and_widths(space, trace, found[:1])
     yield figures.architectures({f"number {number}": one.architecture for number, one in enumerate(found)})
     yield figures.shapes({"DenseNAS": [one.architecture for one in found]})

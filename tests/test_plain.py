@@ -13,7 +13,7 @@ from search_step import RESULTS, table
 
 from densenas import CostTable, SearchSpace
 from densenas.config import ROOT
-from densenas.ops import MBConv, Norm, norm_act_conv
+from densenas.ops import MBConv, batch_norm, norm_act_conv
 from densenas.search import SearchTrainer
 
 SPACE = SearchSpace.load("digits")
@@ -94,7 +94,7 @@ def test_a_fused_layer_is_its_three_modules(kernel, stride, width, size, frozen,
 
 def test_a_frozen_norm_stays_frozen():
     """Fine-tuning with batch norm in evaluation mode, as `for norm in norms: norm.eval()` leaves it."""
-    layer = MBConv(6, 6, 1, 3, 3, Norm(affine=True)).train()
+    layer = MBConv(6, 6, 1, 3, 3, batch_norm(affine=True)).train()
     norms = [module for module in layer.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         torch.nn.init.uniform_(norm.running_mean)

@@ -1,5 +1,6 @@
 """Supernet, chained cost, derivation and cost table against brute force on random spaces and PyTorch's own count."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -342,7 +343,7 @@ def test_choice_that_does_not_fit(change, pattern):
 )
 def test_mult_adds_of_every_op(op, in_channels, width, size, stride):
     with torch.device("meta"):
-        module = ops.build_op(op, in_channels, width, stride, ops.Norm(affine=True))
+        module = ops.build_op(op, in_channels, width, stride, ops.batch_norm(affine=True))
         images = torch.empty(2, in_channels, size, size)
         assert ops.mult_adds(op, in_channels, width, size, stride) == counted_mult_adds(module, images)
         assert module(images).shape[1] == ops.out_channels(op, width)
@@ -350,7 +351,7 @@ def test_mult_adds_of_every_op(op, in_channels, width, size, stride):
 
 def test_a_skip_changes_and_costs_nothing():
     images = torch.randn(2, 5, 6, 6)
-    assert torch.equal(ops.build_op(SKIP, 5, 5, 1, ops.Norm(affine=True))(images), images)
+    assert torch.equal(ops.build_op(SKIP, 5, 5, 1, ops.batch_norm(affine=True))(images), images)
     assert ops.mult_adds(SKIP, 5, 5, 6, 1) == 0
 
 
@@ -439,6 +440,16 @@ def test_total_refuses_more_layers_than_the_block_has():
     assert table.total(with_layers(2)) == pytest.approx(table.total(with_layers(0)) + 2 * one_layer)
     with refused(ValueError, r"architecture is not one of space made up"):
         table.total(with_layers(3))
+
+
+def test_total_leaves_out_spare_rows_where_nothing_can_be_skipped():
+    space = SMALL.model_copy(update={"stack_ops": ("mbconv_k3_t3",)})
+    table = CostTable.mult_adds(space, 16, 3)
+    spare = dataclasses.replace(table, stack=[[*rows, *rows, [7.0]] for rows in table.stack])
+    arch = Architecture.parse(
+        "[[4, 4], 'mbconv_k3_t1', [], 0, 1]|[[4, 10], 'mbconv_k3_t3', [], 0, 2]|[[10, 7], 'conv1_1']"
+    )
+    assert spare.total(arch) == table.total(arch)
 
 
 @given(spaces(), seeds)

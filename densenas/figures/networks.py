@@ -20,6 +20,7 @@ from torch import Tensor
 
 from densenas import ops
 from densenas.architecture import Architecture
+from densenas.cost import CostTable
 from densenas.derivation import Candidate, visit_probabilities
 from densenas.space import SearchSpace
 
@@ -146,15 +147,13 @@ def _op_name(op: str) -> str:
     return op.removesuffix("_connect").removesuffix("_block")
 
 
-def _op_tables(
-    space: SearchSpace, tables: Sequence[np.ndarray], layers: Sequence[int], norm: Normalize, formatted: str, **bar: Any
-) -> Figure:
+def _op_tables(space: SearchSpace, tables: Sequence[np.ndarray], norm: Normalize, formatted: str, **bar: Any) -> Figure:
     """Heat maps of a value per candidate: a row for each edge and for each stacked layer, long tables in pieces.
 
-    `tables` are (edges into blocks, head ops) and (layers, stack ops), `layers` the layers of each block from 1 on.
+    `tables` are (edges into blocks, head ops) and (layers, stack ops).
     """
     edges = [(j, f"{i}→{j}") for i, j in space.head_edges]
-    stacked = [(j, f"block {j}, layer {k + 1}") for j, count in enumerate(layers, start=1) for k in range(count)]
+    stacked = [(j, f"block {j}, layer {k + 1}") for j, count in enumerate(space.num_layers) for k in range(count)]
     parts = [("shape alignment", 0.6, edges, space.head_ops), ("stacked layers", 1.1, stacked, space.stack_ops)]
     for rows_at_most in (30, 40, 58):  # as low as fits the width
         panels, width = [], 0.2
@@ -190,24 +189,19 @@ def operation_probabilities(space: SearchSpace, head: Tensor, stack: Tensor) -> 
     """
     rows = head[: len(head) if head.shape[1] > 1 or not len(stack) else 0]
     tables, label = (rows.numpy(), stack.numpy()), "probability of the candidate"
-    return _op_tables(space, tables, space.num_layers[1:], Normalize(0, 1), ".2f", label=label)
+    return _op_tables(space, tables, Normalize(0, 1), ".2f", label=label)
 
 
-def cost_table(space: SearchSpace, head: list[list[list[float]]], stack: list[list[list[float]]], unit: str) -> Figure:
-    """The cost of every candidate in `unit`, in colours on a logarithmic scale; white costs nothing.
-
-    `head` and `stack` are those of a `CostTable`: per block from 1 on, per incoming edge or layer, per op.
-    """
-    rows = [[row for block in part for row in block] for part in (head, stack)]
-    shaped = zip(rows, (space.head_ops, space.stack_ops), strict=True)
-    tables = [np.ma.masked_equal(np.reshape(part, (len(part), len(names))), 0) for part, names in shaped]
+def cost_table(table: CostTable) -> Figure:
+    """The cost of every candidate in the table's unit, in colours on a logarithmic scale; white costs nothing."""
+    tables = [np.ma.masked_equal(part.numpy(), 0) for part in table.tensors(torch.zeros((), dtype=torch.float64))[:2]]
     values = np.ma.concatenate([table.ravel() for table in tables]).compressed()
     low, high = (values.min(), values.max()) if len(values) else (1, 1)
     norm, decimals = LogNorm(low, max(high, 2 * low)), min(3, max(0, 2 - math.floor(math.log10(high))))
     ticks = LogLocator(subs=(1, 2, 5) if high > 30 * low else (1, 2, 3, 5, 7))
     ticks = ticks if high >= 2 * low else sorted({low, high})  # within one octave the locator's labels overlap
-    bar = {"label": f"cost of the candidate ({unit}; white: 0)", "format": "{x:.4g}", "ticks": ticks}
-    figure = _op_tables(space, tables, [len(block) for block in stack], norm, f".{decimals}f", **bar)
+    bar = {"label": f"cost of the candidate ({table.unit}; white: 0)", "format": "{x:.4g}", "ticks": ticks}
+    figure = _op_tables(table.space, tables, norm, f".{decimals}f", **bar)
     figure.axes[-1].minorticks_off()
     return figure
 

@@ -125,6 +125,7 @@ def _label(axes: Axes, points: pd.DataFrame) -> None:
     places = points[["cost", "top1"]].to_numpy()
     dots, point = axes.transData.transform(np.concatenate([*along, *[places] * 10])), axes.figure.dpi / 72
     ruler, names = axes.text(0, 0, "", size=SMALL), []
+    arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
     for name, xy, centre in zip(points["name"], places, axes.transData.transform(places), strict=True):
         ruler.set_text(name)
         size, options = np.array(ruler.get_window_extent().size), []
@@ -136,10 +137,8 @@ def _label(axes: Axes, points: pd.DataFrame) -> None:
             options.append((5 * distance + covered + 1000 * outside, distance, offset / point, box))
         _, distance, offset, box = min(options, key=lambda option: option[0])
         names += [box] * bool(name)
-        arrow = (
-            {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if distance > 9 else None
-        )
-        style = {"size": SMALL, "ha": "center", "va": "center", "color": INK, "zorder": 4, "arrowprops": arrow}
+        style = {"size": SMALL, "ha": "center", "va": "center", "color": INK, "zorder": 4}
+        style["arrowprops"] = arrow if distance > 9 else None
         axes.annotate(name, xy, offset, textcoords="offset points", **style).set_in_layout(False)
     ruler.remove()
 
