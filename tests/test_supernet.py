@@ -446,9 +446,8 @@ def test_total_leaves_out_spare_rows_where_nothing_can_be_skipped():
     space = SMALL.model_copy(update={"stack_ops": ("mbconv_k3_t3",)})
     table = CostTable.mult_adds(space, 16, 3)
     spare = dataclasses.replace(table, stack=[[*rows, *rows, [7.0]] for rows in table.stack])
-    arch = Architecture.parse(
-        "[[4, 4], 'mbconv_k3_t1', [], 0, 1]|[[4, 10], 'mbconv_k3_t3', [], 0, 2]|[[10, 7], 'conv1_1']"
-    )
+    stack = ["mbconv_k3_t3"] * 2
+    arch = f"[[4, 4], 'mbconv_k3_t1', [], 0, 1]|[[4, 8], 'mbconv_k3_t3', {stack}, 2, 2]|[[8, 7], 'conv1_1']"
     assert spare.total(arch) == table.total(arch)
 
 
