@@ -14,7 +14,8 @@ No step can be faster than the longer of two times. Arithmetic: its multiply-add
 matrix product. They are those of the forward pass by PyTorch's counter, times three where weights are trained (forward,
 gradient of the input, gradient of the weight) and times two where they are not. Memory: every convolution's output
 written once and read once (norm and activation at no cost) and every weight in use read once, in a weight step also
-written once, over the measured bandwidth of a copy. Results go to benchmarks/results/, a row for each space and step.
+written once, over the measured bandwidth of a copy. Results go to benchmarks/results/, a row for each space and step;
+below the table stands how long the paper's whole searches would take at these speeds.
 """
 
 import argparse
@@ -43,6 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 CLASSES = 100
 SIZES = {"mbv2": 224, "resnet": 224, "cifar_mbv2": 32}
 BATCHES = {"cpu": {"mbv2": 8, "resnet": 4, "cifar_mbv2": 64}, "cuda": {"mbv2": 128, "resnet": 128, "cifar_mbv2": 512}}
+IMAGES = 1281167 // 10  # the paper's search set: 100 of ImageNet's 1000 classes, 80 % for weights, 20 % for alpha, beta
 QUIET = 0.15  # cores that others may use in a round
 SAMPLED = {"weight": 1, "architecture": 2}  # candidates of a mixed layer
 COLUMNS = ["Space", "Step", "Batch", "Ours, images/s", "Plain, images/s", "Ours / plain", "Peak memory, GiB", "Limit"]
@@ -237,6 +239,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def projected(name: str, weight: dict[str, Any], architecture: dict[str, Any]) -> str:
+    """How long the paper's whole search of a space takes at the speed of its two rows."""
+    recipe = SearchSpace.load(name).search
+    passes = (weight, 0.8 * recipe.epochs), (architecture, 0.2 * (recipe.epochs - recipe.arch_start_epoch))
+    hours = sum(IMAGES * share / row["ours"]["images_per_second"] for row, share in passes) / 3600
+    return f"{name}: the whole search of {recipe.epochs} epochs would take {hours:.0f} hours (published: 64 GPU hours)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spaces", nargs="+", choices=SIZES, default=[*SIZES])
@@ -256,6 +266,9 @@ def main() -> None:
             kept = [rows[key] for key in ((n, k) for n in SIZES for k in SAMPLED) if key in rows]
             path.write_text(json.dumps({"rows": kept, **environment()}, indent=1) + "\n")
     print(table([*rows.values()]))
+    for name in ("mbv2", "resnet"):
+        if all((name, kind) in rows for kind in SAMPLED):
+            print(projected(name, *(rows[name, kind] for kind in SAMPLED)))
 
 
 if __name__ == "__main__":
