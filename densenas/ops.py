@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import Conv2dNormActivation
 
 from densenas.config import refuse
 
@@ -52,7 +50,7 @@ def family(names: Iterable[str]) -> NetType:
 
 def out_channels(op: str, width: int) -> int:
     """Channels that really leave an op of nominal `width`: four times as many for a Bottleneck."""
-    return width * Bottleneck.expansion if op == "bottleneck" else width
+    return 4 * width if op == "bottleneck" else width
 
 
 def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> int:
@@ -152,8 +150,9 @@ def norm_act_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
 
 def conv_norm(in_channels: int, out: int, norm: Norm, act: type[nn.Module] | None = None, **conv: int) -> nn.Sequential:
     """Convolution without bias (1×1 unless told otherwise), batch norm and, where given, an activation."""
-    conv = {"kernel_size": 1, **conv}
-    return Conv2dNormActivation(in_channels, out, norm_layer=norm, activation_layer=act, **conv)
+    kernel = conv.pop("kernel_size", 1)
+    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
+    return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
 class MBConv(nn.Module):
@@ -187,6 +186,8 @@ def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> 
     if match := MBCONV.fullmatch(op):
         kernel, expansion = map(int, match.groups())
         return MBConv(in_channels, width, stride, kernel, expansion, norm)
+    from torchvision.models.resnet import BasicBlock, Bottleneck  # takes more than a second, which others need not wait
+
     out = out_channels(op, width)
     shortcut = conv_norm(in_channels, out, norm, stride=stride) if stride > 1 or in_channels != out else None
     if op == "basic_block":
