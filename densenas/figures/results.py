@@ -75,9 +75,10 @@ def search_health(history: pd.DataFrame) -> Figure:
 def predicted_latency(frame: pd.DataFrame) -> Figure:
     """Measured latency of whole networks against the sum of their ops; columns predicted, corrected, measured (ms)."""
     figure, (axes,) = canvas(4.6, 4.2)
-    for name, marker, colour in (("predicted", "o", BLUE), ("corrected", "s", ORANGE)):
-        label = {"predicted": "sum of the ops", "corrected": "times one factor"}[name]
-        axes.plot(frame[name], frame["measured"], marker, color=colour, markersize=4.5, label=label)
+    axes.plot(
+        frame["predicted"], frame["measured"], "o", color=BLUE, markersize=8, fillstyle="none", label="sum of the ops"
+    )
+    axes.plot(frame["corrected"], frame["measured"], "s", color=ORANGE, markersize=4, label="times one factor")
     both = 0, 1.05 * frame.to_numpy().max()
     axes.plot(both, both, color=GREY, linewidth=0.9, zorder=1)
     axes.set(xlabel="predicted (ms)", ylabel="measured (ms)", xlim=both, ylim=both, aspect="equal")
