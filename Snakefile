@@ -107,7 +107,6 @@ if STUDY := PARAMETERS.get("09-evidence"):
             RESULT,
         params:
             retrain=STUDY["retrain"],
-            networks=STUDY["networks"],
         wildcard_constraints:
             job="[^/]+",
         message:

@@ -33,6 +33,7 @@ from densenas.run import Run, RunConfig, pick_device, progress
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
+SHARED = "every machine needs the same runs/ and reports/ folders"
 STAGES = {"03-search": "densenas.search:search_run", "05-retrain": "densenas.train:retrain_run"}
 
 
@@ -89,19 +90,25 @@ def fit(
     keep_freed_memory()
     path, (rank, world) = run.work / f"{stage}.pt", rank_and_world()
     position, saved = Position(), time.monotonic()
+
+    def agree(value: Any, sentence: str) -> None:
+        """Refuses on every process where one of them has another value."""
+        values: list[Any] = [None] * world
+        if world > 1:
+            dist.all_gather_object(values, value)
+            refuse(any(other != values[0] for other in values), f"{stage}: {sentence}")
+
+    agree(json.dumps(configuration, sort_keys=True), f"processes have other data, costs or recipes, {SHARED}")
     if rank > 0:
         dist.barrier()  # the first process alone decides whether the checkpoint serves
     if checkpoint := load_checkpoint(path, configuration):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         position = Position(**checkpoint["position"])
-    if world > 1:
-        if rank == 0:
-            dist.barrier()
-        places: list[Any] = [None] * world
-        dist.all_gather_object(places, (len(position.history), position.passes, position.steps))
-        apart = f"{stage} would go on from different places {places}, every machine needs the same runs/ folder"
-        refuse(len({*places}) > 1, apart)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    place = len(position.history), position.passes, position.steps
+    agree(place, f"processes would go on from different steps, {SHARED}")
 
     def save(where: Path) -> None:
         nonlocal saved
@@ -238,11 +245,10 @@ def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settin
 
     Raises RuntimeError with one sentence where a process is lost; a checkpoint serves any number of devices.
     """
+    _refuse_one_alone(settings.get("device", "auto"), devices)
     most = torch.cuda.device_count() if torch.cuda.is_available() else devices
     expected = "at least 1" + f" and at most {most}" * (devices > most)
     refuse(not 1 <= devices <= most, f"devices is {devices}, expected {expected}")
-    one = settings.get("device", "auto")
-    refuse(devices > 1 and ":" in one, f"devices is {devices}, but device '{one}' is one alone: expected auto or cuda")
     if devices == 1:
         function(*arguments, **settings)
         return
@@ -261,12 +267,19 @@ def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settin
         ) from None
 
 
+def _refuse_one_alone(device: str, devices: int) -> None:
+    wrong = f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda"
+    refuse(devices > 1 and ":" in device, wrong)
+
+
 @record
 def together(function: Callable[..., Any], arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
     """The function as one of the processes that torchrun or `launch` started."""
-    if torch.cuda.is_available():
+    device = settings.get("device", "auto")
+    _refuse_one_alone(device, int(os.environ["WORLD_SIZE"]))
+    if gpu := torch.cuda.is_available() and device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     # More threads than cores would make a small network many times slower.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:

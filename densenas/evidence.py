@@ -154,8 +154,9 @@ class Study:
 
     def random(self, job: Job) -> Architecture:
         """A random network, the same in every process and whatever else is compared."""
-        spread = (1 - WITHIN) * job.target, (1 + WITHIN) * job.target
-        return Lattice(self.table).sample(1, seed_of(job.target, job.number), *spread)[0].architecture
+        target = Job.parse(str(job)).target  # as the job is called, however it was written
+        spread = (1 - WITHIN) * target, (1 + WITHIN) * target
+        return Lattice(self.table).sample(1, seed_of(str(job)), *spread)[0].architecture
 
     def searched(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""

@@ -77,7 +77,7 @@ def measure(
     """
     where = pick_device(device)
     conditions: dict[str, Any] = {
-        "input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, "dtype": "float32",
+        "input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, "dtype": "float32, ieee",
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else environment()["hardware"]["cpu"],
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip

@@ -128,7 +128,8 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one pass from step `start` on: what an undisturbed pass yields from there."""
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
+        position = (self.seed, epoch) if self.seed is not None else ()
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*position)))
         mine = [batch.tensor_split(self.world)[self.rank] for batch in order.split(self.batch_size)]
         steps = range(start, len(self))
         batches = self._resident(epoch, mine, steps) if self.decoder is None else self._decoded(epoch, mine, steps)

@@ -108,9 +108,7 @@ class _NormActConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight, mean, invstd = ctx.saved_tensors
         trained, (stride, *_, groups) = ctx.needs_input_grad[3], ctx.conv
-        # A CPU gives statistics of bf16 in bf16: rounded once more, they would make another y than the forward pass.
-        wide = torch.promote_types(mean.dtype, torch.float32)
-        y = torch.native_batch_norm(x, scale, shift, mean.to(wide), invstd.to(wide).pow(-2), False, 0.0, 0.0)[0]
+        y = torch.native_batch_norm(x, scale, shift, mean, invstd.pow(-2), False, 0.0, 0.0)[0]
         if trained:
             F.hardtanh_(y, 0.0, 6.0)
         # oneDNN's own weight gradient of such a convolution takes many times its forward pass.

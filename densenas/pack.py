@@ -198,9 +198,13 @@ def verify(folder: Path) -> int:
             encoded, entry = (reader.get(prefix + name_of(row[1])) for prefix in (b"", b"row:"))
         if encoded is None or entry is None:
             return "is missing"
-        # What was packed had been decoded, so the same bytes can be.
-        same = entry.decode().split() == [str(row[2]), row[3], hashlib.sha256(encoded).hexdigest()]
-        return None if same else "has other bytes than were packed"
+        if entry.decode().split() != [str(row[2]), row[3], hashlib.sha256(encoded).hexdigest()]:
+            return "has other bytes than were packed"
+        try:
+            decode(encoded)
+        except ValueError as error:
+            return str(error)
+        return None
 
     rows = [*read_manifest(folder)[["split", "key", "bytes", "digest"]].itertuples(index=False, name=None)]
     with progress(len(rows), "verifying") as bar, ThreadPoolExecutor(CORES) as pool:

@@ -17,7 +17,7 @@ from densenas.architecture import Architecture
 from densenas.config import refuse
 from densenas.cost import CostTable
 from densenas.derivation import expected_cost
-from densenas.space import SearchSpace
+from densenas.space import Layer, SearchSpace
 
 Term = tuple[int, Tensor | None]  # an active candidate and its weight; None for a weight that can only be 1
 Indices = list[list[list[int]]]  # block → edge or layer → candidates
@@ -34,19 +34,15 @@ class Choice:
 class RoutingBlock(nn.Module):
     """Shape-alignment layers (one mixed layer an incoming edge), then a stack of mixed layers."""
 
-    def __init__(self, space: SearchSpace, block: int, norm: ops.Norm) -> None:
+    def __init__(self, heads: list[list[Layer]], stack: list[list[Layer]], norm: ops.Norm) -> None:
         super().__init__()
-        width, channels = space.chs[block], space.real_channels(block)
-        self.heads = nn.ModuleList(
-            nn.ModuleList(
-                ops.build_op(op, space.real_channels(i), width, space.stride(i, block), norm) for op in space.head_ops
-            )
-            for i in space.incoming(block)
-        )
-        self.stack = nn.ModuleList(
-            nn.ModuleList(ops.build_op(op, channels, width, 1, norm) for op in space.stack_ops)
-            for _ in range(space.num_layers[block])
-        )
+
+        def layers(rows: list[list[Layer]]) -> nn.ModuleList:
+            """A mixed layer for each row, from the candidates' op, channels, width and stride."""
+            built = [[ops.build_op(*of, stride, norm) for *of, _, stride in row] for row in rows]
+            return nn.ModuleList(map(nn.ModuleList, built))
+
+        self.heads, self.stack = layers(heads), layers(stack)
 
 
 class SuperNet(nn.Module):
@@ -65,12 +61,9 @@ class SuperNet(nn.Module):
         activation = nn.ReLU6 if space.net_type == "mbv2" else nn.ReLU
         self.stem = ops.conv_norm(3, space.init_dim, norm, activation, kernel_size=3, stride=2)
         self.stem.extend(ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem)
-        blocks = range(1, space.num_blocks)
-        self.blocks = nn.ModuleList(RoutingBlock(space, block, norm) for block in blocks)
-        self.final = nn.ModuleList(
-            ops.conv_norm(space.real_channels(i), space.last_dim, norm, nn.ReLU6)
-            for i in space.incoming(space.num_blocks)
-        )
+        head, stack, final = space.layers(space.input_size)
+        self.blocks = nn.ModuleList(RoutingBlock(*rows, norm) for rows in zip(head, stack, strict=True))
+        self.final = nn.ModuleList(ops.conv_norm(channels, out, norm, nn.ReLU6) for _, channels, out, *_ in final)
         self.classifier = nn.Linear(space.last_dim, num_classes)
         ops.init_weights(self)
 
@@ -78,8 +71,8 @@ class SuperNet(nn.Module):
             return nn.Parameter(torch.zeros(shape))
 
         self.beta = nn.ParameterList(logits(len(space.outgoing(i))) for i in range(space.num_blocks))
-        self.alpha_head = nn.ParameterList(logits(len(space.incoming(b)), len(space.head_ops)) for b in blocks)
-        self.alpha_stack = nn.ParameterList(logits(space.num_layers[b], len(space.stack_ops)) for b in blocks)
+        self.alpha_head = nn.ParameterList(logits(len(rows), len(space.head_ops)) for rows in head)
+        self.alpha_stack = nn.ParameterList(logits(len(rows), len(space.stack_ops)) for rows in stack)
         self._incoming = [space.incoming(node) for node in range(space.num_blocks + 1)]
         # Where edges stand in the matrix of their probabilities, kept on the device so that no step waits for the host.
         final = [(i, space.num_blocks) for i in self._incoming[-1]]

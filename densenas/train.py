@@ -42,6 +42,7 @@ def network(model: str, num_classes: int) -> nn.Module:
 def save_network(folder: Path, model: str, net: nn.Module) -> None:
     """Keeps a trained network where `load_network` finds it; a derived one in the published format."""
     if hasattr(net, "arch"):
+        (folder / "model").unlink(missing_ok=True)  # of an earlier network that was not derived
         save_published(folder, net.arch)
     else:
         write_text(folder / "model", f"{model}\n")
@@ -153,7 +154,7 @@ def evaluate(
     with computing_on(device, "fp32") as where:
         net = net.to(where).eval()
         batches = Batches(data, split, batch_size, where)
-        parts = [(net(images), truth) for images, truth in progress(len(batches), "evaluate", batches.epoch(0))]
+        parts = [(net(images).float(), truth) for images, truth in progress(len(batches), "evaluate", batches.epoch(0))]
     scores, truth = map(torch.cat, zip(*parts, strict=True))
     told, classes = scores.shape[1], len(data.classes)
     refuse(told != classes, f"the network tells {told} classes apart, the data set has {classes}")

@@ -133,13 +133,21 @@ def train_apart(roots, stage):
     train(roots[engine.rank_and_world()[0]], stage)
 
 
+def train_unlike(root):
+    """Each process with a recipe of its own, as machines would have that measured costs of their own."""
+    train(root, "search", epochs=6 + engine.rank_and_world()[0])
+
+
 def test_machines_that_do_not_share_their_checkpoints_are_told(tmp_path):
     roots = [str(tmp_path / name) for name in ("first", "second")]
     for root in roots:
         Path(root).mkdir()
     train(roots[0], "search")
-    with refused(RuntimeError, r"different places \[\(6, 0, 0\), \(0, 0, 0\)\], every machine needs the same runs/"):
+    with refused(RuntimeError, r"processes would go on from different steps, every machine needs the same runs/"):
         launch(train_apart, 2, roots, "search")
+    with refused(RuntimeError, r"search: processes have other data, costs or recipes, every machine needs the same"):
+        launch(train_unlike, 2, roots[0])
+    assert not [*Path(roots[0]).rglob("*.old")], "the checkpoint stays where it is"
 
 
 def test_a_history_that_a_kill_left_behind_is_written_again(root):

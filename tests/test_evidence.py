@@ -93,7 +93,7 @@ def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_s
     assert all(arch.mult_adds(16, 3) == pytest.approx(2 * TARGET, rel=0.051) for arch in drawn)
     assert len({*map(str, drawn)}) > 1
     larger = Study(study.run, study.space, (TARGET, 3 * TARGET, 2 * TARGET), 1, 9)
-    assert [larger.random(job) for job in jobs] == drawn
+    assert [larger.random(Job.parse(str(job))) for job in jobs] == drawn
 
 
 def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):

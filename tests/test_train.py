@@ -37,6 +37,12 @@ def test_a_file_alone_has_no_code_imported(tmp_path):
             load_network(tmp_path, 3, named)
 
 
+def test_a_derived_network_takes_the_place_of_another(tmp_path):
+    for model in (OWN, str(ARCH)):
+        save_network(tmp_path, model, network(model, 3))
+    assert load_network(tmp_path, 3).arch == ARCH
+
+
 def test_a_users_network_is_trained_and_repeats_exactly(run, root):
     net, history = retrain(run, DATA, OWN, RETRAIN)
     assert len(history) == 3 and isinstance(net[4], nn.Dropout)
