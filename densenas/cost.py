@@ -21,6 +21,7 @@ from densenas.space import PRESETS, Layer, Layers, SearchSpace
 UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
 
 Rows = list[list[float]]
+Tensors = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]  # see `CostTable.tensors`
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class CostTable:
     final: list[float]
     classifier: float
     conditions: dict[str, Any] = field(default_factory=dict)  # input size, classes, and for latency the device
-    _tensors: dict[Any, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _tensors: dict[Any, Tensors] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         refuse(self.kind not in [*UNITS], f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
@@ -161,7 +162,7 @@ class CostTable:
             total += sum(row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=False))
         return total
 
-    def tensors(self, like: Tensor) -> tuple[Any, ...]:
+    def tensors(self, like: Tensor) -> Tensors:
         """head (edges into blocks, head ops), stack (layers, stack ops), final in a matrix (blocks, nodes), where in it
         the rows of head belong, and the block of each row of stack; rows in the supernet's order.
 

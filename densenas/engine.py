@@ -107,8 +107,7 @@ def fit(
         position = Position(**checkpoint["position"])
     if world > 1 and rank == 0:
         dist.barrier()
-    place = len(position.history), position.passes, position.steps
-    agree(place, f"processes would go on from different steps, {SHARED}")
+    agree(json.dumps(vars(position)), f"processes would go on from different steps, {SHARED}")
 
     def save(where: Path) -> None:
         nonlocal saved
@@ -122,6 +121,8 @@ def fit(
     behind = sum(map(sum, lengths[:start])) + sum(sum(n[: position.passes]) for n in lengths[start : start + 1])
     bar = progress(sum(map(sum, lengths)), stage, initial=behind + position.steps, disable=rank > 0)
     board = SummaryWriter(run.work / "tensorboard" / stage, purge_step=start) if rank == 0 else None
+    if board and position.history:
+        run.write_history(stage, position.history)  # a kill may have come between the checkpoint and this
     for epoch in range(start, epochs):
         position.row.setdefault("epoch", epoch)
         last = position.history[-1] if position.history else {}
@@ -161,8 +162,6 @@ def fit(
             run.write_history(stage, position.history)
             for name, value in position.history[-1].items():
                 board.add_scalar(name, value, epoch)
-    if board:
-        run.write_history(stage, position.history)  # a kill may have come between the last checkpoint and this
     bar.close()
     return position.history
 

@@ -146,7 +146,8 @@ class Study:
         """Every network to train. Hand-made ones are trained with as many seeds as there are searches."""
         hand = len(DESIGNS[_usual_op(SearchSpace.load(self.space))]) * self.seeds
         counts = {SEARCHED: self.seeds, RANDOM: self.networks, HAND_MADE: hand}
-        return [Job(method, target, k) for target in self.targets for method in METHODS for k in range(counts[method])]
+        each = [(method, target, k) for target in self.targets for method in METHODS for k in range(counts[method])]
+        return [Job.parse(str(Job(*one))) for one in each]  # as the command line has them, however targets are written
 
     def folder(self, job: Job) -> Run:
         """Where a job keeps its checkpoints and its result."""
@@ -154,8 +155,7 @@ class Study:
 
     def random(self, job: Job) -> Architecture:
         """A random network, the same in every process and whatever else is compared."""
-        target = Job.parse(str(job)).target  # as the job is called, however it was written
-        spread = (1 - WITHIN) * target, (1 + WITHIN) * target
+        spread = (1 - WITHIN) * job.target, (1 + WITHIN) * job.target
         return Lattice(self.table).sample(1, seed_of(str(job)), *spread)[0].architecture
 
     def searched(self, job: Job) -> None:

@@ -103,7 +103,7 @@ def in_shares(forward):
 def test_two_processes_do_what_one_does(stage, net, root):
     (root / "one").mkdir()
     with mock.patch.object(net, "forward", in_shares(net.forward)):
-        train(root / "one", stage, epochs=2)  # rounding doubles from step to step
+        train(root / "one", stage, epochs=2)  # rounding grows with every step
     launch(train, 2, str(root), stage, 2)
     ours, theirs = (torch.load(folder / f"runs/made-up/{stage}.pt") for folder in (root, root / "one"))
     for key, value in theirs["net"].items():

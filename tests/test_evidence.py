@@ -128,6 +128,11 @@ def test_a_study_compares_mult_adds_alone(study):
         study.random(Job("random", TARGET, 0))
 
 
+def test_a_studys_jobs_are_what_their_names_say():
+    study = Study("made-up", "digits", (1, 0.123456789), 1, 2)
+    assert [Job.parse(str(job)) for job in study.jobs()] == study.jobs()
+
+
 def test_a_job_comes_back_from_its_name():
     for job in (Job("DenseNAS", 1.0, 0), Job("hand-made", 0.65, 12)):
         assert Job.parse(str(job)) == job
