@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import glob
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +15,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PACKAGE = Path(__file__).parent
-ROOT = PACKAGE.parent  # the repository, where reports/ and runs/ live
 # A checkout keeps data/ at its top level; an installed wheel carries it inside the package.
-DATA = next(folder for folder in (PACKAGE / "data", ROOT / "data") if folder.is_dir())
+DATA = next(folder for folder in (PACKAGE / "data", PACKAGE.parent / "data") if folder.is_dir())
+
+
+def _root() -> Path:
+    """Where reports/ and runs/ live: DENSENAS_ROOT, or else this checkout, or else the working directory."""
+    if named := os.environ.get("DENSENAS_ROOT"):
+        return Path(named).expanduser().absolute()
+    checkout = PACKAGE.parent
+    return checkout if (checkout / "Snakefile").is_file() else Path.cwd()
+
+
+ROOT = _root()
 
 Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
 Augment = Literal["weak", "random_sized", "rand_scale"]  # the published training transforms
@@ -124,17 +136,52 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object; ValueError names a damaged file and the remedy, what to do about it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: {remedy}")
+    return content
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end: no reader and no kill meets half a file."""
+    """A path to write to, which takes the place of `path` at the end.
+
+    No reader and no kill meets half a file. File and folder are synced to the disk, or a power cut could leave an
+    empty file under the new name. Raises OSError with one sentence where the disk is full or cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")  # the suffix stays last, some writers look at it
+    # The suffix stays last, some writers look at it.
+    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         yield partial
+        _sync(partial)
         partial.replace(path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what killed processes of this machine left half-written beside `path`."""
+    for partial in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
+        process = partial.name.split(".")[2]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

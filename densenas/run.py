@@ -20,7 +20,9 @@ import torch
 from pydantic import Field, PositiveFloat
 from tqdm import tqdm
 
-from densenas.config import ROOT, Augment, Dataset, Strict, atomic, naming, override, read_yaml, refuse, write_text
+from densenas.config import (
+    ROOT, Augment, Dataset, Strict, atomic, naming, override, read_json, read_yaml, refuse, write_text,
+)  # fmt: skip
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.space import SearchSpace
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "snakemake", "densenas")
+_HELD: set[Path] = set()  # locks of runs that this process holds
+os.register_at_fork(after_in_child=_HELD.clear)
 
 
 class DataConfig(Strict):
@@ -170,27 +174,57 @@ class Run:
         return CostTable.read(self.need(self.reports / "cost.json", "02-cost"))
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Two stages that run at once must not lose each other's entries."""
+    def alone(self) -> Iterator[None]:
+        """One process at a time works on a run: a second one says so and waits until the first has ended.
+
+        The lock is the kernel's and goes with its process, however that ends. Inside, the same process may enter
+        again. Several that train together take it once, by their first.
+        """
+        path = self.work / ".lock"
+        if path in _HELD:
+            yield
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                print(f"run '{self.name}' is at work in process {lock.read() or '?'}: waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            lock.truncate()
+            lock.write(str(os.getpid()))
+            lock.flush()
+            _HELD.add(path)
+            try:
+                yield
+            finally:
+                _HELD.discard(path)
+                fcntl.flock(lock, fcntl.LOCK_UN)  # or it would stay with decoding workers that outlive this
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        """Two stages that end at once must not lose each other's entries."""
         self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / ".lock").open("w") as lock:
+        with (self.work / ".entries.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the report folder; empty where there is none yet."""
+        """A JSON file of the report folder; empty where there is none yet, ValueError where it is damaged."""
         path = self.reports / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json(path, f"delete it and run the stages of run '{self.name}' again") if path.exists() else {}
 
     def update_json(self, name: str, section: str, value: Any) -> None:
         """Replaces one section of a JSON file of the report folder, atomically."""
-        with self._locked():
+        with self._updating():
             content = {**self.read_json(name), section: value}
             write_text(self.reports / name, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
     def write_history(self, stage: str, rows: list[dict[str, Any]]) -> None:
         """Replaces the rows of one stage in history.csv."""
-        with self._locked():
+        with self._updating():
             kept = [row for row in self.history().to_dict("records") if row["stage"] != stage]
             history = pd.DataFrame(kept + [{"stage": stage, **row} for row in rows])
             # Search before retraining, whichever was run last.
