@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from dataclasses import dataclass
-from functools import partial
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pandas as pd
 import torch
+from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
-from torchvision import datasets
 
-from densenas.config import DATA, Augment, Dataset, refuse, write_text
+from densenas.config import Augment, Dataset, Strict, read_json, refuse, write_text
+from densenas.folders import named
 from densenas.loading import transform
 from densenas.pack import Item, Packed, read_manifest, verify, write_pack
-from densenas.run import Run
+from densenas.run import DataConfig, Run
+from densenas.sources import read_source, root_of
 
 TEST_FRACTION = 0.2  # where a data set brings no test split of its own
 SPLITS = ("train", "val", "test")
 RESIDENT_BYTES = 1 << 30  # decoded, up to which a data set is held in memory
 SAMPLE = 2000  # images that stand for a set too large to be held, in its mean and standard deviation
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and standard deviation, as every published model has
-ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -90,115 +88,159 @@ def prepare(
     them once to that shorter side (JPEG of `quality`). `augment` None: weak in memory, otherwise random_sized.
     Raises ValueError or FileNotFoundError with one sentence where the set cannot be had, split or packed.
     """
-    resized, sets, augments = isinstance(pack, int), get_args(Dataset), get_args(Augment)
-    shorter = f"expected 'original' or a shorter side of at least {image_size} pixels"
-    refuse(dataset not in sets, f"unknown data set '{dataset}', known are {', '.join(sets)}")
-    refuse(not 0 < val_fraction < 1, f"val_fraction is {val_fraction}, expected a share between 0 and 1")
-    refuse(image_size < 8, f"image_size is {image_size} pixels, at least 8 are needed")
-    refuse(pack < image_size if resized else pack not in (None, "original"), f"pack is {pack!r}, {shorter}")
-    refuse(augment not in (None, *augments), f"unknown augment '{augment}', known are {', '.join(augments)}")
-    folder = run.work / "data"
-    if dataset == "folder" and source is not None:
-        places = [Path(source).expanduser().resolve(), folder.resolve()]
-        nested = places[0] in places[1].parents or places[1] in (places[0], *places[0].parents)
-        refuse(nested, f"source '{source}' and the pack '{folder}' lie in one another, move one of them")
-    items = {"digits": _digits, "folder": _folder}.get(dataset, partial(_torchvision, dataset))(source)
-    classes = _classes(sorted({item.label for item in items}), num_classes)
-    items = [item for item in items if item.label in classes]
-    split = _assign(items, val_fraction, seed, grows=dataset == "folder")
-    parts = {name: [item for item in items if split[item.key] == name] for name in SPLITS}
-    _refuse_missing(classes, {name: {item.label for item in part} for name, part in parts.items()})
-    write_pack(folder, parts, pack if resized else None, quality, skip_broken)
-    count = verify(folder)
-    small = 3 * count * image_size**2 <= RESIDENT_BYTES
-    resident = small and pack is None and augment in (None, "weak")
     settings = {
-        "dataset": dataset, "classes": classes, "image_size": image_size, "pack": pack, "resident": resident,
-        "augment": augment or ("weak" if resident else "random_sized"),
-    }  # fmt: skip
-    manifest = read_manifest(folder)
-    _refuse_missing(classes, manifest.groupby("split")["class"].agg(set).to_dict())
-    text = json.dumps([settings, quality, manifest.drop(columns="class").to_numpy().tolist()])
-    settings["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    data = _data(folder, **settings, mean=[0.0], std=[1.0])
-    settings["mean"], settings["std"] = _statistics(data)
-    write_text(run.work / "data.json", json.dumps(settings, indent=1))
-    return _data(folder, **settings)
+        "dataset": dataset,
+        "source": source,
+        "num_classes": num_classes,
+        "val_fraction": val_fraction,
+        "image_size": image_size,
+        "pack": pack,
+        "quality": quality,
+        "augment": augment,
+        "skip_broken": skip_broken,
+        "seed": seed,
+    }
+    _refuse_settings(settings)
+    folder = run.work / "data"
+    if dataset == "folder" and source:
+        _refuse_nesting(source, folder)
+    items, notes = read_source(dataset, source)
+    if notes:
+        print(f"source '{source or dataset}': {'; '.join(notes)}")
+    parts = _split(items, dataset, num_classes, val_fraction, seed)
+    classes = sorted({item.label for item in parts["train"]})
+    with run.alone():
+        write_pack(folder, parts, pack if isinstance(pack, int) else None, quality, skip_broken)
+        count = verify(folder)
+        manifest = read_manifest(folder)
+        _refuse_missing(classes, manifest.groupby("split")["class"].agg(set).to_dict())
+        small = 3 * count * image_size**2 <= RESIDENT_BYTES
+        resident = small and pack is None and augment in (None, "weak")
+        kept = {
+            "dataset": dataset,
+            "classes": classes,
+            "image_size": image_size,
+            "pack": pack,
+            "resident": resident,
+            "augment": augment or ("weak" if resident else "random_sized"),
+        }
+        rows = manifest.drop(columns="class").to_numpy().tolist()
+        kept["digest"] = hashlib.sha256(json.dumps([kept, quality, rows]).encode()).hexdigest()
+        data = _data(folder, **kept, mean=[0.0], std=[1.0])
+        kept["mean"], kept["std"] = _statistics(data)
+        kept["manifest"] = _hash(folder / "manifest.csv")
+        write_text(run.work / "data.json", json.dumps(kept, indent=1))
+    return replace(data, mean=kept["mean"], std=kept["std"])
+
+
+def listing(
+    dataset: Dataset,
+    source: str | None,
+    num_classes: int | list[str] | None,
+    val_fraction: float,
+    seed: int,
+    download: bool = True,
+) -> dict[str, list[Item]] | None:
+    """What `prepare` would pack, by split, with all that it would refuse; no image file is opened.
+
+    Without `download` it is None where a set of torchvision's is not there yet.
+    """
+    found = read_source(dataset, source, download)
+    if found is None:
+        return None
+    return _split(found[0], dataset, num_classes, val_fraction, seed)
 
 
 def load(run: Run) -> ImageData:
-    """What `prepare` kept for this run."""
-    return _data(run.work / "data", **json.loads(run.need(run.work / "data.json", "01-data").read_text("utf-8")))
-
-
-def _digits(source: str | None) -> list[Item]:
-    """Scikit-learn's digits: 64 grey values from 0 to 16 and the digit on each line, enlarged from 8×8 to 32×32."""
-    rows = torch.tensor(pd.read_csv(DATA / "digits.csv.gz", header=None).to_numpy())
-    pixels = (rows[:, :64].reshape(-1, 1, 8, 8) * 255 // 16).to(torch.uint8)
-    # Integer arithmetic only (each pixel becomes a 4×4 square): the same bytes on every machine.
-    pixels = pixels.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-    labels = [str(digit) for digit in rows[:, 64].tolist()]
-    return [Item(f"{i:04d}", label, None, image) for i, (label, image) in enumerate(zip(labels, pixels, strict=True))]
-
-
-def _torchvision(dataset: str, source: str | None) -> list[Item]:
-    """CIFAR-10, Fashion-MNIST or Imagenette out of `source`, downloaded into it where they are missing."""
-    root = Path(source or f"runs/downloads/{dataset}")
-    folder = root / "imagenette2-320"
+    """What `prepare` kept for this run; ValueError where that is damaged or its pack is another."""
+    path, folder = run.work / "data.json", run.work / "data"
+    remedy = f"run 01-data of run '{run.name}' again"
+    content = read_json(run.need(path, "01-data"), remedy)
     try:
-        if dataset != "imagenette":
-            kind = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST}[dataset]
-            parts = {name: kind(root, train=name == "train", download=True) for name in ("train", "test")}
-        elif not folder.is_dir():
-            datasets.Imagenette(root, size="320px", download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{dataset} is not in '{root}' and could not be downloaded ({reason}); put it there or set source"
-        ) from None
-    if dataset == "imagenette":
-        return _folder(str(folder))
-    items = []
-    for name, part in parts.items():
-        arrays = torch.as_tensor(part.data)
-        arrays = arrays.movedim(3, 1) if arrays.ndim == 4 else arrays[:, None]
-        for index, (label, array) in enumerate(zip(part.targets, arrays, strict=True)):
-            items.append(Item(f"{name}/{index:05d}", part.classes[label], name, array))
-    return items
+        kept = _Kept.model_validate(content)
+    except ValidationError:
+        raise ValueError(f"{path} is damaged: {remedy}") from None
+    if _hash(run.need(folder / "manifest.csv", "01-data")) != kept.manifest:
+        raise ValueError(f"the pack '{folder}' is not the one that {path} describes: {remedy}")
+    return _data(folder, **kept.model_dump(exclude={"manifest"}))
 
 
-def _folder(source: str | None) -> list[Item]:
-    """Class folders, flat or below train/, val/ and test/; a val/ without test/ is ImageNet's, to be tested on."""
-    refuse(source is None, "data set 'folder' needs source, the folder that holds the class folders")
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"source '{source}' is not a folder")
-    own = [name for name in SPLITS if (root / name).is_dir()]
-    if "train" not in own:
-        return _class_folders(root, root, None)
-    parts = {"train": "train" if own[1:] else None, "val": "val" if "test" in own else "test", "test": "test"}
-    return [item for name in own for item in _class_folders(root, root / name, parts[name])]
+class _Settings(DataConfig):
+    """What a notebook is told may arrive as text ("false", "1e2"): nothing is converted."""
+
+    model_config = ConfigDict(strict=True)
+    image_size: int = Field(ge=8)
+    seed: int = Field(ge=0)
 
 
-def _class_folders(root: Path, folder: Path, part: str | None) -> list[Item]:
-    """The images below each class folder; says what it passes over. Names that start with a dot are not looked at."""
-    items, others = [], Counter()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        above = {parent.resolve() for parent in (Path(place), *Path(place).parents)}  # where a loop of links would lead
-        folders[:] = (name for name in folders if name[0] != "." and Path(place, name).resolve() not in above)
-        for name in (name for name in names if name[0] != "."):
-            path = Path(place, name)
-            if Path(place) == folder or path.suffix.lower() not in ENDINGS:
-                others[path.suffix or name] += 1
-                continue
-            # Composed, or one and the same name would have another hash on a file system that decomposes it.
-            key = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-            items.append(Item(key, unicodedata.normalize("NFC", path.relative_to(folder).parts[0]), part, path))
-    refuse(not items, f"'{folder}' holds no class folders with images ({', '.join(sorted(ENDINGS))})")
-    if others:
-        found = ", ".join(f"{count} × {ending}" for ending, count in sorted(others.items()))
-        print(f"passed over in '{folder}', because they are no images or in no class folder: {found}")
-    return sorted(items, key=lambda item: item.key)
+class _Kept(Strict):
+    """data.json: what `ImageData` has beside the pack, and the SHA-256 of the pack's manifest."""
+
+    dataset: Dataset
+    classes: list[str]
+    image_size: int
+    pack: Literal["original"] | int | None
+    resident: bool
+    augment: Augment
+    digest: str
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[float] = Field(min_length=3, max_length=3)
+    manifest: str
+
+
+EXPECTED = {
+    "dataset": f"one of {', '.join(get_args(Dataset))}",
+    "source": "the path of a folder as text",
+    "num_classes": "a number of classes or a list of their names",
+    "val_fraction": "a share between 0 and 1",
+    "image_size": "a whole number of at least 8 pixels",
+    "pack": "'original' or a shorter side of at least image_size pixels",
+    "quality": "a whole number from 1 to 100",
+    "augment": f"one of {', '.join(get_args(Augment))}",
+    "skip_broken": "True or False",
+    "seed": "a whole number of at least 0",
+}
+
+
+def _refuse_settings(settings: dict[str, Any]) -> None:
+    try:
+        _Settings.model_validate(settings)
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        raise ValueError(f"{name} is {settings[name]!r}, expected {EXPECTED[name]}") from None
+    pack, size = settings["pack"], settings["image_size"]
+    if isinstance(pack, int) and pack < size:
+        raise ValueError(f"pack is {pack}, expected {EXPECTED['pack']}, here {size}")
+
+
+def _refuse_nesting(source: str, folder: Path) -> None:
+    outer, inner = root_of(source).resolve(), folder.resolve()
+    if outer in inner.parents or inner in (outer, *outer.parents):
+        raise ValueError(
+            f"source '{source}' and the pack '{folder}' lie in one another, move one of them"
+        )
+
+
+def _split(
+    items: list[Item],
+    dataset: str,
+    num_classes: int | list[str] | None,
+    val_fraction: float,
+    seed: int,
+) -> dict[str, list[Item]]:
+    """The items of the wanted classes by split; every class has one in each."""
+    classes = set(_classes(sorted({item.label for item in items}), num_classes))
+    items = [item for item in items if item.label in classes]
+    split = _assign(items, val_fraction, seed, grows=dataset == "folder")
+    parts = {name: [item for item in items if split[item.key] == name] for name in SPLITS}
+    present = {name: {item.label for item in part} for name, part in parts.items()}
+    _refuse_missing(sorted(classes), present)
+    return parts
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
@@ -207,7 +249,9 @@ def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
         expected = f"expected 2 to {len(found)}, the classes of the data set"
         refuse(not 2 <= wanted <= len(found), f"num_classes is {wanted}, {expected}")
         return found[:wanted]
-    classes = found if wanted is None else sorted(wanted)
+    classes = found
+    if wanted is not None:
+        classes = sorted(unicodedata.normalize("NFC", name) for name in wanted)
     refuse(len(set(classes)) < len(classes), "num_classes names a class twice")
     for name in classes:
         refuse(name not in found, f"num_classes names '{name}', which is not a class of the data set")
@@ -252,13 +296,20 @@ def _draw(keys: list[str], fraction: float, salt: str, grows: bool) -> list[str]
 
 
 def _refuse_missing(classes: list[str], present: dict[str, set[str]]) -> None:
-    for name in SPLITS:
-        if missing := set(classes) - present.get(name, set()):
-            raise ValueError(f"class '{min(missing)}' has no image left for {name}: more images a class are needed")
+    for split in SPLITS:
+        missing = [name for name in classes if name not in present.get(split, set())]
+        if missing:
+            which = "class" if len(missing) == 1 else f"{len(missing)} classes:"
+            verb = "has" if len(missing) == 1 else "have"
+            raise ValueError(
+                f"{which} {named(missing)} {verb} no image left for {split}:"
+                f" every class needs images in each split"
+            )
 
 
 def _data(folder: Path, image_size: int, pack: object, **settings: Any) -> ImageData:
-    parts = {name: Packed(folder, rows, image_size) for name, rows in read_manifest(folder).groupby("split")}
+    rows_of = read_manifest(folder).groupby("split")
+    parts = {name: Packed(folder, rows, image_size) for name, rows in rows_of}
     return ImageData(**settings, **parts)
 
 

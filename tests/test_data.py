@@ -1,7 +1,9 @@
 """Data sets, their splits, every sentence that refuses one, and batches against a naive loop."""
 
 import hashlib
+import http.client
 import os
+import shutil
 import unicodedata
 from collections import Counter
 
@@ -14,9 +16,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchvision.io import write_jpeg, write_png
 
-from densenas.data import Split, _assign, load, prepare
+from densenas.data import Split, _assign, listing, load, prepare
 from densenas.pack import Item, read_manifest
 from densenas.run import Run
+from densenas.sources import IMAGENETTE
 
 FIELDS = ("images", "labels")
 DIGITS_DIGEST = "4fb44bfb3fb135f8dd1abb10044b772f39e6366126ad33c1e67696d725825d1f"
@@ -110,6 +113,56 @@ def test_prepared_data_loads_back(digits, digits_run):
 def test_loading_before_preparing_names_the_stage(run):
     with refused(FileNotFoundError, r"run 'made-up' has no data\.json yet: run 01-data first"):
         load(run)
+
+
+DAMAGE = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "no object": lambda text: "[1]",
+    "a field less": lambda text: text.replace('"digest"', '"manifest"'),
+    "a field more": lambda text: text.replace("{", '{"more": 1,', 1),
+    "a field of another kind": lambda text: text.replace('"digits"', "7"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_data_json_is_one_sentence_and_heals(damage, run):
+    digest = prepare(run, num_classes=2, image_size=8).digest
+    path = run.work / "data.json"
+    path.write_text(DAMAGE[damage](path.read_text()))
+    with refused(ValueError, r"data\.json is damaged: run 01-data of run 'made-up' again"):
+        load(run)
+    prepare(run, num_classes=2, image_size=8)
+    assert load(run).digest == digest
+
+
+def test_a_pack_that_is_not_the_one_described(run):
+    prepare(run, num_classes=2, image_size=8)
+    before = (run.work / "data.json").read_text()
+    prepare(run, num_classes=2, image_size=8, seed=1)
+    (run.work / "data.json").write_text(before)  # as if killed between pack and data.json
+    with refused(ValueError, r"the pack '.*data' is not the one that .*data\.json describes: run 01-data"):
+        load(run)
+    (run.work / "data/manifest.csv").unlink()
+    with refused(FileNotFoundError, r"run 'made-up' has no manifest\.csv yet: run 01-data first"):
+        load(run)
+
+
+def prepared_elsewhere(root, results):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densenas.run.ROOT", root)
+        results.put(prepare(Run("made-up"), num_classes=2, image_size=8).digest)
+
+
+def test_two_preparations_at_once(root, processes):
+    results = processes.Queue()
+    both = [processes.Process(target=prepared_elsewhere, args=(root, results)) for _ in range(2)]
+    for process in both:
+        process.start()
+    digests = {results.get(timeout=120) for _ in both}
+    for process in both:
+        process.join()
+    assert digests == {load(Run("made-up")).digest}
 
 
 @pytest.mark.parametrize(("wanted", "classes"), [(3, ["0", "1", "2"]), (["7", "1"], ["1", "7"])])
@@ -249,11 +302,14 @@ def test_what_is_passed_over_is_said(run, tmp_path, capsys):
     fill(tmp_path / "set/red", 9, RED)
     fill(tmp_path / "set/green", 9, GREEN)
     fill(tmp_path / "set/.hidden", 9, GREEN)
-    for place in ("list.txt", "stray.png", "red/scan.tiff", "red/Thumbs.db", "red/._00.png"):
+    for place in ("list.txt", "stray.png", "red/scan.pdf", "red/Thumbs.db", "red/._00.png"):
         (tmp_path / "set" / place).write_bytes(b"")
     data = prepare(run, "folder", str(tmp_path / "set"), image_size=16)
     assert data.classes == ["green", "red"] and sum(map(len, data.splits.values())) == 18
-    assert "in no class folder: 1 × .db, 1 × .png, 1 × .tiff, 1 × .txt\n" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f"source '{tmp_path / 'set'}': left out, as no images in a class folder: 1 × .db, ")
+    for part in ("1 × .hidden/", "1 × .pdf", "1 × .png", "1 × .txt", "1 × hidden file"):
+        assert part in said
 
 
 def test_jpeg_grey_and_oblong_images(run, tmp_path):
@@ -284,14 +340,27 @@ def test_oblong_images_are_cropped_around_the_centre(run, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "pattern"),
     [
-        ({"dataset": "mnist"}, r"unknown data set 'mnist', known are digits, cifar10"),
+        ({"dataset": "mnist"}, r"dataset is 'mnist', expected one of digits, cifar10"),
         ({"val_fraction": 0}, r"val_fraction is 0, expected a share between 0 and 1"),
         ({"val_fraction": 1.0}, r"val_fraction is 1\.0, expected a share between 0 and 1"),
         ({"val_fraction": float("nan")}, r"val_fraction is nan, expected a share between 0 and 1"),
-        ({"pack": "copies"}, r"pack is 'copies', expected 'original' or a shorter side of at least 32 pixels"),
-        ({"pack": 24}, r"pack is 24, expected 'original' or a shorter side of at least 32 pixels"),
-        ({"augment": "mixup"}, r"unknown augment 'mixup', known are weak, random_sized, rand_scale"),
-        ({"image_size": 7}, r"image_size is 7 pixels, at least 8"),
+        ({"pack": "copies"}, r"pack is 'copies', expected 'original' or a shorter side of at least image_size"),
+        ({"pack": True}, r"pack is True, expected 'original' or a shorter side"),
+        ({"pack": 24}, r"pack is 24, expected 'original' or a shorter side of at least image_size pixels, here 32"),
+        ({"val_fraction": "0.2"}, r"val_fraction is '0\.2', expected a share between 0 and 1"),
+        ({"augment": "mixup"}, r"augment is 'mixup', expected one of weak, random_sized, rand_scale"),
+        ({"image_size": 7}, r"image_size is 7, expected a whole number of at least 8 pixels"),
+        ({"image_size": "32"}, r"image_size is '32', expected a whole number"),
+        ({"quality": 0}, r"quality is 0, expected a whole number from 1 to 100"),
+        ({"skip_broken": "false"}, r"skip_broken is 'false', expected True or False"),
+        ({"skip_broken": 0}, r"skip_broken is 0, expected True or False"),
+        ({"seed": 1e2}, r"seed is 100\.0, expected a whole number of at least 0"),
+        ({"seed": -1}, r"seed is -1, expected"),
+        ({"seed": True}, r"seed is True, expected"),
+        ({"source": 7}, r"source is 7, expected the path of a folder as text"),
+        ({"num_classes": True}, r"num_classes is True, expected a number of classes or a list"),
+        ({"num_classes": "3"}, r"num_classes is '3', expected"),
+        ({"num_classes": [1, 7]}, r"num_classes is \[1, 7\], expected .* a list of their names"),
         ({"num_classes": 1}, r"num_classes is 1, .*2"),
         ({"num_classes": 11}, r"num_classes is 11, .*10"),
         ({"num_classes": ["1", "eleven"]}, r"num_classes names 'eleven', which is not a class"),
@@ -300,6 +369,7 @@ def test_oblong_images_are_cropped_around_the_centre(run, tmp_path):
         ({"num_classes": ["1", "1"]}, r"at least 2|twice"),
         ({"num_classes": ["1", "1", "2"]}, r"twice"),
         ({"dataset": "folder"}, r"data set 'folder' needs source"),
+        ({"dataset": "folder", "source": ""}, r"data set 'folder' needs source"),
     ],
 )
 def test_refused_settings(settings, pattern, run):
@@ -340,7 +410,7 @@ def test_class_that_only_one_split_has(place, split, run, tmp_path):
         fill(tmp_path / "set" / name / "red", 9, RED)
         fill(tmp_path / "set" / name / "green", 9, GREEN)
     fill(tmp_path / "set" / place / "blue", 9, colour(0, 0, 255))
-    with refused(ValueError, rf"class 'blue' has no image left for {split}"):
+    with refused(ValueError, rf"class 'blue' has no image left for {split}: every class needs images in each split"):
         prepare(run, "folder", str(tmp_path / "set"))
 
 
@@ -350,6 +420,21 @@ def test_too_few_images_of_a_class(count, run, tmp_path):
     fill(tmp_path / "set/green", count, GREEN)
     with refused(ValueError, r"class 'green' has no image left for (test|val)"):
         prepare(run, "folder", str(tmp_path / "set"))
+
+
+def test_what_would_be_packed_is_known_beforehand(run, tmp_path):
+    fill(tmp_path / "set/red", 9, RED)
+    fill(tmp_path / "set/green", 9, GREEN)
+    source = str(tmp_path / "set")
+    parts = listing("folder", source, None, 0.3, 5)
+    prepare(run, "folder", source, val_fraction=0.3, image_size=16, seed=5)
+    for split, part in parts.items():
+        assert {item.key for item in part} == keys(run, split)
+    for path in (tmp_path / "set").glob("*/*.png"):
+        path.write_bytes(b"")
+    assert listing("folder", source, None, 0.3, 5) == parts
+    with refused(ValueError, r"num_classes names 'blue'"):
+        listing("folder", source, ["blue", "red"], 0.3, 5)
 
 
 class FakeCifar:
@@ -377,6 +462,7 @@ def test_torchvision_sets_keep_their_own_test_split(dataset, name, fake, run, mo
     monkeypatch.setattr(torchvision.datasets, name, fake)
     data = prepare(run, dataset, "unused", image_size=28)
     assert data.classes == ["ant", "cat", "dog"]
+    assert sum(map(len, listing(dataset, "unused", None, 0.2, 0, download=False).values())) == 36
     assert sorted(data.test.images[:, 0, 9, 9].tolist()) == [*range(100, 106)]
     assert sorted(whole(data).images[:, 0, 9, 9].tolist()) == [*range(30)]
     for split in data.splits.values():
@@ -384,14 +470,52 @@ def test_torchvision_sets_keep_their_own_test_split(dataset, name, fake, run, mo
         assert torch.equal(split.labels, torch.tensor([1, 0, 2])[published])
 
 
-@pytest.mark.parametrize("problem", [RuntimeError("Dataset not found.\nTry again"), OSError("no network")])
-def test_torchvision_set_that_cannot_be_had(problem, run, monkeypatch):
+PROBLEMS = [
+    RuntimeError("Dataset not found.\nTry again"),
+    OSError("no network"),
+    PermissionError(13, "Permission denied"),
+    EOFError(),
+    http.client.IncompleteRead(b"half"),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: type(problem).__name__)
+@pytest.mark.parametrize(
+    ("dataset", "name"), [("cifar10", "CIFAR10"), ("fashion_mnist", "FashionMNIST"), ("imagenette", "Imagenette")]
+)
+def test_torchvision_set_that_cannot_be_had(dataset, name, problem, run, monkeypatch):
     def fail(*_, **__):
         raise problem
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    with refused(FileNotFoundError, r"cifar10 is not in 'here' and could not be downloaded \((Dataset not|no network)"):
-        prepare(run, "cifar10", "here")
+    monkeypatch.setattr(torchvision.datasets, name, fail)
+    reason = r"\((Dataset not|no network|.*Permission denied|EOFError|IncompleteRead)"
+    with refused(FileNotFoundError, rf"{dataset} is not in 'here' and could not be downloaded {reason}"):
+        prepare(run, dataset, "here")
+    assert listing(dataset, "here", None, 0.2, 0, download=False) is None
+
+
+def test_a_damaged_fashion_mnist(run, tmp_path):
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{part}-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
+    with refused(FileNotFoundError, r"fashion_mnist is not in .* delete what is only half there"):
+        prepare(run, "fashion_mnist", str(tmp_path))
+
+
+def test_downloads_go_to_the_root_of_all_runs(run, root, monkeypatch):
+    places = set()
+
+    def watched(place, train, download):
+        places.add(place)
+        return FakeCifar(place, train, download)
+
+    (root / "notebooks").mkdir()
+    monkeypatch.chdir(root / "notebooks")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", watched)
+    prepare(run, "cifar10", image_size=8)
+    assert places == {root / "runs/downloads/cifar10"}
+    assert not list((root / "notebooks").iterdir())
 
 
 @pytest.mark.parametrize("place", ["made-up/runs/made-up/data/set", "."])
@@ -413,10 +537,45 @@ def test_a_loop_of_links_is_not_followed(run, tmp_path):
     assert data.classes == ["green", "red"] and sum(map(len, data.splits.values())) == 18
 
 
+def imagenette(folder, classes):
+    for name in classes:
+        fill(folder / "train" / name, 10, RED)
+        fill(folder / "val" / name, 4, GREEN, first=100)
+
+
 def test_imagenet_is_known_by_its_folders(run, tmp_path):
-    for name, picture in (("n01440764", RED), ("n03028079", GREEN)):
-        fill(tmp_path / "imagenette2-320/train" / name, 10, picture)
-        fill(tmp_path / "imagenette2-320/val" / name, 4, picture, first=100)
-    data = prepare(run, "imagenette", str(tmp_path), image_size=16)
+    imagenette(tmp_path / "imagenette2-320", IMAGENETTE)
+    data = prepare(run, "imagenette", str(tmp_path), num_classes=2, image_size=16)
     assert data.mean == [0.485, 0.456, 0.406] and data.std == [0.229, 0.224, 0.225]
     assert sorted(blues(data.test)) == sorted([*range(100, 104)] * 2)
+
+
+def test_half_an_imagenette(run, tmp_path):
+    names = sorted(IMAGENETTE)
+    imagenette(tmp_path / "imagenette2-320", names[:4])
+    with refused(ValueError, rf"imagenette in '.*' is incomplete, train lacks '{names[4]}', .*'{names[9]}': delete"):
+        prepare(run, "imagenette", str(tmp_path))
+    imagenette(tmp_path / "imagenette2-320", names)
+    shutil.rmtree(tmp_path / "imagenette2-320/val")
+    with refused(ValueError, rf"imagenette in '.*' is incomplete, val lacks '{names[0]}', "):
+        prepare(run, "imagenette", str(tmp_path))
+
+
+def test_a_download_that_broke_off_while_unpacking_begins_anew(run, tmp_path, monkeypatch):
+    names = sorted(IMAGENETTE)
+
+    def half(place, **_):
+        imagenette(place / "imagenette2-320", names[:4])
+        raise OSError("No space left on device")
+
+    def whole(place, **_):
+        imagenette(place / "imagenette2-320", names[5:])
+        imagenette(place / "imagenette2-320", names[:5])
+
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", half)
+    with refused(FileNotFoundError, r"imagenette is not in .* \(No space left on device\)"):
+        prepare(run, "imagenette", str(tmp_path))
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", whole)
+    assert len(prepare(run, "imagenette", str(tmp_path), image_size=16).classes) == 10
+    assert [path.name for path in tmp_path.glob("*2-320")] == ["imagenette2-320"]
+    assert not (tmp_path / "unpacking").exists()

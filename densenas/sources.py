@@ -1,0 +1,141 @@
+"""Sources: a data set's images as items, from this repository, torchvision, or class folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torchvision import datasets
+
+from densenas.config import DATA
+from densenas.folders import named, read_folder
+from densenas.pack import Item
+from densenas.run import Run
+
+IMAGENETTE = {
+    "n01440764",
+    "n02102040",
+    "n02979186",
+    "n03000684",
+    "n03028079",
+    "n03394916",
+    "n03417042",
+    "n03425413",
+    "n03445777",
+    "n03888257",
+}
+
+
+def read_source(
+    dataset: str, source: str | None, download: bool = True
+) -> tuple[list[Item], list[str]] | None:
+    """The items of a data set, and notes for the user on how it was read; no image file is opened.
+
+    None where the set would have to be downloaded first and must not be. Raises ValueError or
+    FileNotFoundError with one sentence where it cannot be had, or what its folders hold is unclear.
+    """
+    if dataset == "digits":
+        return _digits(), []
+    if dataset == "folder":
+        if not source:
+            raise ValueError(
+                "data set 'folder' needs source, the folder that holds the class folders"
+            )
+        return read_folder(root_of(source))
+    root = root_of(source) if source else Run("downloads").work / dataset
+    if dataset == "imagenette":
+        return _imagenette(root, download)
+    items = _published(dataset, root, download)
+    return None if items is None else (items, [])
+
+
+def root_of(source: str) -> Path:
+    """The folder that source means; a relative one lies in the working directory."""
+    return Path(os.path.expanduser(source))
+
+
+def _digits() -> list[Item]:
+    """Scikit-learn's digits: 64 grey values from 0 to 16 and the digit on each line, then 32×32."""
+    rows = torch.tensor(pd.read_csv(DATA / "digits.csv.gz", header=None).to_numpy())
+    pixels = (rows[:, :64].reshape(-1, 1, 8, 8) * 255 // 16).to(torch.uint8)
+    # Integer arithmetic only (each pixel becomes a 4×4 square): the same bytes on every machine.
+    pixels = pixels.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    labels = [str(digit) for digit in rows[:, 64].tolist()]
+    return [Item(f"{k:04d}", labels[k], None, pixels[k]) for k in range(len(labels))]
+
+
+def _published(dataset: str, root: Path, download: bool) -> list[Item] | None:
+    """CIFAR-10 or Fashion-MNIST out of `root`, downloaded into it where missing or damaged."""
+    try:
+        return _arrays(dataset, root, download=False)
+    # What a damaged file raises depends on where it is cut; downloading again may mend it.
+    except Exception:
+        if not download:
+            return None
+    try:
+        # Two processes must not download into each other's files.
+        with Run("downloads").alone():
+            return _arrays(dataset, root, download=True)
+    # Network, disk, archive and pickle have an error each.
+    except Exception as error:
+        raise _absent(dataset, root, error) from None
+
+
+def _arrays(dataset: str, root: Path, download: bool) -> list[Item]:
+    kind = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST}[dataset]
+    items = []
+    for name in ("train", "test"):
+        part = kind(root, train=name == "train", download=download)
+        arrays = torch.as_tensor(part.data)
+        arrays = arrays.movedim(3, 1) if arrays.ndim == 4 else arrays[:, None]
+        for index, (label, array) in enumerate(zip(part.targets, arrays, strict=True)):
+            items.append(Item(f"{name}/{index:05d}", part.classes[label], name, array))
+    return items
+
+
+def _imagenette(root: Path, download: bool) -> tuple[list[Item], list[str]] | None:
+    """Imagenette in ImageNet's layout out of `root`, downloaded into it where it is missing."""
+    folder = root / "imagenette2-320"
+    if not folder.is_dir():
+        if not download:
+            return None
+        _download_imagenette(folder)
+    items, notes = read_folder(folder)
+    tested = {item.label for item in items if item.part == "test"}
+    trained = {item.label for item in items if item.part != "test"}
+    for split, classes in (("train", trained), ("val", tested)):
+        missing = sorted(IMAGENETTE - classes)
+        if missing:
+            raise ValueError(
+                f"imagenette in '{folder}' is incomplete, {split} lacks {named(missing)}:"
+                f" delete the folder, and the whole set will be downloaded"
+            )
+    return items, notes
+
+
+def _download_imagenette(folder: Path) -> None:
+    unpacking = folder.parent / "unpacking"
+    try:
+        with Run("downloads").alone():
+            if folder.is_dir():
+                return
+            # torchvision takes half a folder for the set, so it gets its name when it is whole.
+            shutil.rmtree(unpacking / folder.name, ignore_errors=True)
+            datasets.Imagenette(unpacking, size="320px", download=True)
+            (unpacking / folder.name).rename(folder)
+            shutil.rmtree(unpacking)
+    # Network, disk and archive have an error each.
+    except Exception as error:
+        raise _absent("imagenette", folder.parent, error) from None
+
+
+def _absent(dataset: str, root: Path, error: Exception) -> FileNotFoundError:
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    return FileNotFoundError(
+        f"{dataset} is not in '{root}' and could not be downloaded ({reason});"
+        f" put it there or set source, and delete what is only half there"
+    )
