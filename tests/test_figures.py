@@ -1,10 +1,14 @@
 """Figures of the largest space and of the smallest: they are drawn without a warning, and nothing is cut off."""
 
+from xml.etree import ElementTree
+
+import pandas as pd
 import pytest
 import torch
 from helpers import make_space
+from matplotlib.text import Text
 
-from densenas import CostTable, SearchSpace, figures
+from densenas import Architecture, CostTable, SearchSpace, figures
 from densenas.derivation import Lattice
 from densenas.explore import undecided
 
@@ -42,5 +46,53 @@ def drawn(space):
 def test_figures_fit_their_canvas(name):
     for figure in drawn(SPACES[name]):
         figure.draw_without_rendering()
+        assert not [text for text in figure.findobj(Text) if "$" in text.get_text()]  # of a formatter
         box, size = figure.get_tightbbox(), figure.get_size_inches()  # in inches
         assert box.x0 > -0.05 and box.y0 > -0.05 and (box.max < size + 0.05).all(), (box, size)
+
+
+NAMES = ["$x^2$", "a $ b", r"$\nothing$", "_hidden", "{brace}", "100%", "猫と犬", "🐱", "العربية", "<b>&"]
+LONG = [f"a name of very many words that only ends in {number}" for number in (1, 2)]
+
+
+def named(names):
+    """Every figure in which names from outside are written, and the names that each shows."""
+    count = len(names)
+    numbers = [[9] * count] * count
+    network = Architecture.named("DenseNAS-A")
+    points = pd.DataFrame({"name": names, "group": "DenseNAS", "cost": range(1, count + 1), "top1": 50.0})
+    yield figures.class_counts({"train": [9] * count}, names), names
+    yield figures.confusion(numbers, names), names[:: -(-count // 20)]
+    yield figures.image_grid(torch.rand(count, 3, 8, 8), names), names
+    yield figures.accuracy_against_cost(points, "$ per hour"), [*names, "$ per hour"]
+    yield figures.architectures(dict.fromkeys(names, network)), []
+    yield figures.shapes({name: [network] for name in names[:8]}), [f"{name} (n = 1)" for name in names[:8]]
+
+
+def texts(figure, path):
+    """What a reader of the SVG finds, and whoever looks at the PNG."""
+    figure.savefig(path.with_suffix(".svg"))
+    figure.savefig(path.with_suffix(".png"))
+    return [node.text for node in ElementTree.parse(path.with_suffix(".svg")).iter() if node.tag.endswith("text")]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+def test_names_are_written_as_they_are(tmp_path):
+    for figure, names in named(NAMES):
+        found = texts(figure, tmp_path / "figure")
+        assert not [name for name in names if name not in found]
+
+
+def test_long_names_stay_apart(tmp_path):
+    for figure in (figures.class_counts({"train": [1, 2]}, LONG), figures.confusion([[1, 2], [3, 4]], LONG)):
+        assert {"a name o…ds in 1", "a name o…ds in 2"} <= {*texts(figure, tmp_path / "figure")}
+
+
+def test_a_thousand_classes(tmp_path):
+    names = [f"$class {number}$" for number in range(1000)]
+    found = texts(figures.confusion([[0, 2] * 500] * 1000, names), tmp_path / "confusion")
+    assert {name for name in names if name in found} == {*names[::50]}
+    assert "2" in found  # at the colour bar, and no formula
+    assert not [text for text in found if "math" in text]
+    found = texts(figures.class_counts({"train": [*range(1000)]}, names), tmp_path / "counts")
+    assert not [text for text in found if "$" in text]

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path
+from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
@@ -22,7 +23,10 @@ MANY = 20  # classes, beyond which they are neither all named nor numbered
 
 
 def _short_names(names: Sequence[str], longest: int = 16) -> list[str]:
-    return [name if len(name) <= longest else name[: longest - 1] + "…" for name in names]
+    """Names of at most so many characters, cut in the middle: many differ only at their end."""
+    end = (longest - 1) // 2
+    begin = longest - 1 - end
+    return [name if len(name) <= longest else f"{name[:begin]}…{name[-end:]}" for name in names]
 
 
 def _legend_above(axes: Axes) -> None:
@@ -237,7 +241,10 @@ def confusion(matrix: list[list[int]], classes: list[str]) -> Figure:
     right.set(xlabel="accuracy (%)", xlim=(0, 100), ylim=(len(classes), 0), yticks=[])
     right.set_title(f"mean {np.nanmean(accuracy):.1f} %", weight="normal")
     if many:
-        figure.colorbar(mesh, ax=right, label="images", format="{x:g}").outline.set_visible(False)
+        ticks = LogLocator(subs=(1, 2, 5))
+        bar = figure.colorbar(mesh, ax=right, label="images", format="{x:g}", ticks=ticks)
+        bar.minorticks_off()  # their labels would be formulas
+        bar.outline.set_visible(False)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +30,11 @@ lines = {"axes.linewidth": 0.8, "grid.linewidth": 0.6, "lines.linewidth": 1.6, "
 fonts = {"font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}  # the first comes with matplotlib
 files = {"svg.fonttype": "none", "svg.hashsalt": "densenas", "figure.dpi": 100}
 rc = {"legend.frameon": False, "legend.columnspacing": 1.4, "axes.titleweight": "bold"}
+rc |= {"text.parse_math": False}  # names come from outside, a $ in them begins no formula
 rc |= sizes | lines | fonts | files
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind", rc=rc)
+# A name in a script that the font lacks shows boxes in a PNG; the SVG holds it as text.
+warnings.filterwarnings("ignore", "Glyph .* missing from font")
 
 
 def canvas(
