@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from collections import defaultdict
@@ -103,7 +104,7 @@ def prepare(
     _refuse_settings(settings)
     folder = run.work / "data"
     if dataset == "folder" and source:
-        _refuse_nesting(source, folder)
+        _refuse_nesting(root_of(source), folder)
     items, notes = read_source(dataset, source)
     if notes:
         print(f"source '{source or dataset}': {'; '.join(notes)}")
@@ -213,8 +214,10 @@ def _refuse_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"pack is {pack}, expected {EXPECTED['pack']}, here {size}")
 
 
-def _refuse_nesting(source: str, folder: Path) -> None:
-    outer, inner = root_of(source).resolve(), folder.resolve()
+def _refuse_nesting(source: Path, folder: Path) -> None:
+    if not os.path.isdir(source):
+        return  # which reading it will say
+    outer, inner = source.resolve(), folder.resolve()
     if outer in inner.parents or inner in (outer, *outer.parents):
         raise ValueError(
             f"source '{source}' and the pack '{folder}' lie in one another, move one of them"

@@ -64,8 +64,8 @@ def read_folder(root: Path) -> tuple[list[Item], list[str]]:
     ValueError or FileNotFoundError with one sentence where splits, classes or names are unclear,
     or a folder cannot be read.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"source '{root}' is not a folder")
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"source '{shown(str(root))}' is not a folder")
     walk = Walk(root)
     top = Folder(str(root), os.path.realpath(root))
     walk.enter(top)

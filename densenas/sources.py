@@ -99,7 +99,7 @@ def _arrays(dataset: str, root: Path, download: bool) -> list[Item]:
 def _imagenette(root: Path, download: bool) -> tuple[list[Item], list[str]] | None:
     """Imagenette in ImageNet's layout out of `root`, downloaded into it where it is missing."""
     folder = root / "imagenette2-320"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if not download:
             return None
         _download_imagenette(folder)

@@ -377,9 +377,12 @@ def test_refused_settings(settings, pattern, run):
         prepare(run, **settings)
 
 
-def test_source_that_is_no_folder(run, tmp_path):
-    with refused(FileNotFoundError, r"source '.*nowhere' is not a folder"):
-        prepare(run, "folder", str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("name", ["nowhere", "a file", "loop", "nul\0", "n" * 300, "two\nlines"])
+def test_source_that_is_no_folder(name, run, tmp_path):
+    (tmp_path / "a file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with refused(FileNotFoundError, r"source '.*/(nowhere|a file|loop|nul|n{300}|two).*' is not a folder"):
+        prepare(run, "folder", str(tmp_path / name))
 
 
 @pytest.mark.parametrize("below", ["", "train", "class"])

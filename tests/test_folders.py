@@ -86,7 +86,7 @@ def test_two_folders_that_mean_one_split(twins, source):
 )
 def test_classes_that_are_called_like_splits(folders, source):
     touch(source, *folders)
-    with refused(ValueError, r"'(test|train|val|Val|seg_|train_set).*' in '.*' would be a class, but looks like a split"):
+    with refused(ValueError, r"'(test|train|val|Val|seg_).*' in '.*' would be a class, but looks like a split"):
         read_folder(source)
 
 
@@ -137,7 +137,7 @@ def test_class_folders_without_an_image(source):
 def test_links_between_the_folders_of_a_source(source):
     touch(source, *splits("train"))
     (source / "test").symlink_to("train")
-    with refused(ValueError, r"'.*set/train' and '.*set/test' are one and the same folder: its images would count twice"):
+    with refused(ValueError, r"'.*set/train' and '.*set/test' are one and the same folder: its images would count"):
         read_folder(source)
     (source / "test").unlink()
     (source / "train/kitty").symlink_to("cat")
@@ -201,7 +201,7 @@ def test_one_name_in_two_spellings(source):
 
 def test_one_class_in_two_spellings(source):
     touch(source, "dog", *spelled("bébé"))
-    with refused(ValueError, r"the class folders 'be\\u0301be\\u0301' and 'b\\xe9b\\xe9' .* are one name in two Unicode"):
+    with refused(ValueError, r"class folders 'be\\u0301be\\u0301' and 'b\\xe9b\\xe9' .* are one name in two Unicode"):
         read_folder(source)
 
 
