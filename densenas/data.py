@@ -160,7 +160,7 @@ def load(run: Run) -> ImageData:
     try:
         kept = _Kept.model_validate(content)
     except ValidationError:
-        raise ValueError(f"{path} is damaged: {remedy}") from None
+        raise ValueError(f"{path} is damaged or of another version: {remedy}") from None
     if _hash(run.need(folder / "manifest.csv", "01-data")) != kept.manifest:
         raise ValueError(f"the pack '{folder}' is not the one that {path} describes: {remedy}")
     return _data(folder, **kept.model_dump(exclude={"manifest"}))
