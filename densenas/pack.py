@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import stat
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -31,7 +31,7 @@ from densenas.config import atomic, write_text
 from densenas.decoding import ELONGATION, decode, middle
 from densenas.run import progress
 from densenas.store import (
-    MEND, SUMS, commit, environment, forget, intact_files, name_of, open_lmdb, read_sums,
+    MEND, SUMS, commit, environment, intact_files, name_of, open_lmdb, read_sums,
     reason_of, resume, sha256,
 )  # fmt: skip
 
@@ -143,6 +143,9 @@ def _write(
 ) -> None:
     rows = [(split, item.label, item.key) for split, items in splits.items() for item in items]
     origins = {item.key: encoder.origin(item) for items in splits.values() for item in items}
+    if len(origins) < len(rows):
+        twice = Counter(key for _, _, key in rows).most_common(1)[0][0]
+        raise ValueError(f"two images have the same name '{twice}'")
     plan = hashlib.sha256(json.dumps([rows, [*origins.values()]]).encode()).hexdigest()
     names = {f"{split}.lmdb" for split in splits}
     former = folder.with_name(folder.name + ".former")
@@ -178,7 +181,6 @@ def _write(
     if folder.exists():
         folder.rename(former)
     partial.rename(folder)
-    forget()
     shutil.rmtree(former, ignore_errors=True)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
 import lmdb
 
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
+OPENED = 12  # LMDBs that stay open
 MEND = "run 01-data again, it packs anew what is missing"
 
 
@@ -57,15 +57,11 @@ def open_lmdb(path: Path, readonly: bool = True) -> lmdb.Environment:
     # Nobody writes to a finished pack, so it needs no lock and may lie on a read-only medium.
     options = {"subdir": False, "lock": False, "readahead": False}
     env = lmdb.open(str(path), readonly=readonly, map_size=1 << 26, **options)
-    if path.stat().st_size < _extent(env):
+    extent = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    if path.stat().st_size < extent:
         env.close()
         raise lmdb.CorruptedError("is cut short")
     return env
-
-
-def _extent(env: lmdb.Environment) -> int:
-    """Bytes of the file up to the last page in use."""
-    return (env.info()["last_pgno"] + 1) * env.stat()["psize"]
 
 
 def resume(path: Path, origins: dict[bytes, bytes]) -> tuple[lmdb.Environment, set[bytes]]:
@@ -106,32 +102,29 @@ def commit(
             env.set_mapsize(2 * env.info()["map_size"])
 
 
-@lru_cache(maxsize=12)
-def _open_once(path: Path, inode: int) -> tuple[lmdb.Environment, int]:
-    env = open_lmdb(path)
-    return env, _extent(env)
-
-
+# The version (inode, size, time) of each file that is open, and its LMDB.
+_OPENED: dict[Path, tuple[tuple[int, int, int], lmdb.Environment]] = {}
 _OPENING = Lock()
-os.register_at_fork(after_in_child=_open_once.cache_clear)  # a child must not use its parent's
+os.register_at_fork(after_in_child=_OPENED.clear)  # a child must not use its parent's
 
 
 def environment(path: Path) -> lmdb.Environment:
     """Opened on first use and once in each process: LMDB refuses a second time.
 
-    Raises ValueError with one sentence where the file is not there or damaged.
+    Raises ValueError with one sentence where the file is not there or damaged, also since then.
     """
     try:
         with _OPENING:
             status = path.stat()
-            env, extent = _open_once(path, status.st_ino)
-        if status.st_size < extent:
-            raise lmdb.CorruptedError("is cut short")  # since it was opened
+            version = status.st_ino, status.st_size, status.st_mtime_ns
+            opened = _OPENED.pop(path, None)
+            env = opened[1] if opened and opened[0] == version else None
+            del opened  # closed before it is opened anew
+            if env is None:
+                env = open_lmdb(path)
+            _OPENED[path] = version, env
+            if len(_OPENED) > OPENED:
+                del _OPENED[next(iter(_OPENED))]  # used longest ago
     except (OSError, lmdb.Error) as error:
         raise ValueError(f"'{path}' cannot be read ({reason_of(error)}): {MEND}") from None
     return env
-
-
-def forget() -> None:
-    """Closes what is open: a removed file keeps its place on the disk until then."""
-    _open_once.cache_clear()
