@@ -132,7 +132,10 @@ def write_pack(
     try:
         _write(folder, partial, splits, Encoder(shorter, quality), skip_broken)
     except (OSError, lmdb.Error) as error:
-        sentence = f"the pack '{folder}' cannot be written: {reason_of(error)}"
+        reason = reason_of(error)
+        if partial.is_dir() and shutil.disk_usage(partial).free < 1e6:
+            reason = "No space left on device"  # LMDB may call that an input/output error
+        sentence = f"the pack '{folder}' cannot be written: {reason}"
         if partial.is_dir():
             sentence += f"; what is packed stays in '{partial}', the same call goes on from there"
         raise ValueError(sentence) from None
