@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms import v2
 
 from densenas.config import refuse
+from densenas.decoding import middle
 from densenas.pack import CORES, Packed
 
 if TYPE_CHECKING:
@@ -40,12 +43,21 @@ def transform(augment: str | None, size: int) -> v2.Transform:
     """
     shorter = size * 8 // 7
     resize = v2.Resize(shorter, antialias=True)
+    resize_at_random = v2.RandomShortestSize(range(shorter, size * 15 // 7 + 1))
     return {
-        None: v2.Compose([resize, v2.CenterCrop(size)]),
-        "weak": v2.Compose([resize, v2.RandomCrop(size)]),
+        None: v2.Compose([middle, resize, v2.CenterCrop(size)]),
+        "weak": v2.Compose([middle, resize, v2.RandomCrop(size)]),
         "random_sized": RandomResizedCrop(size, scale=(0.08, 1.0)),
-        "rand_scale": v2.Compose([v2.RandomShortestSize(range(shorter, size * 15 // 7 + 1)), v2.RandomCrop(size)]),
+        "rand_scale": v2.Compose([middle, resize_at_random, v2.RandomCrop(size)]),
     }[augment]
+
+
+def free_shared_memory() -> int:
+    """Bytes that are left of what workers send their images through: 64 MB in a Docker container."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return sys.maxsize  # a system without that folder has no such limit
 
 
 def seed_of(*position: object) -> int:
@@ -118,8 +130,10 @@ class Batches:
         else:
             augment = None if seed is None else data.augment
             self.decoder = Decoded(parts, transform(augment, data.image_size), self.mirror and seed is not None)
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as torchrun says it
-            self.workers = max(1, CORES // here) if workers is None else workers
+            # processes on this machine, as torchrun says it
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            workers = max(1, CORES // here) if workers is None else workers
+            self.workers, self.piece = self._shares(workers, here)
         self.labels = labels
 
     def __len__(self) -> int:
@@ -149,13 +163,46 @@ class Batches:
             [(index, 0 if self.seed is None else seed_of(self.seed, epoch, index)) for index in mine[step].tolist()]
             for step in steps
         )
+        size = self.piece
+        pieces = (
+            request[at : at + size] for request in requests for at in range(0, len(request), size)
+        )
         loader = DataLoader(
-            self.decoder, batch_size=None, sampler=requests, num_workers=self.workers,
+            self.decoder, batch_size=None, sampler=pieces, num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # its draw for the workers must not come from the global one
         )  # fmt: skip
-        for step, images in zip(steps, loader, strict=True):
-            yield images.to(self.device, non_blocking=True), send(self.labels[mine[step]], self.device)
+        sent = iter(loader)
+        for step in steps:
+            count, side = len(mine[step]), self.decoder.size
+            images = torch.empty(
+                count, 3, side, side,
+                dtype=torch.uint8, device=self.device, memory_format=torch.channels_last,
+            )  # fmt: skip
+            for at in range(0, count, size):
+                try:
+                    images[at : at + size].copy_(next(sent), non_blocking=True)
+                except ValueError as error:  # from a worker with its whole traceback
+                    reason = str(error).splitlines()[-1].removeprefix("ValueError: ")
+                    raise ValueError(reason) from None
+            yield images, send(self.labels[mine[step]], self.device)
+
+    def _shares(self, wanted: int, here: int) -> tuple[int, int]:
+        """How many workers decode, and how many images each sends at once.
+
+        Each may have three pieces in shared memory: two made ahead, one that is being copied. All
+        together take at most a quarter of what is free: other splits and processes need some too.
+        """
+        free = free_shared_memory()
+        room = free // 4 // here // (3 * self.decoder.size**2)  # images
+        workers = min(wanted, room // 3)
+        if workers < wanted:
+            print(
+                f"/dev/shm has {free / 1e6:.1f} MB left: {workers} instead of {wanted} workers"
+                " decode, in a container more with --shm-size=8g"
+            )
+        share = self.batch_size // self.world
+        return workers, min(share, room // (3 * workers)) if workers else share
 
     def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shifts each image by up to an eighth of its side and, where classes allow, mirrors every other one.

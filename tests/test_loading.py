@@ -153,6 +153,27 @@ def test_workers_open_the_pack_themselves(method, packed):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(expected, loader, strict=True))
 
 
+def test_a_small_shared_memory_gives_the_same_batches(packed, monkeypatch, capsys):
+    """As a Docker container's 64 MB are for real batches; what a worker sends at once is as large as fits."""
+    images = 3 * 16**2
+    for free, workers, piece in ((4 * 8 * images, 2, 1), (4 * 13 * images, 2, 2), (4 * 5 * images, 1, 1), (0, 0, 8)):
+        monkeypatch.setattr("densenas.loading.free_shared_memory", lambda free=free: free)
+        loader = Batches(packed, "train", 8, CPU, seed=1, workers=2)
+        assert (loader.workers, loader.piece) == (workers, piece)
+        assert ("instead of 2 workers decode" in capsys.readouterr().out) == (workers < 2)
+        assert equal(loader.epoch(0), passed(packed, 8, seed=1, workers=0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_damaged_since_is_named_in_one_line(workers, packed, monkeypatch):
+    def damaged(encoded):
+        raise ValueError("is empty")
+
+    monkeypatch.setattr("densenas.pack.decode", damaged)
+    with refused(ValueError, r"image \d+ of '.*train\.lmdb' cannot be read \(is empty\): run 01-data again"):
+        passed(packed, 8, seed=1, workers=workers)
+
+
 def shifts(image, mirror):
     """Every picture that augmentation may make of one image, by moving it pixel by pixel over black."""
     size = image.shape[-1]

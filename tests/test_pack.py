@@ -1,4 +1,5 @@
-"""A pack holds every image or says which it does not: strange and broken files, kill -9, full and read-only disks."""
+"""A pack holds every image of its source or says which it does not: broken and changing files, kill -9, damage, full
+and read-only disks."""
 
 import os
 import random
@@ -11,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import refused
-from hypothesis import given
-from hypothesis import strategies as st
 from torchvision.io import decode_image, encode_jpeg, encode_png, write_jpeg, write_png
 
-from densenas.data import prepare
-from densenas.pack import Item, Packed, decode, read_manifest, verify, write_pack
+from densenas import pack as pack_module
+from densenas.data import load, prepare
+from densenas.pack import Item, Packed, fingerprint, read_manifest, verify, write_pack
 from densenas.run import Run
-
-Image = pytest.importorskip("PIL.Image")
 
 
 def noise(height, width, seed=0):
@@ -50,52 +48,6 @@ def content(folder):
         with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as reader:
             found[path.name] = [*reader.cursor()]
     return found
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK"])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_every_kind_of_image_becomes_rgb(kind, mode, tmp_path):
-    """As PIL shows it; JPEG and WebP lose a little."""
-    ramp = np.arange(0, 250, 10, dtype=np.uint8)[None].repeat(20, axis=0)
-    picture = Image.merge("RGB", [Image.fromarray(channel) for channel in (ramp, 250 - ramp, ramp // 2)]).convert(mode)
-    try:
-        picture.save(tmp_path / "x", kind)
-    except (OSError, ValueError):
-        pytest.skip(f"{kind} has no mode {mode}")
-    ours, theirs = decode((tmp_path / "x").read_bytes()), Image.open(tmp_path / "x").convert("RGB")
-    assert ours.dtype == torch.uint8
-    far = (ours.int() - torch.from_numpy(np.array(theirs)).movedim(2, 0).int()).abs().float()
-    assert far.mean() < 3 and (kind == "JPEG" or far.max() <= 16)
-
-
-@given(st.integers(0, 65535))
-def test_16_bits_become_8(value):
-    from io import BytesIO
-
-    file = BytesIO()
-    Image.fromarray(np.full((5, 7), value, dtype=np.uint16)).save(file, "PNG")
-    image = decode(file.getvalue())
-    assert image.dtype == torch.uint8 and image.shape == (3, 5, 7)
-    assert abs(image.unique().item() - value / 257) <= 1
-
-
-def test_a_photograph_stands_upright(tmp_path):
-    picture, exif = Image.new("RGB", (30, 10)), Image.Exif()
-    exif[0x112] = 6
-    picture.save(tmp_path / "x.jpg", exif=exif)
-    assert decode((tmp_path / "x.jpg").read_bytes()).shape == (3, 30, 10)
-
-
-def test_an_animation_is_its_first_picture(tmp_path):
-    frames = [Image.new("RGB", (20, 20), shade) for shade in ("red", "blue")]
-    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    assert decode((tmp_path / "x.gif").read_bytes())[:, 0, 0].tolist() == [255, 0, 0]
-
-
-@given(st.binary(max_size=60) | st.builds(lambda cut: jpeg()[:cut], st.integers(0, len(jpeg()) - 1)))
-def test_what_is_no_image_is_refused_in_one_line(encoded):
-    with refused(ValueError, "."):
-        decode(encoded)
 
 
 @pytest.mark.parametrize("pack", ["original", 32])
@@ -267,23 +219,73 @@ def test_verify_names_what_is_wrong(damage, tmp_path):
         verify(tmp_path / "pack")
 
 
-@pytest.mark.parametrize(
-    "problem", [lmdb.DiskError("mdb_txn_commit: No space left on device"), OSError(28, "No space")]
-)
-def test_a_full_disk_leaves_nothing_behind(problem, tmp_path, monkeypatch):
-    def fail(*_):
-        raise problem
+@pytest.fixture
+def read(monkeypatch):
+    """The keys of the images that are read from their source."""
+    keys, encoded = [], Item.encoded
+    monkeypatch.setattr(Item, "encoded", lambda item: keys.append(item.key) or encoded(item))
+    return keys
 
-    monkeypatch.setattr("densenas.pack._commit", fail)
-    with refused(ValueError, r"the pack '.*pack' cannot be written: No space"):
-        write_pack(tmp_path / "out/pack", {"train": items(fill(tmp_path / "set", 5))})
-    assert not [*(tmp_path / "out").iterdir()]
+
+FULL = [lmdb.DiskError("mdb_txn_commit: No space left on device"), OSError(28, "No space left")]
+
+
+def fill_the_disk(monkeypatch, error, after=0):
+    """From then on nothing more can be committed."""
+    commit, count = pack_module.commit, iter(range(after))
+
+    def full(*arguments):
+        if next(count, None) is None:
+            raise error
+        commit(*arguments)
+
+    monkeypatch.setattr(pack_module, "commit", full)
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_disk_keeps_what_is_packed(error, tmp_path, monkeypatch, read):
+    found = items(fill(tmp_path / "set", 20, "a"))
+    monkeypatch.setattr(pack_module, "CHUNK", 4)
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, error, after=3)
+        sentence = r"the pack '.*pack' cannot be written: No space left.*; what is packed stays in "
+        with refused(ValueError, sentence + r"'.*pack\.partial', the same call goes on from there"):
+            write_pack(tmp_path / "pack", {"train": found})
+    read.clear()
+    write_pack(tmp_path / "pack", {"train": found})
+    assert len(read) == 8 and verify(tmp_path / "pack") == 20
+
+
+def test_a_finished_pack_outlives_a_full_disk(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "set", 10, "a")
+    (folder / "a/000.jpg").write_bytes(b"broken")
+    write_pack(tmp_path / "pack", {"train": items(folder)}, skip_broken=True)
+    (folder / "a/000.jpg").write_bytes(jpeg(seed=9))
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, FULL[0])
+        with refused(ValueError, r"No space left"):
+            write_pack(tmp_path / "pack", {"train": items(folder)}, skip_broken=True)
+        assert verify(tmp_path / "pack") == 9
+    (folder / "a/001.jpg").write_bytes(b"broken")
+    with refused(ValueError, r"1 of 10 images cannot be read: 001\.jpg"):
+        write_pack(tmp_path / "pack", {"train": items(folder)})
+    assert verify(tmp_path / "pack") == 9
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, read):
+    found = items(fill(tmp_path / "set", 5, "a"))
+    write_pack(tmp_path / "pack", {"train": found})
+    (tmp_path / "pack").rename(tmp_path / "pack.former")
+    read.clear()
+    write_pack(tmp_path / "pack", {"train": found})
+    assert not read and verify(tmp_path / "pack") == 5
+    assert not (tmp_path / "pack.former").exists()
 
 
 def test_a_target_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with refused(ValueError, r"the pack '.*file/pack' cannot be written: (Not a directory|File exists)"):
-        write_pack(tmp_path / "file/pack", {"train": items(fill(tmp_path / "set", 5))})
+        write_pack(tmp_path / "file/pack", {"train": items(fill(tmp_path / "set", 5, "a"))})
 
 
 def test_a_pack_on_a_read_only_medium_is_read(run, tmp_path):
@@ -296,3 +298,201 @@ def test_a_pack_on_a_read_only_medium_is_read(run, tmp_path):
     assert packed.read(0).shape == (3, 24, 24) and len(packed.images) == len(packed)
     assert not [*copy.glob("*lock*")]
     assert Run(run.name).work == run.work
+
+
+def first_pixels(folder):
+    """By key, of every image in the pack."""
+    manifest = read_manifest(folder)
+    packed = Packed(folder, manifest, 8)
+    return {key: packed.read(index)[:, 0, 0].tolist() for index, key in enumerate(manifest["key"])}
+
+
+def colour(folder, shade, count=12):
+    """Files that differ in nothing but their path and pixels, also as `cp -p` and `tar` leave them."""
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        path = folder / f"{index:02d}.png"
+        write_png(torch.full((3, 8, 8), shade, dtype=torch.uint8), str(path))
+        os.utime(path, ns=(10**18, 10**18))
+    return [Item(path.name, "a", None, path) for path in sorted(folder.iterdir())]
+
+
+def test_another_source_with_the_same_names_is_another_pack(tmp_path, read):
+    first, second = colour(tmp_path / "A", 10), colour(tmp_path / "B", 20)
+    assert first[0].content.stat().st_size == second[0].content.stat().st_size
+    for source, shade in ((first, 10), (second, 20)):
+        write_pack(tmp_path / "pack", {"train": source})
+        assert {*map(tuple, first_pixels(tmp_path / "pack").values())} == {(shade,) * 3}
+    colour(tmp_path / "B", 30, count=3)
+    read.clear()
+    write_pack(tmp_path / "pack", {"train": second})
+    assert read == ["00.png", "01.png", "02.png"], "the others are as they were"
+    pixels = first_pixels(tmp_path / "pack")
+    assert [pixels[item.key][0] for item in second] == [30] * 3 + [20] * 9
+    os.rename(tmp_path / "A", tmp_path / "C")
+    os.rename(tmp_path / "B", tmp_path / "A")
+    write_pack(tmp_path / "pack", {"train": first})
+    assert first_pixels(tmp_path / "pack")["05.png"] == [20] * 3
+
+
+def test_arrays_with_the_same_keys_are_told_apart(tmp_path):
+    for shade in (10, 20):
+        array = torch.full((3, 8, 8), shade, dtype=torch.uint8)
+        write_pack(tmp_path / "pack", {"train": [Item("0", "a", None, array)]})
+        assert first_pixels(tmp_path / "pack") == {"0": [shade] * 3}
+
+
+def test_files_replaced_while_the_pack_was_half_made(tmp_path, monkeypatch, read):
+    source = colour(tmp_path / "A", 10)
+    monkeypatch.setattr(pack_module, "CHUNK", 2)
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, FULL[0], after=3)
+        with refused(ValueError, "No space"):
+            write_pack(tmp_path / "pack", {"train": source})
+    colour(tmp_path / "A", 20, count=4)
+    read.clear()
+    write_pack(tmp_path / "pack", {"train": source})
+    assert len(read) == 10, "two of the six that were packed are still the same"
+    pixels = first_pixels(tmp_path / "pack")
+    assert [pixels[item.key][0] for item in source] == [20] * 4 + [10] * 8
+
+
+def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypatch):
+    source, encoded = colour(tmp_path / "A", 10), Item.encoded
+
+    def switch(item):
+        if item.key == "05.png":
+            colour(tmp_path / "A", 20)
+        return encoded(item)
+
+    monkeypatch.setattr(Item, "encoded", switch)
+    monkeypatch.setattr(pack_module, "CORES", 1)
+    with refused(ValueError, r"7 of 12 images changed while they were packed: 05\.png .*anew"):
+        write_pack(tmp_path / "pack", {"train": source}, skip_broken=True)
+    monkeypatch.setattr(Item, "encoded", encoded)
+    write_pack(tmp_path / "pack", {"train": source})
+    assert {*map(tuple, first_pixels(tmp_path / "pack").values())} == {(20,) * 3}
+
+
+def test_the_fingerprint_is_another_where_the_pack_would_be(tmp_path):
+    source = colour(tmp_path / "A", 10, count=3)
+    before = fingerprint(source)
+    assert before == fingerprint(source[::-1])
+    array = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    changed = [source[:2], [*source[:2], Item("02.png", "b", None, source[2].content)]]
+    changed += [[Item("x", "a", part, shape)] for part in (None, "val") for shape in (array, 1 + array)]
+    changed.append(colour(tmp_path / "B", 10, count=3))
+    found = [before, *map(fingerprint, changed)]
+    colour(tmp_path / "A", 20, count=1)
+    found.append(fingerprint(source))
+    (tmp_path / "A/01.png").unlink()
+    found.append(fingerprint(source))
+    assert len({*found}) == len(found)
+
+
+def overwrite(path, start, content):
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(content)
+
+
+DAMAGE = {
+    "cut": lambda pack: os.truncate(pack / "train.lmdb", (pack / "train.lmdb").stat().st_size // 2),
+    "empty": lambda pack: os.truncate(pack / "train.lmdb", 0),
+    "garbage": lambda pack: overwrite(pack / "train.lmdb", 0, bytes(range(256)) * 40),
+    "lost": lambda pack: (pack / "train.lmdb").unlink(),
+    "manifest cut": lambda pack: os.truncate(pack / "manifest.csv", 200),
+    "manifest lost": lambda pack: (pack / "manifest.csv").unlink(),
+    "page": lambda pack: overwrite(pack / "train.lmdb", 4 * 4096, bytes([255]) * 4096),
+    "about": lambda pack: (pack / "about.json").write_text("{"),
+    "sums": lambda pack: (pack / "SHA256SUMS").write_bytes(b"\xff\x00\nx"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
+    """In the process that has read it before, where its files are in memory already."""
+    folder = fill(tmp_path / "set", 20)
+    before = prepare(run, "folder", str(folder), image_size=16)
+    assert before.train.images.shape[0] == len(before.train)
+    DAMAGE[damage](run.work / "data")
+    if damage not in ("page", "about", "sums"):  # those are found where the pack is made
+        kind = FileNotFoundError if damage == "manifest lost" else ValueError
+        with refused(kind, r"'.*/data.*' .*: run 01-data again, it packs anew what is missing"):
+            load(run)
+    after = prepare(run, "folder", str(folder), image_size=16)
+    assert after.digest == before.digest and verify(run.work / "data") == 40
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_a_half_written_pack_heals(damage, tmp_path, monkeypatch):
+    found = items(fill(tmp_path / "set", 80, "a"))
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, FULL[0], after=1)
+        with refused(ValueError, "No space"):
+            write_pack(tmp_path / "pack", {"train": found})
+    DAMAGE[damage](tmp_path / "pack.partial")
+    write_pack(tmp_path / "pack", {"train": found})
+    assert verify(tmp_path / "pack") == 80
+
+
+def test_a_pack_of_an_earlier_version_is_read(tmp_path):
+    found = items(fill(tmp_path / "set", 5, "a"))
+    write_pack(tmp_path / "pack", {"train": found})
+    (tmp_path / "pack/SHA256SUMS").unlink()
+    assert verify(tmp_path / "pack") == 5
+
+
+def test_what_is_no_file_with_an_image_is_named(tmp_path):
+    folder = fill(tmp_path / "set", 2, "a")
+    os.mkfifo(folder / "a/pipe.png")
+    (folder / "a/sparse.png").touch()
+    os.truncate(folder / "a/sparse.png", 5 << 30)
+    (folder / "a/folder.png").mkdir()
+    (folder / "a/two\nlines.png").write_bytes(b"text")
+    os.symlink("/dev/zero", folder / "a/zero.png")
+    found = [*items(folder), Item("gone.png", "a", None, folder / "a/gone.png")]
+    reasons = (
+        r"folder\.png \(Is a directory\); gone\.png \(No such file or directory\); "
+        r"pipe\.png \(is no regular file\); sparse\.png \(has 5\.4 GB, more than 0\.5 GB\); "
+        r"two\\nlines\.png \(is no JPEG.*\); zero\.png \(is no regular file\); mend"
+    )
+    with refused(ValueError, f"6 of 8 images cannot be read: {reasons}"):
+        write_pack(tmp_path / "pack", {"train": found})
+
+
+def test_of_many_broken_images_the_first_are_named_and_all_are_listed(tmp_path, capsys):
+    folder = fill(tmp_path / "set", 1, "a")
+    for index in range(300):
+        (folder / f"a/broken{index:03d}.jpg").touch()
+    named = r"300 of 301 images cannot be read: broken000\.jpg \(is empty\); .*broken009.*; and 290 more"
+    with refused(ValueError, named + r", all listed in '.*partial/about\.json'; mend") as caught:
+        write_pack(tmp_path / "pack", {"train": items(folder)})
+    write_pack(tmp_path / "pack", {"train": items(folder)}, skip_broken=True)
+    assert "300 of 301 images cannot be read: " in capsys.readouterr().out
+    assert "broken299.jpg" in (tmp_path / "pack/about.json").read_text()
+
+
+def test_a_line_of_pixels_is_cropped_before_it_is_resized(tmp_path):
+    """As a whole it would take 5 GB and be longer than a JPEG can be."""
+    write_png(noise(20, 30_000), str(tmp_path / "line.png"))
+    found = [Item("line.png", "a", None, tmp_path / "line.png")]
+    write_pack(tmp_path / "pack", {"train": found}, shorter=16)
+    packed = Packed(tmp_path / "pack", read_manifest(tmp_path / "pack"), 4093)
+    assert packed.read(0).shape == (3, 16, 256)
+    write_png(noise(2, 60_000), str(tmp_path / "line.png"))
+    write_pack(tmp_path / "pack", {"train": found})
+    packed = Packed(tmp_path / "pack", read_manifest(tmp_path / "pack"), 224)
+    assert packed.images.shape == (1, 3, 224, 224)
+
+
+def test_two_images_of_one_name(tmp_path):
+    array = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    with refused(ValueError, r"two images have the same name 'x'"):
+        write_pack(tmp_path / "pack", {"train": [Item("x", name, None, array) for name in "ab"]})
+
+
+@pytest.mark.parametrize(("shorter", "quality"), [(4094, 90), (None, 0), (64, 101)])
+def test_settings_that_no_jpeg_can_have(shorter, quality, tmp_path):
+    with refused(ValueError, r"pack is 4094 pixels, at most 4093|quality is \d+, expected 1 to 100"):
+        write_pack(tmp_path / "pack", {"train": []}, shorter, quality)
