@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +12,7 @@ from torch import nn
 
 from densenas.config import atomic
 from densenas.latency import milliseconds
+from densenas.networks import reason
 
 
 def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float = 1e-4) -> pd.DataFrame:
@@ -17,7 +20,7 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
 
     Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on this CPU and the
     largest deviation of the logits from PyTorch's. Raises RuntimeError where that is more than `tolerance` times the
-    largest logit.
+    largest logit, ValueError where the network cannot leave PyTorch, OSError where it cannot be written; a sentence each.
     """
     import onnxruntime  # these two take seconds to import
     import torch.onnx
@@ -25,11 +28,14 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
     net, images = net.cpu().eval(), torch.randn(2, 3, input_size, input_size)
     with torch.no_grad():
         logits = net(images)
-    program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("images")},))
-    with atomic(Path(folder) / "model.pt2") as partial:
+    with _naming("torch.export"):
+        program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("images")},))
+    with _naming("ONNX"):
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+    with _writing(Path(folder) / "model.pt2") as partial:
         torch.export.save(program, partial)
-    with atomic(Path(folder) / "model.onnx") as partial:
-        torch.onnx.export(program, f=str(partial), dynamo=True, external_data=False, verbose=False)
+    with _writing(Path(folder) / "model.onnx") as partial:
+        onnx.save(str(partial), external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"])
@@ -46,3 +52,21 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
             raise RuntimeError(f"the network exported for {name} deviates by {deviation:.2g} from PyTorch's")
         rows.append({"runtime": name, "ms": milliseconds(run, images[:1]), "deviation": deviation})
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def _naming(program: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # exporters raise many kinds of their own, over many lines
+        raise ValueError(f"the network cannot be exported by {program}: {reason(error)}") from None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`atomic`, where PyTorch's writers raise RuntimeError on a full disk."""
+    try:
+        with atomic(path) as partial:
+            yield partial
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written, is the disk full? {reason(error)}") from None
