@@ -19,7 +19,7 @@ from densenas.config import DATA, literal, naming, read_text, refuse, write_text
 
 # Far beyond any published network; a number with some zeros too many must not allocate for ever.
 WIDEST = 100_000  # channels
-MOST_LAYERS = 1_000
+MOST_LAYERS = 500
 MOST_PARAMS = 1_000  # millions
 
 

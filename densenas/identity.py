@@ -113,5 +113,8 @@ def credit(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, An
     else:
         if test["network"] == DERIVED:
             told["network"] = "a network that was derived before the present one"
-        told["notice"] = f"Tested was not the network that this run derived, but {told['network']} ({test['folder']})."
+        told["notice"] = (
+            f"Tested was not the network that this run derived, but {told['network']} ({test['folder']}):"
+            " the accuracy is not that of the derived one."
+        )
     return told

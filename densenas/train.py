@@ -107,7 +107,8 @@ def retrain_run(
     run = Run(name)
     rank, world = rank_and_world()
     with run.alone() if rank == 0 else nullcontext():
-        model = net_config or identity.derived(run)["net_config"]
+        found = identity.derived(run)  # refuses what an earlier search left
+        model = net_config or found["net_config"]
         shortened = {"epochs": epochs, "batch_size": batch_size}
         recipe = override(run.costs().space.retrain, **shortened)
         data = load(run)
