@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +33,11 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
         program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("images")},))
     with _naming("ONNX"):
         onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+    # By way of memory: on a full disk the archive's own writer would end the process.
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
     with _writing(Path(folder) / "model.pt2") as partial:
-        torch.export.save(program, partial)
+        partial.write_bytes(archive.getbuffer())
     with _writing(Path(folder) / "model.onnx") as partial:
         onnx.save(str(partial), external_data=False)
     options = onnxruntime.SessionOptions()
@@ -64,9 +68,9 @@ def _naming(program: str) -> Iterator[None]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """`atomic`, where PyTorch's writers raise RuntimeError on a full disk."""
+    """`atomic`, with a sentence that names the file where it cannot be written."""
     try:
         with atomic(path) as partial:
             yield partial
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise OSError(f"{path} could not be written, is the disk full? {reason(error)}") from None

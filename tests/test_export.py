@@ -1,8 +1,11 @@
 """What leaves for other programs is the same network, for any number of images."""
 
+import resource
+
 import onnxruntime
 import pytest
 import torch
+from helpers import refused
 from test_architecture import TINY
 from test_search import ARCH
 
@@ -36,3 +39,28 @@ def test_exported_networks_compute_what_pytorch_computes(arch, tmp_path):
 def test_a_network_that_changes_on_its_way_out_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="exported for PyTorch deviates"):
         export(TINY.build(3), tmp_path, 32, tolerance=-1.0)
+
+
+class Undecided(torch.nn.Linear):
+    """What it computes depends on the numbers in the image."""
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return super().forward(flat if flat.sum() > 0 else -flat)
+
+
+def test_a_network_that_cannot_leave_is_named_in_a_sentence(tmp_path):
+    with refused(ValueError, r"the network cannot be exported by torch\.export: "):
+        export(Undecided(3 * 8 * 8, 3), tmp_path, 8)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with refused(OSError, r"model\.pt2 could not be written, is the disk full\?"):
+            export(TINY.build(3), tmp_path, 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [*tmp_path.iterdir()]
