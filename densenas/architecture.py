@@ -103,7 +103,8 @@ class Architecture:
         """Reads a `net_config`; raises ValueError naming the block and what is wrong with it."""
         pieces = text.strip().split("|")
         if len(pieces) > MOST_LAYERS + 1:
-            raise ValueError(f"net_config has {len(pieces):,} blocks, at most {MOST_LAYERS:,} are built")
+            found = f"net_config has {len(pieces):,} blocks"
+            raise ValueError(f"{found}, at most {MOST_LAYERS:,} are built")
         blocks, in_ch, last_dim = [], None, None
         for index, piece in enumerate(pieces):
             with naming(f"net_config: block {index}", " "):
@@ -155,7 +156,10 @@ class Architecture:
             return sum(p.numel() for p in DerivedNet(self, num_classes).parameters()) / 1e6
 
     def build(self, num_classes: int = 1000) -> DerivedNet:
-        """The network, freshly initialised from PyTorch's global generator; ValueError where it is too large."""
+        """The network, freshly initialised from PyTorch's global generator.
+
+        Raises ValueError where it is too large.
+        """
         params = self.params(num_classes)
         if params > MOST_PARAMS:
             limit = f"at most {MOST_PARAMS:,} million are built"
@@ -198,9 +202,10 @@ def save_published(folder: Path, arch: Architecture) -> None:
 
 
 def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
-    """A folder with `net_config` (its blocks, then `net_type: mbv2|res`) and `weights.pt`, and the network in it.
+    """The network in a folder with `net_config` (then `net_type: mbv2|res`) and `weights.pt`.
 
-    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with one sentence.
+    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with
+    one sentence.
     """
     folder = Path(folder)
     for name in ("net_config", "weights.pt"):
@@ -211,13 +216,14 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
     stored = read_state(path)
     state = {from_published(key): value for key, value in stored.items()}
     if len(state) < len(stored):
-        raise ValueError(f"{path}: some entries are there twice, with and without 'module.' or '_' in their names")
+        twice = "some entries are there twice, with and without 'module.' or '_' in their names"
+        raise ValueError(f"{path}: {twice}")
     classifier = state.get("classifier.weight")
     if classifier is None:
         raise ValueError(f"{path}: no classifier.weight among the {len(state)} entries")
     if classifier.dim() != 2 or len(classifier) < 1:
-        shape = tuple(classifier.shape)
-        raise ValueError(f"{path}: classifier.weight has the shape {shape}, expected (classes, channels)")
+        shapes = f"the shape {tuple(classifier.shape)}, expected (classes, channels)"
+        raise ValueError(f"{path}: classifier.weight has {shapes}")
     with naming(str(path)):
         model = arch.build(num_classes=len(classifier))
     fill(model, state, path, "its net_config")
@@ -225,7 +231,7 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
 
 
 def _read_net_config(path: Path) -> Architecture:
-    """As the published reader: lines are joined up to the one that holds net_type, what follows is not read."""
+    """As the published reader: lines are joined up to the one with net_type, no more is read."""
     text, stated = "", None
     for line in read_text(path).removeprefix("\ufeff").splitlines():
         if "net_type" in line:
@@ -240,7 +246,10 @@ def _read_net_config(path: Path) -> Architecture:
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:
-    """A stored state dict, on the CPU; FileNotFoundError or ValueError with one sentence for any other file."""
+    """A stored state dict, on the CPU.
+
+    Raises FileNotFoundError or ValueError with one sentence for anything else.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}, the weights of its network")
     try:
@@ -251,23 +260,27 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{path}: expected a state dict, found a {type(state).__name__}")
     for key, value in state.items():
         if not isinstance(key, str):
-            raise ValueError(f"{path}: expected a state dict, but {key!r} is not the name of an entry")
+            found = f"{key!r} is not the name of an entry"
+            raise ValueError(f"{path}: expected a state dict, but {found}")
         if not isinstance(value, Tensor):
             found = f"found a {type(value).__name__} as {key[:80]!r}"
             raise ValueError(f"{path}: expected a state dict with nothing but tensors, {found}")
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise ValueError(f"{path}: {key[:80]!r} is no plain tensor, but sparse, quantized or empty")
+            other = "is no plain tensor, but sparse, quantized or empty"
+            raise ValueError(f"{path}: {key[:80]!r} {other}")
     return state
 
 
 def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
     """Gives a network the weights read from `path`, in any floating-point precision.
 
-    Raises ValueError naming the entry where they do not fit `what` the network was built from, or are not finite.
+    Raises ValueError naming the entry where they do not fit `what` the network was built from, or
+    are not finite.
     """
     expected = net.state_dict()
+    absent = [key for key in expected if key not in state]
     # Weights of PyTorch before 0.4.1 count no batches.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    missing = [key for key in absent if not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
     if missing:
         raise ValueError(f"{path} does not fit {what}: it lacks {_some(missing)}")

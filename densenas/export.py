@@ -19,9 +19,10 @@ from densenas.networks import reason
 def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float = 1e-4) -> pd.DataFrame:
     """Writes model.pt2 and model.onnx for any number of images (N, 3, input_size, input_size) into `folder`.
 
-    Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on this CPU and the
-    largest deviation of the logits from PyTorch's. Raises RuntimeError where that is more than `tolerance` times the
-    largest logit, ValueError where the network cannot leave PyTorch, OSError where it cannot be written; a sentence each.
+    Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on
+    this CPU and the largest deviation of the logits from PyTorch's. Raises with one sentence
+    RuntimeError where that is more than `tolerance` times the largest logit, ValueError where the
+    network cannot leave PyTorch, OSError where it cannot be written.
     """
     import onnxruntime  # these two take seconds to import
     import torch.onnx
@@ -30,7 +31,8 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
     with torch.no_grad():
         logits = net(images)
     with _naming("torch.export"):
-        program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("images")},))
+        any_number = ({0: torch.export.Dim("images")},)
+        program = torch.export.export(net, (images,), dynamic_shapes=any_number)
     with _naming("ONNX"):
         onnx = torch.onnx.export(program, dynamo=True, verbose=False)
     # By way of memory: on a full disk the archive's own writer would end the process.
@@ -73,4 +75,5 @@ def _writing(path: Path) -> Iterator[Path]:
         with atomic(path) as partial:
             yield partial
     except OSError as error:
-        raise OSError(f"{path} could not be written, is the disk full? {reason(error)}") from None
+        sentence = f"{path} could not be written, is the disk full?"
+        raise OSError(f"{sentence} {reason(error)}") from None

@@ -1,7 +1,7 @@
-"""Which network a number belongs to: the one that a run derived, or another that was trained or tested in its place.
+"""Which network a number belongs to: the one that a run derived, or another in its place.
 
-04-derive keeps what it found in architecture.json. 05-retrain and 06-evaluate record beside their numbers what they
-trained and tested; whoever credits a number to a network reads it there.
+04-derive keeps what it found in architecture.json. 05-retrain and 06-evaluate record beside their
+numbers what they trained and tested; whoever credits a number to a network reads it there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from densenas.run import Run
 
 DERIVED = "the derived network"
 FOUND = (
-    "net_config", "mult_adds_m", "params_m", "cost", "target_cost", "cost_unit", "blocks", "layers", "input_size",
-    "num_classes", "space", "seed",
+    "net_config", "mult_adds_m", "params_m", "cost", "target_cost", "cost_unit", "blocks", "layers",
+    "input_size", "num_classes", "space", "seed",
 )  # fmt: skip
 
 
 def search_digest(run: Run) -> str | None:
-    """Tells one search from another, and from itself some epochs earlier; None where no checkpoint is here."""
+    """Tells one search from another, and from itself some epochs earlier.
+
+    None where its checkpoint is not here, as in a fresh clone.
+    """
     path = run.work / "search.pt"
     if not path.exists():
         return None
@@ -41,7 +44,8 @@ def search_digest(run: Run) -> str | None:
 def derived(run: Run) -> dict[str, Any]:
     """What 04-derive found, as architecture.json holds it.
 
-    Raises FileNotFoundError or ValueError with one sentence where there is none, or none of the present search.
+    Raises FileNotFoundError or ValueError with one sentence where there is none, or none of the
+    present search.
     """
     path = run.need(run.reports / "architecture.json", "04-derive")
     found = run.read_json(path.name)
@@ -52,12 +56,13 @@ def derived(run: Run) -> dict[str, Any]:
         Architecture.parse(str(found["net_config"]))
     present = search_digest(run)
     if "search" in found and present not in (None, found["search"]):
-        raise ValueError(f"run '{run.name}' was searched again since {path.name} was written: run 04-derive again")
+        since = f"was searched again since {path.name} was written"
+        raise ValueError(f"run '{run.name}' {since}: run 04-derive again")
     return found
 
 
 def describe(run: Run, net: nn.Module, folder: Path) -> dict[str, Any]:
-    """What a network is that `folder` holds: its name in words, its net_config or name, and a digest of its weights."""
+    """What the network in `folder` is: in words, by net_config or name, and by its weights."""
     record = {"folder": _shown(folder), "weights": weights_digest(net)}
     if not isinstance(net, DerivedNet):
         model = read_text(folder / "model").strip()
@@ -92,29 +97,33 @@ def weights_digest(net: nn.Module) -> str:
 
 
 def credit(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader of metrics.json's evaluation must be told, beside its numbers, about the network it is of.
+    """What a reader of an evaluation must be told, beside its numbers, about the tested network.
 
-    `found` is what 04-derive found, empty for a run without a search. Returns the network in words, whether it is the
-    derived one, whether its weights are those that 05-retrain trained last, and a notice (None where nothing is unusual).
+    `found` is what 04-derive found, empty for a run without a search. Returns the network in words,
+    whether it is the derived one, whether its weights are those that 05-retrain trained last, and a
+    notice, None where nothing is unusual.
     """
     test = metrics["evaluate"]
     trained = "weights" in test and test["weights"] == metrics.get("retrain", {}).get("weights")
     is_derived = "net_config" in test and test["net_config"] == found.get("net_config")
-    told = {"network": test.get("network", "not recorded"), "derived": is_derived, "trained": trained, "notice": None}
+    network, notice = test.get("network", "not recorded"), None
     if "network" not in test:
-        told["notice"] = (
-            "Which network was tested is not recorded, the evaluation is of an older version: run 06-evaluate again."
+        notice = (
+            "Which network was tested is not recorded, the evaluation is of an older version:"
+            " run 06-evaluate again."
         )
-    elif is_derived and not trained:
-        told["network"] = DERIVED
-        told["notice"] = f"Its weights are those in {test['folder']}, which are not the last that 05-retrain trained."
     elif is_derived:
-        told["network"] = DERIVED
+        network = DERIVED
+        if not trained:
+            notice = (
+                f"Its weights are those in {test['folder']},"
+                " which are not the last that 05-retrain trained."
+            )
     else:
-        if test["network"] == DERIVED:
-            told["network"] = "a network that was derived before the present one"
-        told["notice"] = (
-            f"Tested was not the network that this run derived, but {told['network']} ({test['folder']}):"
+        if network == DERIVED:
+            network = "a network that was derived before the present one"
+        notice = (
+            f"Tested was not the network that this run derived, but {network} ({test['folder']}):"
             " the accuracy is not that of the derived one."
         )
-    return told
+    return {"network": network, "derived": is_derived, "trained": trained, "notice": notice}

@@ -32,16 +32,17 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 OVERVIEW = (
-    "name", "dataset", "network", "group", "top1", "low", "high", "images", "cost", "target", "params", "ms", "blocks",
-    "layers", "seconds", "seed",
+    "name", "dataset", "network", "group", "top1", "low", "high", "images", "cost", "target",
+    "params", "ms", "blocks", "layers", "seconds", "seed",
 )  # fmt: skip
 
 
 def all_runs() -> pd.DataFrame:
-    """Every evaluated run, and the network that was tested: top1 and its interval in %, cost in million Mult-Adds.
+    """Every evaluated run, and the network it tested: top1 and interval in %, cost in M Mult-Adds.
 
-    `group` is the space it was derived from, or the network's own name. What only a search has (target, in the cost's
-    own unit, seconds, seed) is missing where the tested network is not the one that the run derived.
+    `group` is the space it was derived from, or the network's own name. What only a search has
+    (target, in the cost's own unit, seconds, seed) is missing where the tested network is not the
+    one that the run derived.
     """
     rows = []
     for path in sorted((ROOT / "reports").glob("*/metrics.json")):
@@ -52,17 +53,28 @@ def all_runs() -> pd.DataFrame:
         test, told = metrics["evaluate"], credit(metrics, found)
         low, high = wilson(test["top1"], test["images"])
         row = {
-            "name": run.name, "dataset": metrics["data"]["dataset"], "network": told["network"],
-            "group": told["network"], "top1": 100 * test["top1"], "low": 100 * low, "high": 100 * high,
-            "images": test["images"], "cost": test["mult_adds_m"], "params": 1000 * test["params_m"],
-            "ms": test["ms"].get("PyTorch"), "blocks": test.get("blocks"), "layers": test.get("layers"),
-        }  # fmt: skip
+            "name": run.name,
+            "dataset": metrics["data"]["dataset"],
+            "network": told["network"],
+            "group": told["network"],
+            "top1": 100 * test["top1"],
+            "low": 100 * low,
+            "high": 100 * high,
+            "images": test["images"],
+            "cost": test["mult_adds_m"],
+            "params": 1000 * test["params_m"],
+            "ms": test.get("ms", {}).get("PyTorch"),
+            "blocks": test.get("blocks"),
+            "layers": test.get("layers"),
+        }
         if told["derived"]:
             target, unit = found["target_cost"], found["cost_unit"].replace("million", "M")
             row |= {
-                "group": found["space"], "target": f"{target} {unit}" if target else "none",
-                "seconds": metrics["search"]["seconds"], "seed": found["seed"],
-            }  # fmt: skip
+                "group": found["space"],
+                "target": f"{target} {unit}" if target else "none",
+                "seconds": metrics["search"]["seconds"],
+                "seed": found["seed"],
+            }
         rows.append(row)
     return pd.DataFrame(rows, columns=OVERVIEW)
 
@@ -78,19 +90,26 @@ def write_overview() -> str:
 
 
 def evaluation(run: Run) -> dict[str, Any]:
-    """All that a report says of a run that was evaluated: metrics.json, what was derived, and which network was tested.
+    """What a report says of an evaluated run: metrics.json, what was derived, and what was tested.
 
-    Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not run again.
+    Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not
+    run again.
     """
     metrics = run.read_json("metrics.json")
-    for section, stage in (("data", "01-data"), ("search", "03-search"), ("evaluate", "06-evaluate")):
+    stages = {"data": "01-data", "search": "03-search", "evaluate": "06-evaluate"}
+    for section, stage in stages.items():
         if section not in metrics:
-            raise FileNotFoundError(f"run '{run.name}' has no '{section}' in metrics.json yet: run {stage} first")
+            lacks = f"has no '{section}' in metrics.json yet"
+            raise FileNotFoundError(f"run '{run.name}' {lacks}: run {stage} first")
     found, test = derived(run), metrics["evaluate"]
     return {
-        **metrics, "retrain": metrics.get("retrain"), "run": run.name, "arch": found,
-        "tested": credit(metrics, found), "interval": wilson(test["top1"], test["images"]),
-    }  # fmt: skip
+        **metrics,
+        "retrain": metrics.get("retrain"),
+        "run": run.name,
+        "arch": found,
+        "tested": credit(metrics, found),
+        "interval": wilson(test["top1"], test["images"]),
+    }
 
 
 def write_report(run: Run) -> str:
@@ -99,10 +118,14 @@ def write_report(run: Run) -> str:
     captions, folder = run.read_json("figures/captions.json"), run.reports / "figures"
     provenance = run.read_json("provenance.json")
     if "03-search" not in provenance:
-        raise FileNotFoundError(f"run '{run.name}' has no '03-search' in provenance.json yet: run 03-search first")
+        lacks = "has no '03-search' in provenance.json yet"
+        raise FileNotFoundError(f"run '{run.name}' {lacks}: run 03-search first")
+    sources = {
+        name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in captions
+    }
     content |= {
         "captions": captions,
-        "sources": {name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in captions},
+        "sources": sources,
         "parameters": {stage: yaml.safe_dump(entry["parameters"]) for stage, entry in provenance.items()},
         "environment": provenance["03-search"],
         "notebooks": sorted(path.name for path in run.reports.glob("*.ipynb")),
@@ -112,8 +135,9 @@ def write_report(run: Run) -> str:
 
 
 def in_words(run: Run, path: str, overview: str) -> str:
-    """The result of an evaluated run for the terminal, and where its report and that of all runs are."""
-    return TEMPLATES.get_template("report.txt.j2").render(evaluation(run), path=path, overview=overview)
+    """The result of an evaluated run for the terminal, and where it and all runs are reported."""
+    template = TEMPLATES.get_template("report.txt.j2")
+    return template.render(evaluation(run), path=path, overview=overview)
 
 
 def write_study(run: Run) -> str:

@@ -18,14 +18,30 @@ from densenas.data import ImageData, load
 from densenas.engine import Pass, computing_on, cosine, descend, fit, fused_sgd, rank_and_world
 from densenas.loading import Batches
 from densenas.networks import (
-    check_network, code_digest, is_code, load_network, model_folder, network, save_network, source_of,
-)  # fmt: skip
+    check_network,
+    code_digest,
+    is_code,
+    load_network,
+    model_folder,
+    network,
+    save_network,
+    source_of,
+)
 from densenas.run import Run, progress
 
+# Networks by name and in folders are offered from here too.
 __all__ = [
-    "check_network", "evaluate", "load_network", "model_folder", "network", "retrain", "retrain_run", "save_network",
-    "size", "source_of",
-]  # fmt: skip
+    "check_network",
+    "evaluate",
+    "load_network",
+    "model_folder",
+    "network",
+    "retrain",
+    "retrain_run",
+    "save_network",
+    "size",
+    "source_of",
+]
 
 
 def size(net: nn.Module, input_size: int) -> dict[str, float]:
@@ -51,13 +67,15 @@ def retrain(
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Trains `model` (see `network`) from scratch on all training images; returns it with one history row an epoch.
 
-    A killed training goes on when called again (`fit`). The test split is looked at once, by `evaluate`. `started` is
-    called when nothing was refused, before the first step. Raises ValueError with one sentence.
+    A killed training goes on when called again (`fit`). The test split is looked at once, by
+    `evaluate`. `started` is called when nothing was refused, before the first step. Raises
+    ValueError with one sentence.
     """
     images = len(data.train) + len(data.val)
     if recipe.batch_size > images:
         batch = f"batch_size of the retraining is {recipe.batch_size:,}"
-        raise ValueError(f"{batch}, but there are only {images:,} training images (train and val together)")
+        only = f"there are only {images:,} training images (train and val together)"
+        raise ValueError(f"{batch}, but {only}")
     with computing_on(device, precision, deterministic) as where:
         check_network(str(model), len(data.classes), data.image_size)
         configuration = {
@@ -100,9 +118,10 @@ def retrain(
 def retrain_run(
     name: str, net_config: str | None = None, epochs: int | None = None, batch_size: int | None = None, **how: Any
 ) -> None:
-    """`retrain` as notebook 05 and torchrun call it: on the run's data; None is the run's own network and recipe.
+    """`retrain` as notebook 05 and torchrun call it: on the run's data.
 
-    Keeps the network in runs/<run>/model, and in metrics.json what was trained and how it went.
+    None is the run's own network and recipe. Keeps the network in runs/<run>/model, and in
+    metrics.json what was trained and how it went.
     """
     run = Run(name)
     rank, world = rank_and_world()
@@ -147,7 +166,8 @@ def evaluate(
             logits = net(images).float()
             told = logits.shape[1]
             if told != classes:
-                raise ValueError(f"the network tells {told} classes apart, the data set has {classes}")
+                apart = f"the network tells {told} classes apart"
+                raise ValueError(f"{apart}, the data set has {classes}")
             parts.append((logits, labels))
     scores, truth = map(torch.cat, zip(*parts, strict=True))
     best = scores.topk(min(5, classes), dim=1).indices

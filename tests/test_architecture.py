@@ -99,7 +99,7 @@ MALFORMED = {
         r"block 0 has widths 8 and 1000000000000, widths are at most 100,000",
     ),
     "conv1_1 to a million millions": (f"{FIRST}|[[8, {10**12}], 'conv1_1']", r"conv1_1 leaves .*at most 100,000"),
-    "conv1_1 as a truth": (f"[[1, 1], 'mbconv_k3_t1', [], 0, 1]|[[True, True], 'conv1_1']", r"block 1 .*expected \[\["),
+    "conv1_1 as a truth": ("[[1, 1], 'mbconv_k3_t1', [], 0, 1]|[[True, True], 'conv1_1']", r"block 1 .*expected \[\["),
     "ten thousand blocks": ("|".join([FIRST] * 10_000) + f"|{LAST}", r"has 10,001 blocks, at most 500"),
     "a hundred thousand layers": (
         f"[[8, 8], 'mbconv_k3_t1', {['mbconv_k3_t1'] * 100_000}, 100000, 1]|{LAST}",
@@ -234,7 +234,7 @@ def test_missing_folder(tmp_path):
         (f"{TINY}\nsearched on a Tuesday\n", r"literal"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", r"text|UTF-8|decode"),
     ],
-    ids=["other family", "unknown family", "empty", "no network", "no end", "comment", "notes before net_type", "binary"],
+    ids=["other family", "unknown family", "empty", "no network", "no end", "comment", "notes", "binary"],
 )
 def test_broken_net_config_file(text, pattern, published):
     (published / "net_config").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -261,6 +261,7 @@ def changed(key, change):
 SPARSE = torch.eye(5).to_sparse()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
@@ -278,10 +279,10 @@ SPARSE = torch.eye(5).to_sparse()
         (changed("classifier.weight", lambda weight: weight[0, 0]), r"classifier\.weight has the shape \(\), expected"),
         (changed("classifier.weight", lambda weight: weight[:0]), r"classifier\.weight has the shape \(0, 99\)"),
         (changed("classifier.weight", lambda weight: weight[:1].expand(10**9, 99)), r"at most 1,000 million"),
-        (changed("classifier.bias", lambda bias: bias[:2]), r"'classifier\.bias' has the shape \(2,\), expected \(5,\)"),
-        (changed("classifier.bias", lambda bias: bias + torch.nan), r"'classifier\.bias' holds numbers that are not fin"),
-        (changed("classifier.weight", lambda weight: weight / 0), r"'classifier\.weight' holds numbers that are not fin"),
-        (changed("classifier.bias", lambda bias: bias.double() + 1e300), r"'classifier\.bias' holds numbers that are not"),
+        (changed("classifier.bias", lambda bias: bias[:2]), r"'classifier\.bias' has .*\(2,\), expected \(5,\)"),
+        (changed("classifier.bias", lambda bias: bias + torch.nan), r"'classifier\.bias' holds numbers that"),
+        (changed("classifier.weight", lambda weight: weight / 0), r"'classifier\.weight' holds numbers that"),
+        (changed("classifier.bias", lambda bias: bias.double() + 1e300), r"'classifier\.bias' holds numbers that"),
         (changed("classifier.bias", lambda bias: bias.int()), r"'classifier\.bias' holds torch\.int32, expected"),
         (changed("classifier.bias", lambda bias: bias + 1j), r"'classifier\.bias' holds torch\.complex64, expected"),
         (changed("classifier.bias", lambda bias: SPARSE), r"'classifier\.bias' is no plain tensor"),
@@ -317,7 +318,9 @@ def test_a_whole_pickled_network_is_refused(published):
         load_published(published)
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights at all", b"cos\nsystem\n", b"weights, as text\n" * 9, b"PK\x03\x04cut off"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not weights at all", b"cos\nsystem\n", b"as text\n" * 9, b"PK\x03\x04cut off"]
+)
 def test_weights_that_are_no_weights(content, published):
     (published / "weights.pt").write_bytes(content)
     with refused(ValueError, r"weights\.pt"):

@@ -12,7 +12,9 @@ from test_search import ARCH
 from densenas import Architecture
 from densenas.export import export
 
-RES = Architecture.parse("[[8, 12], 'basic_block', ['basic_block'], 1, 2]|[[12, 16], 'basic_block', [], 0, 1]")
+RES = Architecture.parse(
+    "[[8, 12], 'basic_block', ['basic_block'], 1, 2]|[[12, 16], 'basic_block', [], 0, 1]"
+)
 
 
 @pytest.mark.parametrize("arch", [TINY, ARCH, RES], ids=["mbv2", "with an odd width", "res"])
@@ -24,12 +26,17 @@ def test_exported_networks_compute_what_pytorch_computes(arch, tmp_path):
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
             torch.nn.init.uniform_(module.weight, 0.5, 2)
     frame = export(net, tmp_path, 32)
-    assert frame["runtime"].tolist() == ["PyTorch", "torch.export", "ONNX Runtime"] and (frame["ms"] > 0).all()
+    assert (
+        frame["runtime"].tolist() == ["PyTorch", "torch.export", "ONNX Runtime"]
+        and (frame["ms"] > 0).all()
+    )
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         logits = net(images)
         exported = torch.export.load(tmp_path / "model.pt2").module()(images)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
     (computed,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(exported, logits)
     torch.testing.assert_close(torch.from_numpy(computed), logits, rtol=1e-4, atol=1e-4)
