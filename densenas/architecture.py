@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,11 @@ from torch import Tensor, nn
 
 from densenas import ops
 from densenas.config import DATA, literal, naming, read_text, refuse, write_text
+
+# Far beyond any published network; a number with some zeros too many must not allocate for ever.
+WIDEST = 100_000  # channels
+MOST_LAYERS = 500
+MOST_PARAMS = 1_000  # millions
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,12 @@ class Block:
             ) and all(isinstance(op, str) for op in stack):
                 pass
             case _:
-                raise ValueError(f"expected [[in, out], head op, [stack ops], their number, stride], found {text!r}")
+                expected = "expected [[in, out], head op, [stack ops], their number, stride]"
+                raise ValueError(f"{expected}, found {text[:200]!r}")
         refuse(count != len(stack), f"announces {count} stacked ops, but lists {len(stack)}")
         refuse(min(in_ch, out_ch) < 1, f"has widths {in_ch} and {out_ch}, widths must be positive")
+        if max(in_ch, out_ch) > WIDEST:
+            raise ValueError(f"has widths {in_ch} and {out_ch}, widths are at most {WIDEST:,}")
         refuse(stride not in (1, 2), f"has stride {stride}, strides are 1 or 2")
         refuse(None in map(ops.net_type, (head, *stack)), f"holds {ops.SKIP}, which a derived network drops")
         return cls(in_ch, out_ch, head, tuple(stack), stride)
@@ -62,6 +69,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         refuse(not self.blocks, "net_config has no blocks")
+        layers = sum(1 + len(block.stack) for block in self.blocks)
+        if layers > MOST_LAYERS:
+            raise ValueError(f"net_config has {layers:,} layers, at most {MOST_LAYERS:,} are built")
         last = self.last_dim
         with naming("net_config"):
             mobile = ops.family(op for block in self.blocks for op in (block.head, *block.stack)) == "mbv2"
@@ -71,6 +81,8 @@ class Architecture:
             refuse(mobile and last is None, "a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing")
             refuse(not mobile and last is not None, "a ResNet network has no conv1_1 at its end")
             refuse(last is not None and last < 1, f"conv1_1 leaves {last} channels, widths must be positive")
+            if last is not None and last > WIDEST:
+                raise ValueError(f"conv1_1 leaves {last} channels, widths are at most {WIDEST:,}")
 
     @property
     def routing_blocks(self) -> tuple[Block, ...]:
@@ -90,12 +102,15 @@ class Architecture:
     def parse(cls, text: str) -> Architecture:
         """Reads a `net_config`; raises ValueError naming the block and what is wrong with it."""
         pieces = text.strip().split("|")
+        if len(pieces) > MOST_LAYERS + 1:
+            found = f"net_config has {len(pieces):,} blocks"
+            raise ValueError(f"{found}, at most {MOST_LAYERS:,} are built")
         blocks, in_ch, last_dim = [], None, None
         for index, piece in enumerate(pieces):
             with naming(f"net_config: block {index}", " "):
                 if index == len(pieces) - 1:
                     match literal(piece):
-                        case [[int(in_ch), int(last_dim)], "conv1_1"]:
+                        case [[in_ch, last_dim], "conv1_1"] if type(in_ch) is type(last_dim) is int:
                             break
                 blocks.append(Block.parse(piece))
         arch = cls(tuple(blocks), last_dim)
@@ -141,7 +156,14 @@ class Architecture:
             return sum(p.numel() for p in DerivedNet(self, num_classes).parameters()) / 1e6
 
     def build(self, num_classes: int = 1000) -> DerivedNet:
-        """The network, freshly initialised from PyTorch's global generator."""
+        """The network, freshly initialised from PyTorch's global generator.
+
+        Raises ValueError where it is too large.
+        """
+        params = self.params(num_classes)
+        if params > MOST_PARAMS:
+            limit = f"at most {MOST_PARAMS:,} million are built"
+            raise ValueError(f"net_config has {params:,.0f} million parameters, {limit}")
         return DerivedNet(self, num_classes)
 
 
@@ -180,33 +202,103 @@ def save_published(folder: Path, arch: Architecture) -> None:
 
 
 def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
-    """A folder with `net_config` (its line, then `net_type: mbv2|res`) and `weights.pt`, and the network in it.
+    """The network in a folder with `net_config` (then `net_type: mbv2|res`) and `weights.pt`.
 
-    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with one sentence.
+    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with
+    one sentence.
     """
     folder = Path(folder)
     for name in ("net_config", "weights.pt"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; a published model folder has net_config and weights.pt")
-    weights = folder / "weights.pt"
-    text, *rest = read_text(folder / "net_config").strip().splitlines() or [""]
-    with naming(f"{folder / 'net_config'}"):
-        arch = Architecture.parse(text)
-        for line in rest:
-            key, value = map(str.strip, line.partition(":")[::2])
-            differs = key == "net_type" and value != arch.net_type
-            refuse(differs, f"net_type is {value}, but the ops are {arch.net_type}")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{weights} is damaged or holds more than weights, it was not read") from None
-    refuse(not isinstance(state, dict), f"{weights}: expected a state dict, found a {type(state).__name__}")
-    state = {from_published(key): value for key, value in state.items()}
+    arch = _read_net_config(folder / "net_config")
+    path = folder / "weights.pt"
+    stored = read_state(path)
+    state = {from_published(key): value for key, value in stored.items()}
+    if len(state) < len(stored):
+        twice = "some entries are there twice, with and without 'module.' or '_' in their names"
+        raise ValueError(f"{path}: {twice}")
     classifier = state.get("classifier.weight")
-    refuse(not isinstance(classifier, Tensor), f"{weights}: no classifier.weight among the {len(state)} entries")
-    model = arch.build(num_classes=len(classifier))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{weights} does not fit its net_config: {' '.join(str(error).split())[:300]}") from None
+    if classifier is None:
+        raise ValueError(f"{path}: no classifier.weight among the {len(state)} entries")
+    if classifier.dim() != 2 or len(classifier) < 1:
+        shapes = f"the shape {tuple(classifier.shape)}, expected (classes, channels)"
+        raise ValueError(f"{path}: classifier.weight has {shapes}")
+    with naming(str(path)):
+        model = arch.build(num_classes=len(classifier))
+    fill(model, state, path, "its net_config")
     return arch, model
+
+
+def _read_net_config(path: Path) -> Architecture:
+    """As the published reader: lines are joined up to the one with net_type, no more is read."""
+    text, stated = "", None
+    for line in read_text(path).removeprefix("\ufeff").splitlines():
+        if "net_type" in line:
+            stated = line.rpartition(":")[2].strip()
+            break
+        text += line.strip()
+    with naming(str(path)):
+        arch = Architecture.parse(text.removesuffix("|"))
+        if stated not in (None, arch.net_type):
+            raise ValueError(f"net_type is {stated[:80]}, but the ops are {arch.net_type}")
+    return arch
+
+
+def read_state(path: Path) -> Mapping[str, Tensor]:
+    """A stored state dict, on the CPU.
+
+    Raises FileNotFoundError or ValueError with one sentence for anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}, the weights of its network")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged or foreign file makes the unpickler raise nearly anything
+        raise ValueError(f"{path} is damaged or holds more than weights, it was not read") from None
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected a state dict, found a {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str):
+            found = f"{key!r} is not the name of an entry"
+            raise ValueError(f"{path}: expected a state dict, but {found}")
+        if not isinstance(value, Tensor):
+            found = f"found a {type(value).__name__} as {key[:80]!r}"
+            raise ValueError(f"{path}: expected a state dict with nothing but tensors, {found}")
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            other = "is no plain tensor, but sparse, quantized or empty"
+            raise ValueError(f"{path}: {key[:80]!r} {other}")
+    return state
+
+
+def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
+    """Gives a network the weights read from `path`, in any floating-point precision.
+
+    Raises ValueError naming the entry where they do not fit `what` the network was built from, or
+    are not finite.
+    """
+    expected = net.state_dict()
+    absent = [key for key in expected if key not in state]
+    # Weights of PyTorch before 0.4.1 count no batches.
+    missing = [key for key in absent if not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    if missing:
+        raise ValueError(f"{path} does not fit {what}: it lacks {_some(missing)}")
+    if unexpected:
+        raise ValueError(f"{path} does not fit {what}: there is no place for {_some(unexpected)}")
+    for key, value in state.items():
+        wanted = expected[key]
+        if value.shape != wanted.shape:
+            shapes = f"the shape {tuple(value.shape)}, expected {tuple(wanted.shape)}"
+            raise ValueError(f"{path} does not fit {what}: {key!r} has {shapes}")
+        if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+            kinds = f"{value.dtype}, expected {wanted.dtype}"
+            raise ValueError(f"{path} does not fit {what}: {key!r} holds {kinds}")
+        if not value.to(wanted.dtype).isfinite().all():
+            raise ValueError(f"{path}: {key!r} holds numbers that are not finite")
+    net.load_state_dict(state)
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{keys[0][:80]!r}{more}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -10,14 +13,16 @@ from torch import nn
 
 from densenas.config import atomic
 from densenas.latency import milliseconds
+from densenas.networks import reason
 
 
 def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float = 1e-4) -> pd.DataFrame:
     """Writes model.pt2 and model.onnx for any number of images (N, 3, input_size, input_size) into `folder`.
 
-    Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on this CPU and the
-    largest deviation of the logits from PyTorch's. Raises RuntimeError where that is more than `tolerance` times the
-    largest logit.
+    Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on
+    this CPU and the largest deviation of the logits from PyTorch's. Raises with one sentence
+    RuntimeError where that is more than `tolerance` times the largest logit, ValueError where the
+    network cannot leave PyTorch, OSError where it cannot be written.
     """
     import onnxruntime  # these two take seconds to import
     import torch.onnx
@@ -25,11 +30,18 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
     net, images = net.cpu().eval(), torch.randn(2, 3, input_size, input_size)
     with torch.no_grad():
         logits = net(images)
-    program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("images")},))
-    with atomic(Path(folder) / "model.pt2") as partial:
-        torch.export.save(program, partial)
-    with atomic(Path(folder) / "model.onnx") as partial:
-        torch.onnx.export(program, f=str(partial), dynamo=True, external_data=False, verbose=False)
+    with _naming("torch.export"):
+        any_number = ({0: torch.export.Dim("images")},)
+        program = torch.export.export(net, (images,), dynamic_shapes=any_number)
+    with _naming("ONNX"):
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+    # By way of memory: on a full disk the archive's own writer would end the process.
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    with _writing(Path(folder) / "model.pt2") as partial:
+        partial.write_bytes(archive.getbuffer())
+    with _writing(Path(folder) / "model.onnx") as partial:
+        onnx.save(str(partial), external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"])
@@ -46,3 +58,22 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
             raise RuntimeError(f"the network exported for {name} deviates by {deviation:.2g} from PyTorch's")
         rows.append({"runtime": name, "ms": milliseconds(run, images[:1]), "deviation": deviation})
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def _naming(program: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # exporters raise many kinds of their own, over many lines
+        raise ValueError(f"the network cannot be exported by {program}: {reason(error)}") from None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`atomic`, with a sentence that names the file where it cannot be written."""
+    try:
+        with atomic(path) as partial:
+            yield partial
+    except OSError as error:
+        sentence = f"{path} could not be written, is the disk full?"
+        raise OSError(f"{sentence} {reason(error)}") from None

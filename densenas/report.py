@@ -15,6 +15,7 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
 from densenas.config import PACKAGE, ROOT, read_text, write_text
+from densenas.identity import credit, derived
 from densenas.run import Run
 
 TEMPLATES = jinja2.Environment(
@@ -30,45 +31,99 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+OVERVIEW = (
+    "name", "dataset", "network", "group", "top1", "low", "high", "images", "cost", "target",
+    "params", "ms", "blocks", "layers", "seconds", "seed",
+)  # fmt: skip
+
+
 def all_runs() -> pd.DataFrame:
-    """Every evaluated run: top1 and its interval in %, the target in the cost's own unit."""
+    """Every evaluated run, and the network it tested: top1 and interval in %, cost in M Mult-Adds.
+
+    `group` is the space it was derived from, or the network's own name. What only a search has
+    (target, in the cost's own unit, seconds, seed) is missing where the tested network is not the
+    one that the run derived.
+    """
     rows = []
-    for folder in sorted((ROOT / "reports").glob("*/architecture.json")):
-        run = Run(folder.parent.name)
-        metrics, arch = run.read_json("metrics.json"), run.read_json("architecture.json")
+    for path in sorted((ROOT / "reports").glob("*/metrics.json")):
+        run = Run(path.parent.name)
+        metrics, found = run.read_json("metrics.json"), run.read_json("architecture.json")
         if "evaluate" not in metrics:
             continue
-        test, target = metrics["evaluate"], arch["target_cost"]
+        test, told = metrics["evaluate"], credit(metrics, found)
         low, high = wilson(test["top1"], test["images"])
-        unit = arch["cost_unit"].replace("million", "M")
-        rows.append({
-            "name": run.name, "dataset": metrics["data"]["dataset"], "group": arch["space"],
-            "top1": 100 * test["top1"], "low": 100 * low, "high": 100 * high, "images": test["images"],
-            "cost": arch["mult_adds_m"], "target": f"{target} {unit}" if target else "none",
-            "params": 1000 * arch["params_m"], "ms": test["ms"]["PyTorch"], "blocks": arch["blocks"],
-            "layers": arch["layers"], "seconds": metrics["search"]["seconds"], "seed": arch["seed"],
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+        row = {
+            "name": run.name,
+            "dataset": metrics["data"]["dataset"],
+            "network": told["network"],
+            "group": told["network"],
+            "top1": 100 * test["top1"],
+            "low": 100 * low,
+            "high": 100 * high,
+            "images": test["images"],
+            "cost": test["mult_adds_m"],
+            "params": 1000 * test["params_m"],
+            "ms": test.get("ms", {}).get("PyTorch"),
+            "blocks": test.get("blocks"),
+            "layers": test.get("layers"),
+        }
+        if told["derived"]:
+            target, unit = found["target_cost"], found["cost_unit"].replace("million", "M")
+            row |= {
+                "group": found["space"],
+                "target": f"{target} {unit}" if target else "none",
+                "seconds": metrics["search"]["seconds"],
+                "seed": found["seed"],
+            }
+        rows.append(row)
+    return pd.DataFrame(rows, columns=OVERVIEW)
 
 
 def write_overview() -> str:
     """Writes reports/index.html, all runs in one table that sorts; returns its path relative to the repository."""
     studies = sorted(path.parent.name for path in (ROOT / "reports").glob("*/evidence.html"))
-    page = TEMPLATES.get_template("overview.html.j2").render(runs=all_runs().to_dict("records"), studies=studies)
+    runs = all_runs().astype(object)
+    rows = runs.where(runs.notna(), None).to_dict("records")
+    page = TEMPLATES.get_template("overview.html.j2").render(runs=rows, studies=studies)
     write_text(ROOT / "reports" / "index.html", page)
     return "reports/index.html"
 
 
+def evaluation(run: Run) -> dict[str, Any]:
+    """What a report says of an evaluated run: metrics.json, what was derived, and what was tested.
+
+    Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not
+    run again.
+    """
+    metrics = run.read_json("metrics.json")
+    stages = {"data": "01-data", "search": "03-search", "evaluate": "06-evaluate"}
+    for section, stage in stages.items():
+        if section not in metrics:
+            lacks = f"has no '{section}' in metrics.json yet"
+            raise FileNotFoundError(f"run '{run.name}' {lacks}: run {stage} first")
+    found, test = derived(run), metrics["evaluate"]
+    return {
+        **metrics,
+        "retrain": metrics.get("retrain"),
+        "run": run.name,
+        "arch": found,
+        "tested": credit(metrics, found),
+        "interval": wilson(test["top1"], test["images"]),
+    }
+
+
 def write_report(run: Run) -> str:
     """Writes index.html from the run's files; returns its path relative to the repository."""
+    content = evaluation(run)
     captions, folder = run.read_json("figures/captions.json"), run.reports / "figures"
-    sources = {name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in captions}
-    metrics, provenance = run.read_json("metrics.json"), run.read_json("provenance.json")
-    content: dict[str, Any] = {
-        **metrics,
-        "run": run.name,
-        "interval": wilson(metrics["evaluate"]["top1"], metrics["evaluate"]["images"]),
-        "arch": run.read_json("architecture.json"),
+    provenance = run.read_json("provenance.json")
+    if "03-search" not in provenance:
+        lacks = "has no '03-search' in provenance.json yet"
+        raise FileNotFoundError(f"run '{run.name}' {lacks}: run 03-search first")
+    sources = {
+        name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in captions
+    }
+    content |= {
         "captions": captions,
         "sources": sources,
         "parameters": {stage: yaml.safe_dump(entry["parameters"]) for stage, entry in provenance.items()},
@@ -77,6 +132,12 @@ def write_report(run: Run) -> str:
     }
     write_text(run.reports / "index.html", TEMPLATES.get_template("report.html.j2").render(content))
     return f"reports/{run.name}/index.html"
+
+
+def in_words(run: Run, path: str, overview: str) -> str:
+    """The result of an evaluated run for the terminal, and where it and all runs are reported."""
+    template = TEMPLATES.get_template("report.txt.j2")
+    return template.render(evaluation(run), path=path, overview=overview)
 
 
 def write_study(run: Run) -> str:
@@ -105,6 +166,4 @@ if __name__ == "__main__":
         path, found = write_study(run), metrics["evidence"]["verdict"]
         print(f"{found}\n  {'report':<16} {path}, beside all runs in {write_overview()}\n")
     if "evaluate" in metrics:
-        test, arch = metrics["evaluate"], run.read_json("architecture.json")
-        about = {"arch": arch, "interval": wilson(test["top1"], test["images"]), "path": write_report(run)}
-        print(TEMPLATES.get_template("report.txt.j2").render(metrics, overview=write_overview(), **about))
+        print(in_words(run, write_report(run), write_overview()))

@@ -1,69 +1,47 @@
-"""Training a network from scratch, and measuring one: derived, published, torchvision's or the user's own."""
+"""Training a network from scratch, and measuring one."""
 
 from __future__ import annotations
 
-import pkgutil
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from densenas.architecture import Architecture, load_published, save_published
-from densenas.config import RetrainRecipe, atomic, override, read_text, refuse, write_text
+from densenas import identity
+from densenas.architecture import Architecture
+from densenas.config import RetrainRecipe, override
 from densenas.data import ImageData, load
 from densenas.engine import Pass, computing_on, cosine, descend, fit, fused_sgd, rank_and_world
 from densenas.loading import Batches
+from densenas.networks import (
+    check_network,
+    code_digest,
+    is_code,
+    load_network,
+    model_folder,
+    network,
+    save_network,
+    source_of,
+)
 from densenas.run import Run, progress
 
-
-def network(model: str, num_classes: int) -> nn.Module:
-    """A new network: a net_config, a published name, a torchvision model, or the user's own "package.module:function".
-
-    The function is called with `num_classes`. Raises ValueError with one sentence where there is no such network.
-    """
-    if ":" in model and not model.lstrip().startswith("["):
-        try:
-            return pkgutil.resolve_name(model)(num_classes=num_classes)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"model '{model}' cannot be imported: {error}") from None
-    if model in torchvision.models.list_models():
-        return torchvision.models.get_model(model, num_classes=num_classes)
-    try:
-        return Architecture.read(model).build(num_classes)
-    except KeyError:
-        kinds = "DenseNAS-A, -B or -C, a torchvision model, a net_config or package.module:function"
-        raise ValueError(f"no network '{model}', expected {kinds}") from None
-
-
-def save_network(folder: Path, model: str, net: nn.Module) -> None:
-    """Keeps a trained network where `load_network` finds it; a derived one in the published format."""
-    if hasattr(net, "arch"):
-        (folder / "model").unlink(missing_ok=True)  # of an earlier network that was not derived
-        save_published(folder, net.arch)
-    else:
-        write_text(folder / "model", f"{model}\n")
-    with atomic(folder / "weights.pt") as partial:
-        torch.save({key: value.cpu() for key, value in net.state_dict().items()}, partial)
-
-
-def load_network(folder: str | Path, num_classes: int, model: str | None = None) -> nn.Module:
-    """The network in a published folder, or in one that `save_network` wrote.
-
-    A folder may name torchvision's networks. Code is imported only where the caller, not a file, names it as `model`.
-    """
-    folder = Path(folder)
-    if not (folder / "model").is_file():
-        return load_published(folder)[1]
-    found = read_text(folder / "model").strip()
-    foreign = f"{folder}: the network is {found[:80]!r}, code is run only where net_config says the same"
-    refuse(found not in torchvision.models.list_models() and found != model, foreign)
-    net = network(found, num_classes)
-    net.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
-    return net
+# Networks by name and in folders are offered from here too.
+__all__ = [
+    "check_network",
+    "evaluate",
+    "load_network",
+    "model_folder",
+    "network",
+    "retrain",
+    "retrain_run",
+    "save_network",
+    "size",
+    "source_of",
+]
 
 
 def size(net: nn.Module, input_size: int) -> dict[str, float]:
@@ -85,19 +63,30 @@ def retrain(
     precision: str = "fp32",
     device: str = "auto",
     deterministic: bool = False,
+    started: Callable[[], None] = lambda: None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Trains `model` (see `network`) from scratch on all training images; returns it with one history row an epoch.
 
-    A killed training goes on when called again (`fit`). The test split is looked at once, by `evaluate`.
+    A killed training goes on when called again (`fit`). The test split is looked at once, by
+    `evaluate`. `started` is called when nothing was refused, before the first step. Raises
+    ValueError with one sentence.
     """
+    images = len(data.train) + len(data.val)
+    if recipe.batch_size > images:
+        batch = f"batch_size of the retraining is {recipe.batch_size:,}"
+        only = f"there are only {images:,} training images (train and val together)"
+        raise ValueError(f"{batch}, but {only}")
     with computing_on(device, precision, deterministic) as where:
+        check_network(str(model), len(data.classes), data.image_size)
         configuration = {
             "model": str(model), "recipe": recipe.model_dump(mode="json"), "data": data.digest, "seed": seed,
             "precision": precision, "device": where.type,
         }  # fmt: skip
         torch.manual_seed(seed)
         net = network(str(model), len(data.classes)).to(where, memory_format=torch.channels_last)
-        weights = list(net.parameters())
+        if is_code(str(model)):
+            configuration["code"] = code_digest(str(model), net)
+        weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
         batches = Batches(data, ("train", "val"), recipe.batch_size, where, seed)
         sgd = fused_sgd(weights, recipe)
         warmup = round(recipe.warmup_epochs * len(batches))
@@ -116,6 +105,7 @@ def retrain(
             return outcome
 
         net.train()
+        started()
         parts = {"net": net, "sgd": sgd, "schedule": schedule}
         one_pass = [Pass("train", batches, step, weights)]
         history = fit(
@@ -128,19 +118,35 @@ def retrain(
 def retrain_run(
     name: str, net_config: str | None = None, epochs: int | None = None, batch_size: int | None = None, **how: Any
 ) -> None:
-    """`retrain` as notebook 05 and torchrun call it: on the run's data; None is the run's own network and recipe."""
+    """`retrain` as notebook 05 and torchrun call it: on the run's data.
+
+    None is the run's own network and recipe. Keeps the network in runs/<run>/model, and in
+    metrics.json what was trained and how it went.
+    """
     run = Run(name)
-    derived = run.need(run.reports / "architecture.json", "04-derive")
-    model = net_config or run.read_json(derived.name)["net_config"]
-    shortened = {"epochs": epochs, "batch_size": batch_size}
-    recipe = override(run.costs().space.retrain, **shortened)
     rank, world = rank_and_world()
-    if rank == 0:
-        asked = {"net_config": net_config, **shortened, "devices": world, **how}
-        run.record_provenance("05-retrain", **asked, recipe=recipe.model_dump(mode="json"))
-    net, _ = retrain(run, load(run), model, recipe, **how)
-    if rank == 0:
-        save_network(run.work / "model", model, net)
+    with run.alone() if rank == 0 else nullcontext():
+        found = identity.derived(run)  # refuses what an earlier search left
+        model = net_config or found["net_config"]
+        shortened = {"epochs": epochs, "batch_size": batch_size}
+        recipe = override(run.costs().space.retrain, **shortened)
+        data = load(run)
+
+        def started() -> None:
+            if rank == 0:
+                asked = {"net_config": net_config, **shortened, "devices": world, **how}
+                run.record_provenance("05-retrain", **asked, recipe=recipe.model_dump(mode="json"))
+
+        net, history = retrain(run, data, model, recipe, **how, started=started)
+        if rank == 0:
+            save_network(run.work / "model", model, net)
+            last = history[-1]
+            result = {
+                "epochs": len(history), "seconds": sum(row["seconds"] for row in history),
+                "train_top1": last["train_top1"], "train_loss": last["train_loss"], "n": 1,
+            }  # fmt: skip
+            trained = identity.describe(run, net, run.work / "model") | size(net, data.image_size)
+            run.update_json("metrics.json", "retrain", result | trained)
 
 
 @torch.no_grad()
@@ -154,10 +160,16 @@ def evaluate(
     with computing_on(device, "fp32") as where:
         net = net.to(where).eval()
         batches = Batches(data, split, batch_size, where)
-        parts = [(net(images).float(), truth) for images, truth in progress(len(batches), "evaluate", batches.epoch(0))]
+        classes = len(data.classes)
+        parts = []
+        for images, labels in progress(len(batches), "evaluate", batches.epoch(0)):
+            logits = net(images).float()
+            told = logits.shape[1]
+            if told != classes:
+                apart = f"the network tells {told} classes apart"
+                raise ValueError(f"{apart}, the data set has {classes}")
+            parts.append((logits, labels))
     scores, truth = map(torch.cat, zip(*parts, strict=True))
-    told, classes = scores.shape[1], len(data.classes)
-    refuse(told != classes, f"the network tells {told} classes apart, the data set has {classes}")
     best = scores.topk(min(5, classes), dim=1).indices
     hits = best == truth[:, None]
     confusion = torch.bincount(truth * classes + best[:, 0], minlength=classes**2).view(classes, classes)

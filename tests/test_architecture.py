@@ -94,6 +94,17 @@ MALFORMED = {
     "stack as text": (second("[[8, 8], 'mbconv_k3_t3', 'mbconv_k3_t3', 12, 1]"), r"block 1 .*expected \[\[in, out\]"),
     "width 0": (f"[[8, 0], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*widths 8 and 0.*positive"),
     "width negative": (f"[[-8, 8], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*widths -8 and 8.*positive"),
+    "width with zeros too many": (
+        f"[[8, {10**12}], 'mbconv_k3_t1', [], 0, 1]|{LAST}",
+        r"block 0 has widths 8 and 1000000000000, widths are at most 100,000",
+    ),
+    "conv1_1 to a million millions": (f"{FIRST}|[[8, {10**12}], 'conv1_1']", r"conv1_1 leaves .*at most 100,000"),
+    "conv1_1 as a truth": ("[[1, 1], 'mbconv_k3_t1', [], 0, 1]|[[True, True], 'conv1_1']", r"block 1 .*expected \[\["),
+    "ten thousand blocks": ("|".join([FIRST] * 10_000) + f"|{LAST}", r"has 10,001 blocks, at most 500"),
+    "a hundred thousand layers": (
+        f"[[8, 8], 'mbconv_k3_t1', {['mbconv_k3_t1'] * 100_000}, 100000, 1]|{LAST}",
+        r"has 100,001 layers, at most 500",
+    ),
     "stride 3": (second("[[8, 8], 'mbconv_k3_t3', [], 0, 3]"), r"block 1 .*stride 3, strides are 1 or 2"),
     "stride 0": (second("[[8, 8], 'mbconv_k3_t3', [], 0, 0]"), r"block 1 .*stride 0, strides are 1 or 2"),
     "wrong count": (second("[[8, 8], 'mbconv_k3_t3', [], 2, 1]"), r"block 1 .*announces 2 stacked ops, but lists 0"),
@@ -136,6 +147,13 @@ def test_malformed_net_config(name):
         Architecture.parse(text)
 
 
+def test_a_network_that_would_fill_the_memory_is_not_built():
+    large = Architecture.parse(second("[[8, 90000], 'mbconv_k3_t6', [], 0, 1]|[[90000, 8], 'mbconv_k3_t6', [], 0, 1]"))
+    assert large.params() > 40_000 and large.mult_adds(224) > 0  # counted without allocating any
+    with refused(ValueError, r"net_config has 48,.*million parameters, at most 1,000 million are built"):
+        large.build()
+
+
 @pytest.mark.parametrize(
     "code",
     ["__import__('os').system('touch {}')", "open('{}', 'w')", "[[8, 8], 'mbconv_k3_t3', [open('{}', 'w')], 1, 1]"],
@@ -170,6 +188,28 @@ def test_net_type_may_be_left_out(published):
     assert load_published(str(published))[0] == TINY
 
 
+LINES = str(TINY).split("|")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "|\n".join(LINES) + "\nnet_type: mbv2\n",
+        "|\n".join(LINES) + "|\nnet_type: mbv2\n",
+        "|\r\n".join(LINES) + "\r\nnet_type: mbv2\r\n",
+        "\n" + "|\n\n  ".join(LINES) + "  \n\n\nnet_type: mbv2",
+        "\ufeff" + "|\n".join(LINES) + "\nnet_type:mbv2",
+        str(TINY).replace("[], ", "[],\n ") + "\nnet_type: mbv2\n",
+        f"{TINY}\nnet_type: mbv2\nsearched on a Tuesday\nnet_type: res\n",
+        "|\n".join(LINES),
+    ],
+    ids=["lines", "each with a bar", "of Windows", "blank", "with a mark", "within a block", "notes", "no net_type"],
+)
+def test_a_net_config_on_several_lines_is_read_as_the_published_code_reads_it(text, published):
+    (published / "net_config").write_bytes(text.encode())
+    assert load_published(published)[0] == TINY
+
+
 @pytest.mark.parametrize("name", ["net_config", "weights.pt"])
 def test_missing_file(name, published):
     (published / name).unlink()
@@ -190,9 +230,11 @@ def test_missing_folder(tmp_path):
         ("", r"literal"),
         ("net_type: mbv2\n", r"literal"),
         (f"{FIRST}|{FIRST}\nnet_type: mbv2", r"'conv1_1'\], which is missing"),
+        (f"# the best one\n{TINY}\nnet_type: mbv2", r"literal"),
+        (f"{TINY}\nsearched on a Tuesday\n", r"literal"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", r"text|UTF-8|decode"),
     ],
-    ids=["other family", "unknown family", "empty", "no network", "no end", "binary"],
+    ids=["other family", "unknown family", "empty", "no network", "no end", "comment", "notes", "binary"],
 )
 def test_broken_net_config_file(text, pattern, published):
     (published / "net_config").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -212,17 +254,41 @@ def without_one(state):
 OTHER = Architecture.parse(second("[[8, 8], 'mbconv_k7_t3', [], 0, 2]"))
 
 
+def changed(key, change):
+    return lambda state: state | {key: change(state[key])}
+
+
+SPARSE = torch.eye(5).to_sparse()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
         (lambda state: OTHER.build(5).state_dict(), r"does not fit its net_config"),
-        (without_one, r"does not fit its net_config.*blocks\.1\.head_layer\.depthwise_conv"),
+        (without_one, r"does not fit its net_config: it lacks 'blocks\.1\.head_layer\.depthwise_conv"),
+        (lambda state: state | {"head.0": torch.zeros(1), "x": torch.zeros(1)}, r"no place for 'head\.0' and 1 more"),
         (without_classifier, r"no classifier\.weight"),
         (lambda state: {}, r"no classifier\.weight among the 0 entries"),
-        (lambda state: [*state.values()], r"state dict|entries|weights"),
-        (lambda state: state | {"classifier.weight": "five"}, r"classifier\.weight|does not fit"),
+        (lambda state: [*state.values()], r"expected a state dict, found a list"),
+        (lambda state: state["classifier.weight"], r"expected a state dict, found a Tensor"),
+        (lambda state: state | {"classifier.weight": "five"}, r"found a str as 'classifier\.weight'"),
+        (lambda state: {"state_dict": state, "epoch": 3}, r"nothing but tensors, found a \w*[dD]ict as 'state_dict'"),
+        (lambda state: dict(enumerate(state.values())), r"0 is not the name of an entry"),
+        (lambda state: state | {None: torch.zeros(1)}, r"None is not the name of an entry"),
+        (changed("classifier.weight", lambda weight: weight[0, 0]), r"classifier\.weight has the shape \(\), expected"),
+        (changed("classifier.weight", lambda weight: weight[:0]), r"classifier\.weight has the shape \(0, 99\)"),
+        (changed("classifier.weight", lambda weight: weight[:1].expand(10**9, 99)), r"at most 1,000 million"),
+        (changed("classifier.bias", lambda bias: bias[:2]), r"'classifier\.bias' has .*\(2,\), expected \(5,\)"),
+        (changed("classifier.bias", lambda bias: bias + torch.nan), r"'classifier\.bias' holds numbers that"),
+        (changed("classifier.weight", lambda weight: weight / 0), r"'classifier\.weight' holds numbers that"),
+        (changed("classifier.bias", lambda bias: bias.double() + 1e300), r"'classifier\.bias' holds numbers that"),
+        (changed("classifier.bias", lambda bias: bias.int()), r"'classifier\.bias' holds torch\.int32, expected"),
+        (changed("classifier.bias", lambda bias: bias + 1j), r"'classifier\.bias' holds torch\.complex64, expected"),
+        (changed("classifier.bias", lambda bias: SPARSE), r"'classifier\.bias' is no plain tensor"),
+        (changed("classifier.bias", lambda bias: bias.to("meta")), r"'classifier\.bias' is no plain tensor"),
+        (lambda state: state | {"module.classifier.bias": torch.zeros(5)}, r"some entries are there twice"),
     ],
-    ids=["another network", "one missing", "no classifier", "nothing", "a list", "a word"],
 )
 def test_weights_that_do_not_fit(change, pattern, published):
     torch.save(change(torch.load(published / "weights.pt")), published / "weights.pt")
@@ -230,7 +296,31 @@ def test_weights_that_do_not_fit(change, pattern, published):
         load_published(published)
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04cut off"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_read(kind, published):
+    state = torch.load(published / "weights.pt")
+    halved = {f"module.{key}": value.to(kind) if value.is_floating_point() else value for key, value in state.items()}
+    torch.save(halved, published / "weights.pt")
+    net = load_published(published)[1]
+    assert net.classifier.weight.dtype == torch.float32
+    torch.testing.assert_close(net.classifier.weight, state["classifier.weight"], rtol=0.01, atol=0.001)
+
+
+def test_weights_of_an_old_pytorch_count_no_batches(published):
+    state = torch.load(published / "weights.pt")
+    torch.save({key: value for key, value in state.items() if "num_batches" not in key}, published / "weights.pt")
+    assert load_published(published)[0] == TINY
+
+
+def test_a_whole_pickled_network_is_refused(published):
+    torch.save(TINY.build(5), published / "weights.pt")
+    with refused(ValueError, r"weights\.pt is damaged or holds more than weights"):
+        load_published(published)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not weights at all", b"cos\nsystem\n", b"as text\n" * 9, b"PK\x03\x04cut off"]
+)
 def test_weights_that_are_no_weights(content, published):
     (published / "weights.pt").write_bytes(content)
     with refused(ValueError, r"weights\.pt"):

@@ -1,15 +1,20 @@
 """What leaves for other programs is the same network, for any number of images."""
 
+import resource
+
 import onnxruntime
 import pytest
 import torch
+from helpers import refused
 from test_architecture import TINY
 from test_search import ARCH
 
 from densenas import Architecture
 from densenas.export import export
 
-RES = Architecture.parse("[[8, 12], 'basic_block', ['basic_block'], 1, 2]|[[12, 16], 'basic_block', [], 0, 1]")
+RES = Architecture.parse(
+    "[[8, 12], 'basic_block', ['basic_block'], 1, 2]|[[12, 16], 'basic_block', [], 0, 1]"
+)
 
 
 @pytest.mark.parametrize("arch", [TINY, ARCH, RES], ids=["mbv2", "with an odd width", "res"])
@@ -21,12 +26,17 @@ def test_exported_networks_compute_what_pytorch_computes(arch, tmp_path):
             torch.nn.init.uniform_(module.running_var, 0.5, 2)
             torch.nn.init.uniform_(module.weight, 0.5, 2)
     frame = export(net, tmp_path, 32)
-    assert frame["runtime"].tolist() == ["PyTorch", "torch.export", "ONNX Runtime"] and (frame["ms"] > 0).all()
+    assert (
+        frame["runtime"].tolist() == ["PyTorch", "torch.export", "ONNX Runtime"]
+        and (frame["ms"] > 0).all()
+    )
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         logits = net(images)
         exported = torch.export.load(tmp_path / "model.pt2").module()(images)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
     (computed,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(exported, logits)
     torch.testing.assert_close(torch.from_numpy(computed), logits, rtol=1e-4, atol=1e-4)
@@ -36,3 +46,28 @@ def test_exported_networks_compute_what_pytorch_computes(arch, tmp_path):
 def test_a_network_that_changes_on_its_way_out_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="exported for PyTorch deviates"):
         export(TINY.build(3), tmp_path, 32, tolerance=-1.0)
+
+
+class Undecided(torch.nn.Linear):
+    """What it computes depends on the numbers in the image."""
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        return super().forward(flat if flat.sum() > 0 else -flat)
+
+
+def test_a_network_that_cannot_leave_is_named_in_a_sentence(tmp_path):
+    with refused(ValueError, r"the network cannot be exported by torch\.export: "):
+        export(Undecided(3 * 8 * 8, 3), tmp_path, 8)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with refused(OSError, r"model\.pt2 could not be written, is the disk full\?"):
+            export(TINY.build(3), tmp_path, 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [*tmp_path.iterdir()]

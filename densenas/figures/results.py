@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from typing import Any, Literal
 
 import numpy as np
@@ -109,7 +109,7 @@ def _scatter(axes: Axes, points: pd.DataFrame, groups: Sequence[str], x_label: s
     """The points by group, with the Pareto front as steps."""
     front = pareto(points)[["cost", "top1"]].to_numpy().repeat(2, axis=0)
     axes.plot(front[1:, 0], front[:-1, 1], color=GREY, linewidth=0.9, zorder=1, label="Pareto front")
-    colours = iter(COLOURS)
+    colours = cycle(COLOURS)
     for group, marker in zip(sorted(groups, key="DenseNAS".__ne__), "osD^vP*X" * len(groups), strict=False):
         members = points[points["group"] == group].sort_values("cost", kind="stable")
         style = (

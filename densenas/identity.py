@@ -1,0 +1,129 @@
+"""Which network a number belongs to: the one that a run derived, or another in its place.
+
+04-derive keeps what it found in architecture.json. 05-retrain and 06-evaluate record beside their
+numbers what they trained and tested; whoever credits a number to a network reads it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from densenas.architecture import Architecture, DerivedNet
+from densenas.config import ROOT, naming, read_text
+from densenas.run import Run
+
+DERIVED = "the derived network"
+FOUND = (
+    "net_config", "mult_adds_m", "params_m", "cost", "target_cost", "cost_unit", "blocks", "layers",
+    "input_size", "num_classes", "space", "seed",
+)  # fmt: skip
+
+
+def search_digest(run: Run) -> str | None:
+    """Tells one search from another, and from itself some epochs earlier.
+
+    None where its checkpoint is not here, as in a fresh clone.
+    """
+    path = run.work / "search.pt"
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        searched = f"{checkpoint['configuration']} {len(checkpoint['position']['history'])}"
+    except Exception:  # a damaged file makes the unpickler raise nearly anything
+        raise ValueError(f"{path} is damaged: run 03-search again") from None
+    return hashlib.sha256(searched.encode()).hexdigest()
+
+
+def derived(run: Run) -> dict[str, Any]:
+    """What 04-derive found, as architecture.json holds it.
+
+    Raises FileNotFoundError or ValueError with one sentence where there is none, or none of the
+    present search.
+    """
+    path = run.need(run.reports / "architecture.json", "04-derive")
+    found = run.read_json(path.name)
+    missing = [key for key in FOUND if key not in found]
+    if missing:
+        raise ValueError(f"{path} has no entry '{missing[0]}': run 04-derive again")
+    with naming(str(path)):
+        Architecture.parse(str(found["net_config"]))
+    present = search_digest(run)
+    if "search" in found and present not in (None, found["search"]):
+        since = f"was searched again since {path.name} was written"
+        raise ValueError(f"run '{run.name}' {since}: run 04-derive again")
+    return found
+
+
+def describe(run: Run, net: nn.Module, folder: Path) -> dict[str, Any]:
+    """What the network in `folder` is: in words, by net_config or name, and by its weights."""
+    record = {"folder": _shown(folder), "weights": weights_digest(net)}
+    if not isinstance(net, DerivedNet):
+        model = read_text(folder / "model").strip()
+        return {"network": model, "model": model, **record}
+    arch = net.arch
+    shape = {"net_config": str(arch), "blocks": len(arch.routing_blocks), "layers": arch.num_layers}
+    return {"network": _name(run, arch), **shape, **record}
+
+
+def _name(run: Run, arch: Architecture) -> str:
+    if (run.reports / "architecture.json").exists() and derived(run)["net_config"] == str(arch):
+        return DERIVED
+    for name in ("DenseNAS-A", "DenseNAS-B", "DenseNAS-C"):
+        if arch == Architecture.named(name):
+            return name
+    return "a network of another net_config"
+
+
+def _shown(folder: Path) -> str:
+    """Relative to the root, which is another on every machine."""
+    folder = folder.absolute()
+    return str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else str(folder)
+
+
+def weights_digest(net: nn.Module) -> str:
+    """The same for the same weights, wherever they are kept."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def credit(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader of an evaluation must be told, beside its numbers, about the tested network.
+
+    `found` is what 04-derive found, empty for a run without a search. Returns the network in words,
+    whether it is the derived one, whether its weights are those that 05-retrain trained last, and a
+    notice, None where nothing is unusual.
+    """
+    test = metrics["evaluate"]
+    trained = "weights" in test and test["weights"] == metrics.get("retrain", {}).get("weights")
+    is_derived = "net_config" in test and test["net_config"] == found.get("net_config")
+    network, notice = test.get("network", "not recorded"), None
+    if "network" not in test:
+        notice = (
+            "Which network was tested is not recorded, the evaluation is of an older version:"
+            " run 06-evaluate again."
+        )
+    elif is_derived:
+        network = DERIVED
+        if not trained:
+            notice = (
+                f"Its weights are those in {test['folder']},"
+                " which are not the last that 05-retrain trained."
+            )
+    else:
+        if network == DERIVED:
+            network = "a network that was derived before the present one"
+        notice = (
+            f"Tested was not the network that this run derived, but {network} ({test['folder']}):"
+            " the accuracy is not that of the derived one."
+        )
+    return {"network": network, "derived": is_derived, "trained": trained, "notice": notice}

@@ -1,0 +1,277 @@
+"""Networks by name and in folders: derived, published, torchvision's or the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import pkgutil
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from densenas.architecture import (
+    Architecture,
+    DerivedNet,
+    fill,
+    load_published,
+    read_state,
+    save_published,
+)
+from densenas.config import atomic, read_text, write_text
+from densenas.run import Run
+
+# Not those for detection, segmentation, video or optical flow, nor quantized ones.
+CLASSIFIERS = frozenset(torchvision.models.list_models(module=torchvision.models))
+CODE_SEEN: dict[Path, str] = {}  # digests of the user's own files, as this process imported them
+
+
+def network(model: str, num_classes: int) -> nn.Module:
+    """A new network by net_config, published name, torchvision's name or "package.module:function".
+
+    The function, of the user's own code, is called with `num_classes`. Raises ValueError with one
+    sentence where there is no such network.
+    """
+    if is_code(model):
+        return _network_of_function(model, num_classes)
+    if model in CLASSIFIERS:
+        return torchvision.models.get_model(model, num_classes=num_classes)
+    if model in torchvision.models.list_models():
+        other = "is one of torchvision's, but not for classification of single images"
+        raise ValueError(f"{_shown(model)} {other}")
+    try:
+        return Architecture.read(model).build(num_classes)
+    except KeyError:
+        kinds = "DenseNAS-A, -B or -C, a torchvision classifier, a net_config"
+        known = f"{kinds} or package.module:function"
+        raise ValueError(f"no network '{_short(model)}', expected {known}") from None
+
+
+def _shown(model: str) -> str:
+    return f"model '{_short(model)}'"
+
+
+def _short(model: str) -> str:
+    """A network in an error's one line, however long its net_config."""
+    text = " ".join(model.split())
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def is_code(model: str) -> bool:
+    return ":" in model and not model.lstrip().startswith("[")
+
+
+def _network_of_function(model: str, num_classes: int) -> nn.Module:
+    if source := source_of(model):
+        _refuse_edited(source)
+    # Whatever the user's code raises is told in one sentence; a script may even exit when imported.
+    try:
+        function = pkgutil.resolve_name(model)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{_shown(model)} cannot be imported: {reason(error)}") from None
+    if not callable(function):
+        kind = type(function).__name__
+        raise ValueError(f"{_shown(model)} is a {kind}, expected a function of num_classes")
+    try:
+        net = function(num_classes=num_classes)
+    except (Exception, SystemExit) as error:
+        call = f"{_shown(model)} called with num_classes={num_classes}"
+        raise ValueError(f"{call}: {reason(error)}") from None
+    if not isinstance(net, nn.Module):
+        kind = type(net).__name__
+        raise ValueError(f"{_shown(model)} returns a {kind}, expected a torch.nn.Module")
+    return net
+
+
+def reason(error: BaseException) -> str:
+    """An error of others in one line."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{lines[0][:200]} ({type(error).__name__})"
+
+
+def _find_code_here() -> None:
+    """A notebook imports from its working directory, a program that was installed does not."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+
+
+def source_of(model: str) -> Path | None:
+    """The file of the function that `model` names as package.module:function; None otherwise."""
+    if not is_code(model):
+        return None
+    _find_code_here()
+    try:
+        found = importlib.util.find_spec(model.partition(":")[0])
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return Path(found.origin) if found and found.has_location else None
+
+
+def _refuse_edited(source: Path) -> None:
+    """A process keeps the code that it imported first, whatever the file says since."""
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    if CODE_SEEN.setdefault(source, digest) != digest:
+        since = "was edited since this process imported it"
+        raise ValueError(f"{source} {since}: restart the process or kernel")
+
+
+def code_digest(model: str, net: nn.Module) -> str:
+    """Changes with the file that makes the network, and with its weights' names and shapes."""
+    digest = hashlib.sha256()
+    if source := source_of(model):
+        digest.update(source.read_bytes())
+    for name, value in net.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+    return digest.hexdigest()
+
+
+def check_network(model: str, num_classes: int, image_size: int) -> None:
+    """Tries one training step and an evaluation with two images, before hours are spent.
+
+    Raises ValueError with one sentence that names the network and says why it cannot be trained on
+    such images.
+    """
+    wrong = _why_untrainable(model, num_classes, image_size)
+    if wrong is None:
+        return
+    images = f"{image_size}×{image_size} pixels and {num_classes} classes"
+    wrong = f"{_shown(model)} cannot be trained on images of {images}: {wrong}"
+    # What torchvision's classifiers were made for.
+    if not is_code(model) and _why_untrainable(model, num_classes, 224) is None:
+        wrong += "; it can with 224 pixels"
+    raise ValueError(wrong)
+
+
+def _why_untrainable(model: str, num_classes: int, image_size: int) -> str | None:
+    # Without numbers a step costs no memory, but a user's code may want to look at some.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if is_code(model):
+            return _try_step(model, num_classes, image_size, "cpu")
+        try:
+            return _try_step(model, num_classes, image_size, "meta")
+        except NotImplementedError:  # RegNets compute their widths by tensors
+            return _try_step(model, num_classes, image_size, "cpu")
+
+
+def _try_step(model: str, num_classes: int, image_size: int, device: str) -> str | None:
+    """What is wrong with the network as training and evaluation use it; None if nothing is."""
+    with torch.device(device) if device == "meta" else nullcontext():
+        net = network(model, num_classes)
+    parameters = [*net.parameters()]
+    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
+        return "it has lazy layers, which have no weights before the first image"
+    if not any(parameter.requires_grad for parameter in parameters):
+        return "it has no parameters to train"
+    if not all(isinstance(value, Tensor) for value in net.state_dict().values()):
+        return "its state_dict holds more than tensors"
+    images = torch.zeros(2, 3, image_size, image_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    try:
+        net = net.to(device, memory_format=torch.channels_last).train()
+        logits = net(images)
+        wrong = _wrong_output(logits, num_classes, "training")
+        if wrong is None:
+            F.cross_entropy(logits, torch.zeros(2, dtype=torch.long, device=device)).backward()
+            with torch.no_grad():
+                wrong = _wrong_output(net.eval()(images), num_classes, "evaluation")
+    except NotImplementedError:
+        if device == "meta":
+            raise
+        return "it has no forward method, or one for another kind of tensor"
+    except Exception as error:
+        return reason(error)
+    return wrong
+
+
+def _wrong_output(logits: Any, num_classes: int, mode: str) -> str | None:
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        return f"it returns several outputs in {mode} ({kind}), one tensor is needed"
+    if logits.shape != (2, num_classes):
+        shape = f"a tensor of shape {tuple(logits.shape)}"
+        return f"it returns {shape} in {mode} for 2 images, expected {(2, num_classes)}"
+    if not logits.is_floating_point():
+        return f"it returns numbers of {logits.dtype} in {mode}, expected a floating-point type"
+    return None
+
+
+def save_network(folder: Path, model: str, net: nn.Module) -> None:
+    """Keeps a trained network where `load_network` finds it; a derived one in the published format.
+
+    Takes the place of an earlier network, and of its exports. Raises OSError with one sentence
+    where the disk is full.
+    """
+    for export in ("model.pt2", "model.onnx"):
+        (folder / export).unlink(missing_ok=True)
+    state = net.state_dict()  # with the versions of its layers, which some of torchvision's ask for
+    for key, value in state.items():
+        state[key] = value.cpu()
+    # First what can fail for want of space: until it is written, the earlier network is whole.
+    save_tensors(folder / "weights.pt", state)
+    if isinstance(net, DerivedNet):
+        (folder / "model").unlink(missing_ok=True)
+        save_published(folder, net.arch)
+    else:
+        (folder / "net_config").unlink(missing_ok=True)
+        write_text(folder / "model", f"{model}\n")
+
+
+def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
+    """What torch.load reads, or nothing; OSError with one sentence where the disk is full."""
+    try:
+        with atomic(path) as partial:
+            torch.save(content, partial)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer knows no OSError
+        sentence = f"{path} could not be written, is the disk full?"
+        raise OSError(f"{sentence} {reason(error)}") from None
+
+
+def load_network(folder: str | Path, num_classes: int, model: str | None = None) -> nn.Module:
+    """The network in a published folder, or in one that `save_network` wrote.
+
+    A folder may name torchvision's networks. Code is imported only where the caller, not a file,
+    names it as `model`. Raises FileNotFoundError or ValueError with one sentence.
+    """
+    folder = Path(folder)
+    if not (folder / "model").is_file():
+        net = load_published(folder)[1]
+        told = net.classifier.out_features
+        if told != num_classes:
+            apart = f"the network tells {told} classes apart, the data set has {num_classes}"
+            raise ValueError(f"{folder / 'weights.pt'}: {apart}")
+        return net
+    found = read_text(folder / "model").strip()
+    if found not in CLASSIFIERS and found != model:
+        foreign = "code is run only where net_config says the same"
+        raise ValueError(f"{folder}: the network is {found[:80]!r}, {foreign}")
+    net = network(found, num_classes)
+    path = folder / "weights.pt"
+    fill(net, read_state(path), path, f"'{found}' with {num_classes} classes")
+    return net
+
+
+def model_folder(run: Run, model: str | None = None) -> Path:
+    """The folder of the network to evaluate, and of its exports; None is what 05-retrain trained.
+
+    Raises FileNotFoundError or ValueError with one sentence where it is none, or nothing can be
+    written there.
+    """
+    folder = Path(model).expanduser() if model else run.need(run.work / "model", "05-retrain")
+    if not folder.is_dir():
+        expected = "expected one with net_config and weights.pt"
+        raise FileNotFoundError(f"model '{folder}' is no folder, {expected}")
+    if not os.access(folder, os.W_OK):
+        belong = "where the network's exports belong"
+        raise ValueError(f"{folder} cannot be written to, {belong}: copy the folder")
+    return folder

@@ -1,0 +1,204 @@
+"""A report credits its numbers to the network that they belong to, and to no other."""
+
+import json
+import re
+import shutil
+
+import pytest
+from helpers import refused
+
+from densenas import figures
+from densenas.config import ROOT
+from densenas.report import all_runs, in_words, write_overview, write_report
+from densenas.run import Run
+
+OTHER = (
+    "[[8, 8], 'mbconv_k3_t1', [], 0, 1]|[[8, 16], 'mbconv_k5_t3', [], 0, 2]|[[16, 128], 'conv1_1']"
+)
+TRAINED = {"weights": "abc", "folder": "runs/digits/model"}
+BY_NAME = {"network": "squeezenet1_1", "model": "squeezenet1_1"}
+BY_TEXT = {
+    "network": "a network of another net_config",
+    "net_config": OTHER,
+    "blocks": 1,
+    "layers": 1,
+}
+COST = {"mult_adds_m": 1.18, "params_m": 0.01566}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    for module in ("run", "report"):
+        monkeypatch.setattr(f"densenas.{module}.ROOT", tmp_path)
+    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "digits")
+    return tmp_path
+
+
+@pytest.fixture
+def digits(root):
+    """The default run, whose derived network was trained and tested."""
+    run = Run("digits")
+    found = run.read_json("architecture.json")
+    assert found["mult_adds_m"] != COST["mult_adds_m"]
+    own = {key: found[key] for key in ("net_config", "blocks", "layers", "mult_adds_m", "params_m")}
+    change(run, retrain=own | TRAINED, evaluate=own | TRAINED | {"network": "the derived network"})
+    return run
+
+
+IDENTITY = (
+    "network",
+    "net_config",
+    "model",
+    "blocks",
+    "layers",
+    "mult_adds_m",
+    "params_m",
+    "weights",
+    "folder",
+)
+
+
+def change(run, **sections):
+    """Replaces which network a section of metrics.json is of; None takes the section away."""
+    metrics = run.read_json("metrics.json")
+    for name, of in sections.items():
+        kept = {key: value for key, value in metrics.pop(name, {}).items() if key not in IDENTITY}
+        if of is not None:
+            metrics[name] = kept | of
+    (run.reports / "metrics.json").write_text(json.dumps(metrics))
+
+
+def first_screen(run):
+    """The page's words before its first heading of a section, and the terminal's."""
+    page = (run.reports / write_report(run).rpartition("/")[2]).read_text()
+    head = re.sub(r"<[^>]+>", " ", page.split("<h1>")[1].split("<h2>")[0])
+    return " ".join(head.split()), in_words(run, "there", "everywhere"), page
+
+
+def test_a_derived_network_has_its_own_numbers(digits):
+    found = digits.read_json("architecture.json")
+    for words in first_screen(digits)[:2]:
+        assert "derived network" in words and f"{found['mult_adds_m']:.3f} M" in words
+        assert "not" not in words.replace("neither", "")
+    (row,) = all_runs().to_dict("records")
+    assert (
+        row["cost"] == found["mult_adds_m"]
+        and row["group"] == "digits"
+        and row["seed"] == found["seed"]
+    )
+
+
+@pytest.mark.parametrize("other", [BY_NAME, BY_TEXT], ids=["by name", "by text"])
+def test_another_networks_accuracy_is_not_credited_to_the_derived_one(other, digits):
+    change(digits, retrain=other | COST | TRAINED, evaluate=other | COST | TRAINED)
+    found = digits.read_json("architecture.json")
+    screen, terminal, page = first_screen(digits)
+    for words in (screen, terminal):
+        assert re.search(
+            rf"Tested was not the network that this run derived, but {other['network']}", words
+        )
+        assert re.search(r"tested network +1\.180 M .*15\.7 k", words)
+        assert f"{found['mult_adds_m']:.3f} M" in words  # what was searched is still shown as that
+        assert ("routing blocks" in words.split("derived network  ")[0] or "1 blocks" in words) == (
+            "blocks" in other
+        )
+    assert f"epochs, {other['network']} classifies" in " ".join(page.split())
+    assert found["net_config"].replace("'", "&#39;") in page
+    (row,) = all_runs().to_dict("records")
+    assert (
+        row["cost"] == 1.18
+        and row["params"] == 15.66
+        and row["network"] == row["group"] == other["network"]
+    )
+    overview = (digits.reports.parent / "index.html").parent.parent / write_overview()
+    assert (
+        ">1.180</td>" in overview.read_text()
+        and f"{found['mult_adds_m']:.3f}" not in overview.read_text()
+    )
+
+
+def test_what_was_tested_before_04_derived_another_network_is_not_its(digits):
+    found = digits.read_json("architecture.json")
+    (digits.reports / "architecture.json").write_text(
+        json.dumps(found | {"net_config": OTHER, "mult_adds_m": 0.335})
+    )
+    for words in first_screen(digits)[:2]:
+        assert (
+            "not the network that this run derived, but a network that was derived before the present one"
+            in words
+        )
+        assert f"{found['mult_adds_m']:.3f} M" in words and "0.335 M" in words
+    assert all_runs()["group"].tolist() == ["a network that was derived before the present one"]
+
+
+def test_weights_from_elsewhere_are_not_those_that_were_trained(digits):
+    own = digits.read_json("metrics.json")["evaluate"]
+    change(
+        digits,
+        evaluate={key: own[key] for key in IDENTITY if key in own}
+        | {"weights": "of 2020", "folder": "shelf"},
+    )
+    screen, terminal, page = first_screen(digits)
+    for words in (screen, terminal):
+        assert (
+            "Its weights are those in shelf, which are not the last that 05-retrain trained."
+            in words
+        )
+    assert (
+        "with the weights in <code>shelf</code>" in " ".join(page.split())
+        and "Trained from scratch for" not in page
+    )
+    assert "retraining " not in terminal
+
+
+def test_a_network_that_was_only_tested(digits):
+    change(digits, retrain=None, evaluate=BY_NAME | COST | {"weights": "x", "folder": "shelf"})
+    screen, terminal, _ = first_screen(digits)
+    assert "but squeezenet1_1 (shelf)" in screen and "retraining" not in terminal
+
+
+def test_an_evaluation_that_names_no_network_is_shown_as_that(digits):
+    change(digits, retrain={}, evaluate=COST)
+    screen, terminal, _ = first_screen(digits)
+    for words in (screen, terminal):
+        assert (
+            "Which network was tested is not recorded" in words and "run 06-evaluate again" in words
+        )
+    assert all_runs()["network"].tolist() == ["not recorded"]
+
+
+@pytest.mark.parametrize(
+    ("section", "stage"),
+    [("data", "01-data"), ("search", "03-search"), ("evaluate", "06-evaluate")],
+)
+def test_a_missing_stage_is_named(section, stage, digits):
+    change(digits, **{section: None})
+    with refused(
+        FileNotFoundError,
+        rf"run 'digits' has no '{section}' in metrics\.json yet: run {stage} first",
+    ):
+        write_report(digits)
+
+
+def test_runs_with_and_without_a_derived_network_stand_in_one_table_and_one_figure(digits, root):
+    names = [f"baseline{number}" for number in range(9)]  # more than there are colours
+    for name in names:
+        shutil.copytree(digits.reports, root / "reports" / name)
+        other = {**BY_NAME, "network": name, "model": name}
+        change(Run(name), evaluate=other | COST | TRAINED)
+    (
+        root / "reports" / names[0] / "architecture.json"
+    ).unlink()  # tested on the images, never searched
+    runs = all_runs()
+    assert runs["group"].tolist() == [*names, "digits"]
+    figures.accuracy_against_cost(runs, "Mult-Adds (millions)").draw_without_rendering()
+    page = (root / write_overview()).read_text()
+    assert page.count('<td data-value="">–</td>') == 6 * len(
+        names
+    )  # space, target, blocks, layers, seconds, seed
+
+
+def test_a_repository_without_runs(root):
+    shutil.rmtree(root / "reports" / "digits")
+    assert all_runs().empty
+    assert "<tbody>" in (root / write_overview()).read_text()
