@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import glob
+import itertools
 import json
 import os
+import platform
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 PACKAGE = Path(__file__).parent
 # A checkout keeps data/ at its top level; an installed wheel carries it inside the package.
@@ -29,22 +34,37 @@ def _root() -> Path:
 
 ROOT = _root()
 
+TEXT_BYTES = 16 << 20  # of a text file that is read whole; the longest cost table has less than one
+SETTINGS_BYTES = 1 << 18  # of a YAML file
+DEEPEST = 10  # settings within settings
+HOST = re.sub(r"[^\w-]", "-", platform.node())[:64]
+_WRITES = itertools.count()
+
 Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
 Augment = Literal["weak", "random_sized", "rand_scale"]  # the published training transforms
 
 
 class Strict(BaseModel):
-    """Unknown names are errors: a misspelled knob must never fall back to its default in silence."""
+    """Unknown names are errors: a misspelled knob must never fall back to its default in silence.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    So are values of another type, infinity and nan: `epochs: true` is not one epoch. A tuple needs `strict=False` in
+    its field, since YAML and JSON know lists only; its entries stay strict.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+Images = Annotated[int, Field(ge=2, le=1_000_000)]  # of a batch: batch norm needs two
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class SearchRecipe(Strict):
     """How a supernet is searched; the defaults are the paper's (section 4.1 and the published configuration)."""
 
-    epochs: int = Field(ge=1)  # passes over the training split
+    epochs: Epochs  # passes over the training split
     arch_start_epoch: int = Field(ge=0)  # first epoch (from 0) that also updates alpha and beta
-    batch_size: int = Field(ge=2)  # images a step
+    batch_size: Images  # images a step
     log_base: float = Field(gt=1)  # cost at which the cost term equals sub_loss_factor, in the table's unit
     sub_loss_factor: float = Field(ge=0)  # weight of the cost term
     softmax_temp: float = Field(1.0, gt=0)  # divides beta, never alpha
@@ -53,21 +73,23 @@ class SearchRecipe(Strict):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(4e-5, ge=0)
     arch_lr: float = Field(3e-4, gt=0)  # alpha and beta: Adam
-    arch_betas: tuple[float, float] = (0.5, 0.999)
+    arch_betas: tuple[Beta, Beta] = Field((0.5, 0.999), strict=False)
     arch_weight_decay: float = Field(1e-3, ge=0)
 
     @model_validator(mode="after")
     def _learns_an_architecture(self) -> SearchRecipe:
-        never = f"arch_start_epoch is {self.arch_start_epoch}, of {self.epochs} epochs none would move alpha and beta"
-        refuse(self.arch_start_epoch >= self.epochs, never)
+        if self.arch_start_epoch >= self.epochs:
+            never = f"of {self.epochs} epochs none would move alpha and beta"
+            raise ValueError(f"arch_start_epoch is {self.arch_start_epoch}, {never}")
+        _falls(self.lr, self.lr_min)
         return self
 
 
 class RetrainRecipe(Strict):
     """How a derived network is trained from scratch; the defaults are the paper's."""
 
-    epochs: int = Field(240, ge=1)
-    batch_size: int = Field(1024, ge=2)
+    epochs: Epochs = 240
+    batch_size: Images = 1024
     lr: float = Field(0.5, gt=0)  # SGD, cosine per step down to lr_min
     lr_min: float = Field(1e-5, ge=0)
     warmup_epochs: float = Field(0.0, ge=0)  # linear from lr_min, before the cosine
@@ -75,6 +97,16 @@ class RetrainRecipe(Strict):
     weight_decay: float = Field(4e-5, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     grad_clip: float | None = Field(None, gt=0)  # largest norm of the gradient; None: unclipped
+
+    @model_validator(mode="after")
+    def _learns(self) -> RetrainRecipe:
+        _falls(self.lr, self.lr_min)
+        return self
+
+
+def _falls(lr: float, lr_min: float) -> None:
+    if lr_min > lr:
+        raise ValueError(f"lr_min is {lr_min:g}, more than lr = {lr:g}, from which the rate falls to it")
 
 
 Recipe = TypeVar("Recipe", SearchRecipe, RetrainRecipe)
@@ -94,13 +126,34 @@ def naming(where: str, link: str = ": ") -> Iterator[None]:
     except ValidationError as error:
         # A misspelled name also leaves the right one missing: the misspelling is what to mend.
         first = min(error.errors(), key=lambda entry: entry["type"] not in ("extra_forbidden", "invalid_key"))
-        field, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        unknown, missing = f"there is no setting '{field}', is it misspelled?", f"the setting '{field}' is missing"
-        known = {"extra_forbidden": unknown, "invalid_key": unknown, "missing": missing}
-        usual = f"{field}: {reason} (got {first['input']!r})" if field else reason
-        raise ValueError(f"{where}: {known.get(first['type'], usual)}") from None
+        raise ValueError(f"{where}: {_sentence(first)}") from None
     except ValueError as error:
         raise ValueError(f"{where}{link}{error}") from None
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """What pydantic found, in our words."""
+    setting = ".".join(map(str, error["loc"]))
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        return f"there is no setting '{setting}', is it misspelled?"
+    if error["type"] == "missing":
+        return f"the setting '{setting}' is missing"
+    reason = error["msg"].removeprefix("Value error, ")
+    if not setting:
+        return reason
+    given = error["input"]
+    if error["type"] == "float_type" and isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given, re.I):
+        reason += "; YAML takes 1e-4 for text, write 1.0e-4"
+    return f"{setting}: {reason} (got {shown(given)})"
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a sentence: repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:90]} …"
 
 
 def override(recipe: Recipe, **settings: Any) -> Recipe:
@@ -119,32 +172,95 @@ def literal(text: str) -> Any:
 
 
 def read_text(path: str | Path) -> str:
-    """A whole text file; ValueError with one sentence where it is none."""
+    """A whole text file; FileNotFoundError or ValueError with one sentence where it is none."""
+    path = Path(path)
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        raise FileNotFoundError(f"there is no file '{path}'")
     try:
-        return Path(path).read_text(encoding="utf-8")
+        if path.stat().st_size > TEXT_BYTES:
+            raise ValueError(f"{path}: larger than {TEXT_BYTES >> 20} MiB, more than is read of a text file")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class _Settings(yaml.SafeLoader):
+    """YAML without what makes a small file endless, or another number of what is written."""
+
+    level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if event.anchor:
+            self._refuse("anchors and aliases (& and *) are not read, write the value out", event)
+        if event.tag not in (None, "!"):
+            self._refuse(f"the tag {event.tag} is not read", event)
+        if self.level == DEEPEST:
+            self._refuse(f"settings are nested more than {DEEPEST} deep", event)
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: list[Any] = []
+        for key, _ in node.value:
+            if key.value in names:
+                self._refuse(f"the setting {shown(key.value)} is there twice", key)
+            names.append(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        number = node.tag.endswith((":int", ":float"))
+        if number and re.match(r"[-+]?0[\d_]|.*:", node.value):
+            self._refuse(f"{node.value[:40]} would be read as octal or sexagesimal, write a decimal number", node)
+        return super().construct_scalar(node)
+
+    def _refuse(self, problem: str, where: yaml.Event | yaml.Node) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Safe-loads a YAML mapping; raises ValueError with one sentence when the file holds anything else."""
+    text = read_text(path)
+    if len(text) > SETTINGS_BYTES:
+        raise ValueError(f"{path}: larger than {SETTINGS_BYTES >> 10} KiB, more than settings need")
     try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        content = yaml.load(text, _Settings)
+    except yaml.MarkedYAMLError as error:
+        line = (error.problem_mark or error.context_mark).line + 1
+        raise ValueError(f"{path}: not valid YAML in line {line}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    refuse(not isinstance(content, dict), f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
     return content
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """A JSON object; ValueError names a damaged file and the remedy, what to do about it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: {remedy}")
     return content
+
+
+@contextmanager
+def writing(path: Path, *also: Path) -> Iterator[None]:
+    """Around what writes to `path`: OSError in one sentence where the disk is full, or the place cannot be written."""
+    places = {None, *map(str, (path, *also, *path.parents))}
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in places:
+            raise  # of another file
+        sentence = f"cannot be written ({error.strerror}); as soon as it can, the same call goes on"
+        raise OSError(error.errno, sentence, str(path)) from None
 
 
 @contextmanager
@@ -155,17 +271,23 @@ def atomic(path: str | Path) -> Iterator[Path]:
     empty file under the new name. Raises OSError with one sentence where the disk is full or cannot be written.
     """
     path = Path(path)
-    # The suffix stays last, some writers look at it.
-    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
-    try:
+    # Of this write alone, whoever else writes to the same path. The suffix stays last, some writers look at it.
+    partial = path.with_name(f".partial.{HOST}.{os.getpid()}.{next(_WRITES)}.{path.name}")
+    with writing(path, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+        except RuntimeError:
+            _refuse_full(partial)
+            raise
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that cannot sync a folder has the file nevertheless
+            _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -176,12 +298,33 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _refuse_full(partial: Path) -> None:
+    """Raises OSError where nothing more can be written: of a full disk PyTorch says only 'unexpected pos'."""
+    with partial.open("ab") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _remove_abandoned(path: Path) -> None:
-    """Removes what killed processes of this machine left half-written beside `path`."""
+    """Removes what killed processes left half-written beside `path`; another machine's once it is a day old."""
     for partial in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
-        process = partial.name.split(".")[2]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
-            partial.unlink(missing_ok=True)
+        _, _, host, process, *_ = partial.name.split(".")
+        with suppress(OSError):  # another process may have removed it
+            old = time.time() - partial.stat().st_mtime > 24 * 3600
+            if old or (host == HOST and not _lives(process)):
+                partial.unlink()
+
+
+def _lives(process: str) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:

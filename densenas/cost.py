@@ -4,24 +4,62 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from densenas import ops
 from densenas.architecture import Architecture
-from densenas.config import literal, read_text, refuse, write_text
-from densenas.space import PRESETS, Layer, Layers, SearchSpace
+from densenas.config import Strict, literal, naming, read_text, shown, write_text
+from densenas.space import PIXELS, PRESETS, Layer, Layers, SearchSpace
 
 UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
+DEAREST = 1e15  # no op costs as much, in either unit
+NEITHER = "is neither a cost table of ours nor a published latency list"
 
 Rows = list[list[float]]
+# The published nesting of a file; what its entries are is said by their place (`CostTable.__post_init__`).
+Nesting = tuple[Any, list[tuple[list[list[Any]], list[list[Any]]]], list[Any], Any]
 Tensors = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]  # see `CostTable.tensors`
+
+
+class Conditions(Strict):
+    """What a kept table must say about itself; whatever else it says is kept, too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    input_size: int = Field(ge=1, le=PIXELS)
+    num_classes: int = Field(ge=1)
+    batch_size: int = Field(1, ge=1)
+
+
+class Measured(Conditions):
+    """The conditions of a latency."""
+
+    device: str = Field(min_length=1)
+    threads: int = Field(ge=1)
+    torch: str
+
+
+CONDITIONS = {"mult_adds": Conditions, "latency": Measured}
+
+
+class Record(Strict):
+    """A table as a file of our own, cost.json."""
+
+    kind: Literal["mult_adds", "latency"]
+    unit: str
+    conditions: dict[str, Any]
+    space: SearchSpace
+    nesting: str = ""
+    table: Nesting
 
 
 @dataclass(frozen=True)
@@ -45,12 +83,30 @@ class CostTable:
     _tensors: dict[Any, Tensors] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        refuse(self.kind not in [*UNITS], f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
+        if self.kind not in [*UNITS]:
+            raise ValueError(f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
         if mismatch := _mismatch(self.space, self.head, self.stack, self.final):
             raise ValueError(f"cost table does not fit space {self.space.name}: {mismatch}")
-        entries = [self.stem, self.classifier, *self.final, *chain(*chain(*self.head, *self.stack))]
-        sound = all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in entries)
-        refuse(not sound, "cost table holds an entry that is not a finite number of at least 0")
+        for place, cost in self._entries():
+            number = isinstance(cost, int | float) and not isinstance(cost, bool)
+            if not number or not 0 <= cost <= DEAREST:
+                wrong = "holds an entry that is not a finite number of at least 0"
+                raise ValueError(f"cost table of space {self.space.name} {wrong}: {place} is {shown(cost)}")
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        """Every entry behind its place in words."""
+        space, last = self.space, self.space.num_blocks
+        yield "stem", self.stem
+        for j, (edges, layers) in enumerate(zip(self.head, self.stack, strict=True), start=1):
+            for i, row in zip(space.incoming(j), edges, strict=True):
+                for op, cost in zip(space.head_ops, row, strict=True):
+                    yield f"block {j}, edge {i}→{j}, {op}", cost
+            for number, row in enumerate(layers, start=1):
+                for op, cost in zip(space.stack_ops, row, strict=True):
+                    yield f"block {j}, layer {number}, {op}", cost
+        for i, cost in zip(space.incoming(last), self.final, strict=True):
+            yield f"final edge {i}→{last}", cost
+        yield "classifier", self.classifier
 
     @property
     def unit(self) -> str:
@@ -59,10 +115,12 @@ class CostTable:
     @classmethod
     def mult_adds(cls, space: SearchSpace, input_size: int = 224, num_classes: int = 100) -> CostTable:
         """Mult-Adds in millions for one square image; arithmetic on shapes only, nothing is run or allocated."""
+        layers = space.layers(input_size)
+        if not isinstance(num_classes, Integral) or num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
         side = math.ceil(input_size / 2)
         stem = 27 * space.init_dim * side**2
         stem += sum(ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1) for block in space.stem)
-        layers = space.layers(input_size)
         ends = stem / 1e6, space.last_dim * num_classes / 1e6
         conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": 1}
         return cls.of(space, "mult_adds", layers, lambda layer: ops.mult_adds(*layer) / 1e6, *ends, conditions)
@@ -88,6 +146,8 @@ class CostTable:
 
     def scaled(self, factor: float) -> CostTable:
         """Every entry times a factor, as whole networks ask for where single ops were measured."""
+        if not 0 < factor < math.inf:
+            raise ValueError(f"a cost table cannot be scaled by {factor}, expected a finite number above 0")
 
         def times(entry: Any) -> Any:
             return [times(inner) for inner in entry] if isinstance(entry, list) else factor * entry
@@ -107,7 +167,12 @@ class CostTable:
         return {i: cost + self.classifier for i, cost in zip(last, self.final, strict=True)}
 
     def write(self, path: str | Path) -> None:
-        """Writes the table as JSON, atomically; `read` gives it back."""
+        """Writes the table as JSON, atomically; `read` gives it back.
+
+        Raises ValueError where `conditions` lack the input size, the classes or what a latency depends on.
+        """
+        with naming(f"{path}: conditions"):
+            CONDITIONS[self.kind].model_validate(self.conditions)
         record = {
             "kind": self.kind,
             "unit": self.unit,
@@ -122,28 +187,43 @@ class CostTable:
     def read(cls, path: str | Path, space: SearchSpace | None = None) -> CostTable:
         """A table written by `write`, or a published latency literal (ms), parsed as a literal and never executed.
 
-        A literal names no space: without `space` it is the first preset whose blocks, edges and ops it fits.
-        Raises ValueError with one sentence when the file is neither, or fits no space.
+        A literal names no space: without `space` it is the first preset whose blocks, edges and ops it fits; nor does
+        it say its conditions, which stay empty. Raises ValueError with one sentence, FileNotFoundError where there is
+        no file, when the file is neither, fits no space or another than `space`.
         """
         text = read_text(path)
+        if text.lstrip().startswith("{"):
+            return cls._of_record(path, text, space)
         try:
-            if text.lstrip().startswith("{"):
-                record = json.loads(text)
-                stored = SearchSpace(**record["space"])
-                kind, conditions, nested = record["kind"], record["conditions"], record["table"]
-            else:
-                stored, kind, conditions, nested = space, "latency", {}, literal(text)
-            stem, blocks, final, classifier = nested
-            head, stack = [block[0] for block in blocks], [block[1] for block in blocks]
-            candidates = [stored] if stored else [SearchSpace.load(preset) for preset in PRESETS]
-            fitting = [known for known in candidates if not _mismatch(known, head, stack, final)]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is neither a cost table of ours nor a published latency list: {reason}") from None
-        if not fitting:
-            reason = _mismatch(stored, head, stack, final) if stored else "its nesting fits no preset, name the space"
-            raise ValueError(f"{path} does not fit: {reason}")
-        return cls(fitting[0], kind, stem, head, stack, final, classifier, conditions)
+            nested = TypeAdapter(Nesting).validate_python(literal(text))
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'the top'}"
+            raise ValueError(f"{path} {NEITHER}: {reason}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} {NEITHER}: {error}") from None
+        parts = _parts(nested)
+        candidates = [space] if space else [SearchSpace.load(preset) for preset in PRESETS]
+        for known in candidates:
+            if not _mismatch(known, *parts[1:4]):
+                with naming(str(path)):
+                    return cls(known, "latency", *parts, {})
+        reason = _mismatch(space, *parts[1:4]) if space else "its nesting fits no preset, name the space"
+        raise ValueError(f"{path} does not fit: {reason}")
+
+    @classmethod
+    def _of_record(cls, path: str | Path, text: str, space: SearchSpace | None) -> CostTable:
+        with naming(str(path)):
+            record = Record.model_validate_json(text)
+            if record.unit != UNITS[record.kind]:
+                raise ValueError(f"unit is '{record.unit}', that of {record.kind} is {UNITS[record.kind]}")
+            if space and space != record.space:
+                version = "another version of " if space.name == record.space.name else ""
+                raise ValueError(f"it prices {version}space {record.space.name}, asked for was {space.name}")
+        with naming(f"{path}: conditions"):
+            CONDITIONS[record.kind].model_validate(record.conditions)
+        with naming(str(path)):
+            return cls(record.space, record.kind, *_parts(record.table), record.conditions)
 
     def total(self, arch: str | Architecture) -> float:
         """The sum along one architecture, given as such, by its published name or as a net_config.
@@ -178,6 +258,12 @@ class CostTable:
             where = tuple(torch.tensor(space.head_edges, device=like.device).T)
             self._tensors[key] = head, stack, edges, where, owner
         return self._tensors[key]
+
+
+def _parts(nested: Nesting) -> tuple[float, list[Rows], list[Rows], list[float], float]:
+    """The nesting as `CostTable` has it: stem, head, stack, final, classifier."""
+    stem, blocks, final, classifier = nested
+    return stem, [head for head, _ in blocks], [stack for _, stack in blocks], final, classifier
 
 
 def _mismatch(space: SearchSpace, head: list[Rows], stack: list[Rows], final: list[float]) -> str | None:

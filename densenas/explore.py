@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import pandas as pd
 import torch
 from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, VBox
 
 from densenas import figures
-from densenas.config import ROOT, refuse
+from densenas.config import ROOT
 from densenas.cost import CostTable
 from densenas.derivation import expected_cost, visit_probabilities
 from densenas.run import Run
@@ -31,9 +32,20 @@ def finished(name: str, space: SearchSpace) -> Search:
     """A run's search; FileNotFoundError before 03-search has run, ValueError where it searched another space."""
     run = Run(name)
     table = run.costs()
-    other = f"run '{name}' is of space {table.space.name}, not {space.name}: choose another run or space"
-    refuse(table.space != space, other)
+    if table.space != space:
+        other = "another version of space" if table.space.name == space.name else f"space {table.space.name}, not"
+        raise ValueError(f"run '{name}' is of {other} {space.name}: choose another run or space")
     return load_search(run, table, table.conditions["num_classes"])
+
+
+def searched(space: SearchSpace) -> list[str]:
+    """Names of the runs that searched this space; those whose costs cannot be read are none of them."""
+    names = []
+    for path in sorted(ROOT.glob("runs/*/search.pt")):
+        with suppress(ValueError, FileNotFoundError):
+            if Run(path.parent.name).costs().space == space:
+                names.append(path.parent.name)
+    return names
 
 
 def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFrame:
@@ -83,9 +95,7 @@ class Explorer(VBox):
         # Drawn once: from then on a style sheet changes it, in milliseconds.
         figures.search_space(space, undecided(self.table).p, [0]).savefig(svg, format="svg", bbox_inches="tight")
         self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
-        names = sorted(path.parent.name for path in ROOT.glob("runs/*/search.pt"))
-        spaces = {name: Run(name).read_json("cost.json").get("space", {}).get("name") for name in names}
-        self.run.options = [NO_RUN, *(name for name in names if spaces[name] == space.name)]
+        self.run.options = [NO_RUN, *searched(space)]
         self.block.options = [(f"{i} ({width} channels)", i) for i, width in enumerate(space.chs)]
         self.run.value, self.block.value = NO_RUN, 0
 

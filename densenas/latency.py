@@ -14,18 +14,29 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from densenas import ops
 from densenas.architecture import Architecture
+from densenas.config import HOST, Strict, writing
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
 from densenas.engine import computing_on
-from densenas.run import environment, pick_device, progress
+from densenas.provenance import processor
+from densenas.run import pick_device, progress
 from densenas.space import Layer, SearchSpace
 
 SECONDS = 0.01  # of each timing
 T = TypeVar("T")
+
+
+class Timing(Strict):
+    """A line of latency.jsonl."""
+
+    key: tuple[str, int, int, int, int] = Field(strict=False)  # a `Layer`
+    ms: float = Field(gt=0)
+    conditions: dict[str, Any]
 
 
 def build(layer: Layer, space: SearchSpace) -> nn.Module:
@@ -72,15 +83,15 @@ def measure(
 
     An op is one entry however often the space uses it: the fastest of `rounds` timings, since what else a machine does
     only adds. Each round has another order, so that a drift favours none. Each timing is appended to `log` as a JSON
-    line; a killed measurement goes on behind the last whole line of the same conditions. A skip costs nothing, a
-    derived network drops it; with `skip_reg` it is charged a tenth of its layer's first op, as in Mult-Adds.
+    line; a killed measurement goes on behind the last whole line of the same conditions and host. A skip costs
+    nothing, a derived network drops it; with `skip_reg` it is charged a tenth of its layer's first op, as in Mult-Adds.
+    Raises ValueError or, where the log cannot be written, OSError with one sentence.
     """
+    for name, count in {"num_classes": num_classes, "batch_size": batch_size, "rounds": rounds}.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}, at least 1 is needed")
     where = pick_device(device)
-    conditions: dict[str, Any] = {
-        "input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, "dtype": "float32, ieee",
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else environment()["hardware"]["cpu"],
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
+    conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, **_conditions(where)}
     mobile = space.net_type == "mbv2"
     head, stack, final = space.layers(input_size)
     if not mobile:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
@@ -90,24 +101,20 @@ def measure(
     rows = [*chain(*head, *stack), final, [stem], [classifier] * mobile]
     layers = sorted({layer for row in rows for layer in row if layer[0] != ops.SKIP})
 
-    times = defaultdict(list)
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill
-        if entry["conditions"] == conditions:
-            times[tuple(entry["key"])].append(entry["ms"])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write("\n")
-        for number, layer in shuffled(layers, rounds, "latency"):
-            if len(times[layer]) <= number:
-                module = build(layer, space).eval().to(where, memory_format=torch.channels_last)
-                x = torch.randn(batch_size, layer[1], layer[3], layer[3], device=where)
-                times[layer].append(milliseconds(module, x.contiguous(memory_format=torch.channels_last)))
-                file.write(json.dumps({"key": layer, "ms": times[layer][-1], "conditions": conditions}) + "\n")
-                file.flush()
+    # What a machine says about itself is said by all of its kind: the log of another host is never gone on with.
+    here = {**conditions, "host": HOST}
+    times = _logged(log, here)
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write("\n")
+            for number, layer in shuffled(layers, rounds, "latency"):
+                if len(times[layer]) <= number:
+                    module = build(layer, space).eval().to(where, memory_format=torch.channels_last)
+                    x = torch.randn(batch_size, layer[1], layer[3], layer[3], device=where)
+                    times[layer].append(milliseconds(module, x.contiguous(memory_format=torch.channels_last)))
+                    file.write(json.dumps({"key": layer, "ms": times[layer][-1], "conditions": here}) + "\n")
+                    file.flush()
     # A skip is the one op that is not timed.
     ms = defaultdict(float, {layer: min(times[layer]) for layer in layers})
     names = ("op", "in_channels", "width", "map", "stride", "ms", "median", "max")
@@ -119,12 +126,44 @@ def measure(
     return CostTable.of(space, "latency", (head, stack, final), ms.__getitem__, *ends, conditions)
 
 
+def _conditions(where: torch.device) -> dict[str, Any]:
+    """What a latency depends on besides the network and its input. Small ones wait for the CPU on a GPU, too."""
+    cpu = processor()
+    return {
+        "dtype": "float32, ieee",
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else cpu,
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _logged(log: Path, conditions: dict[str, Any]) -> defaultdict[Layer, list[float]]:
+    """Every layer's timings of these conditions; a line that a kill or a power cut left incomplete is passed over."""
+    times: defaultdict[Layer, list[float]] = defaultdict(list)
+    if not log.exists():
+        return times
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                timing = Timing.model_validate_json(line)
+            except ValidationError:
+                continue
+            if timing.conditions == conditions:
+                times[timing.key].append(timing.ms)
+    return times
+
+
 def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12) -> pd.DataFrame:
     """Predicted and measured latency (ms) of n random architectures, over all latencies of the space alike.
 
     Columns predicted, measured, and corrected: the prediction times one factor, the median of measured / predicted. An
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
+    Raises ValueError for fewer than 2 networks, of which none can be ranked.
     """
+    if n < 2:
+        raise ValueError(f"networks is {n}, a rank correlation needs at least 2")
     candidates = Lattice(table).sample(n, even=True)
     measured = whole([one.architecture for one in candidates], table.conditions, device, rounds)
     frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": measured})

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import BaseModel, Field, PositiveFloat
 from tqdm import tqdm
 
 from densenas.config import (
-    ROOT, Augment, Dataset, Strict, atomic, naming, override, read_json, read_yaml, refuse, write_text,
+    HOST, ROOT, Augment, Dataset, Strict, atomic, naming, override, read_json, read_yaml, refuse,
+    write_text, writing,
 )  # fmt: skip
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
+from densenas.provenance import environment
 from densenas.space import SearchSpace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "snakemake", "densenas")
-_HELD: set[Path] = set()  # locks of runs that this process holds
-os.register_at_fork(after_in_child=_HELD.clear)
+_HELD: dict[Path, int] = {}  # locks of runs that this process holds, and their files' descriptors
+
+
+def _leave_to_parent() -> None:
+    """A fork shares its parent's locks: kept open by a decoding worker, they would outlive a killed parent."""
+    for lock in _HELD.values():
+        os.close(lock)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class DataConfig(Strict):
@@ -74,7 +81,7 @@ class EvaluateConfig(Strict):
 
 
 class EvidenceConfig(Strict):
-    targets: tuple[PositiveFloat, ...] = Field(min_length=1)
+    targets: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
     seeds: int = Field(3, ge=1)
     networks: int = Field(8, ge=2)
 
@@ -147,12 +154,22 @@ class RunConfig(Strict):
         return {stage: {"run": run, **values} for stage, values in stages.items()}
 
 
+class _Prepared(BaseModel):
+    """What costs depend on of data.json, which 01-data keeps."""
+
+    image_size: int = Field(ge=1, strict=True)
+    classes: list[str] = Field(min_length=1)
+
+
 class Run:
     """Where a run keeps what: `reports` (small, for readers) and `work` (checkpoints and data, for machines)."""
 
     def __init__(self, name: str) -> None:
-        usable = re.fullmatch(r"[\w][\w.-]*", name)
-        refuse(not usable, f"run name '{name}' is not usable as a folder name: use letters, digits, '.', '_', '-'")
+        if not isinstance(name, str):
+            raise ValueError(f"run name {name!r} is no text: papermill's -r gives a name as text, -p a number")
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            usable = "use up to 100 letters, digits, '.', '_', '-'"
+            raise ValueError(f"run name {name!r} is not usable as a folder name: {usable}")
         self.name = name
         self.reports = ROOT / "reports" / name
         self.work = ROOT / "runs" / name
@@ -169,46 +186,69 @@ class Run:
             raise FileNotFoundError(f"run '{self.name}' has no {path.name} yet: run {stage} first")
         return path
 
-    def costs(self) -> CostTable:
-        """The table that 02-cost kept."""
-        return CostTable.read(self.need(self.reports / "cost.json", "02-cost"))
+    def images(self, image_size: int | None = None) -> tuple[int, int]:
+        """Side in pixels and number of classes of the prepared images; ValueError where another side is asked for."""
+        path = self.need(self.work / "data.json", "01-data")
+        with naming(f"{path} is damaged, run 01-data again"):
+            prepared = _Prepared.model_validate(read_json(path, "run 01-data again"))
+        if image_size not in (None, prepared.image_size):
+            raise ValueError(
+                f"image_size is {image_size}, but the images of run '{self.name}' were prepared with"
+                f" {prepared.image_size} pixels: leave it out, or run 01-data again"
+            )
+        return prepared.image_size, len(prepared.classes)
+
+    def costs(self, space: str | Path | None = None) -> CostTable:
+        """The table that 02-cost kept.
+
+        ValueError where it is damaged, made for other images than the prepared ones, or for another space than asked
+        for; None is the table's own.
+        """
+        path = self.need(self.reports / "cost.json", "02-cost")
+        again = f"run 02-cost of run '{self.name}' again"
+        try:
+            table = CostTable.read(path, SearchSpace.load(space) if space else None)
+        except ValueError as error:
+            raise ValueError(f"{error}; {again}") from None
+        if "input_size" not in table.conditions:
+            raise ValueError(f"{path} does not say for which images it holds: {again}")
+        priced = table.conditions["input_size"], table.conditions["num_classes"]
+        if (self.work / "data.json").exists() and priced != self.images():
+            size, classes = self.images()
+            have = f"the prepared ones have {size} in {classes}"
+            raise ValueError(f"{path} prices images of {priced[0]} pixels in {priced[1]} classes, {have}: {again}")
+        return table
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """One process at a time works on a run: a second one says so and waits until the first has ended.
 
         The lock is the kernel's and goes with its process, however that ends. Inside, the same process may enter
-        again. Several that train together take it once, by their first.
+        again. Several that train together take it once, by their first. Raises OSError with one sentence where the
+        run's folder cannot be written.
         """
         path = self.work / ".lock"
         if path in _HELD:
             yield
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                print(f"run '{self.name}' is at work in process {lock.read() or '?'}: waiting for it", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.seek(0)
-            lock.truncate()
-            lock.write(str(os.getpid()))
-            lock.flush()
-            _HELD.add(path)
+
+        def say(holder: str) -> None:
+            print(f"run '{self.name}' is at work in process {holder or '?'}: waiting for it", flush=True)
+
+        with _locked(path, say) as lock:
+            with suppress(OSError):  # a full disk keeps the name out, not the lock
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()} on {HOST}".encode(), 0)
+            _HELD[path] = lock
             try:
                 yield
             finally:
-                _HELD.discard(path)
-                fcntl.flock(lock, fcntl.LOCK_UN)  # or it would stay with decoding workers that outlive this
+                _HELD.pop(path, None)
 
     @contextmanager
     def _updating(self) -> Iterator[None]:
         """Two stages that end at once must not lose each other's entries."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / ".entries.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(self.work / ".entries.lock"):
             yield
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -223,18 +263,32 @@ class Run:
             write_text(self.reports / name, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
     def write_history(self, stage: str, rows: list[dict[str, Any]]) -> None:
-        """Replaces the rows of one stage in history.csv."""
+        """Replaces the rows of one stage in history.csv; a damaged file is written anew, and says so."""
         with self._updating():
-            kept = [row for row in self.history().to_dict("records") if row["stage"] != stage]
+            try:
+                kept = [row for row in self.history().to_dict("records") if row["stage"] != stage]
+            except ValueError:
+                print("history.csv was damaged and is written anew; other stages' rows come when these run again")
+                kept = []
             history = pd.DataFrame(kept + [{"stage": stage, **row} for row in rows])
             # Search before retraining, whichever was run last.
             history = history.sort_values(["stage", "epoch"], ascending=[False, True])
             write_text(self.reports / "history.csv", history.to_csv(index=False))
 
     def history(self, stage: str | None = None) -> pd.DataFrame:
-        """history.csv, or the rows of one stage with only the columns that it fills."""
+        """history.csv, or the rows of one stage with only the columns that it fills; ValueError where it is damaged."""
         path = self.reports / "history.csv"
-        history = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        if not path.exists():
+            return pd.DataFrame()
+        try:
+            history = pd.read_csv(path)
+            sound = history[["stage", "epoch"]].notna().all(axis=None)
+            history["epoch"] = history["epoch"].astype(int)
+        except (ValueError, KeyError):
+            sound = False
+        if not sound:
+            again = f"delete it and run 03-search and 05-retrain of run '{self.name}' again"
+            raise ValueError(f"{path} is damaged: {again}, they go on from their checkpoints and write it anew")
         if stage is None or not len(history):
             return history
         return history[history["stage"] == stage].dropna(axis=1, how="all").reset_index(drop=True)
@@ -252,43 +306,50 @@ class Run:
         self.update_json("provenance.json", stage, {"parameters": parameters, **environment()})
 
 
-def environment() -> dict[str, Any]:
-    """Git revision, package versions and hardware of this process."""
+@contextmanager
+def _locked(path: Path, say: Callable[[str], None] | None = None) -> Iterator[int]:
+    """Holds the kernel's lock on a file, after waiting for whoever has it, whom `say` is told; gives a descriptor."""
+    with writing(path):
+        lock = _lock(path, say)
+    owner = os.getpid()
+    try:
+        yield lock
+    finally:
+        if os.getpid() == owner:  # a fork must not free its parent's
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
 
-    def git(*command: str) -> str:
-        result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-        return result.stdout.strip()
 
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return {
-        "git": {
-            "revision": git("rev-parse", "HEAD") or "unknown",
-            # What a run itself writes is not a change of the code that made it.
-            "dirty": bool(git("status", "--porcelain", "--", ".", ":!reports")),
-        },
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": {
-            "cpu": cpu.group(1) if cpu else platform.processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": torch.get_num_threads(),
-            "deterministic": not torch.cuda.is_available() or torch.are_deterministic_algorithms_enabled(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-    }
+def _lock(path: Path, say: Callable[[str], None] | None) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if say:
+                say(os.pread(lock, 100, 0).decode(errors="replace"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # While this waited, the folder may have been deleted, and another process have begun with a new one.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
+        os.close(lock)
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """`auto` is a CUDA device, or else the CPU; raises ValueError for a device that is not there."""
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")  # one for each process of `launch` and torchrun
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one for each process of `launch` and torchrun
     device = "cpu" if device == "auto" else device
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
+    if where.type == "meta":
+        raise ValueError("device 'meta' computes nothing: expected auto, cpu, cuda, cuda:1, …")
+    return where
 
 
 def progress(total: int, what: str, over: Iterable[Any] | None = None, **how: Any) -> tqdm:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +18,14 @@ from densenas.architecture import Architecture, Block
 from densenas.config import PACKAGE, RetrainRecipe, SearchRecipe, Strict, naming, read_yaml, refuse
 
 PRESETS = ("mbv2", "resnet", "bottleneck", "cifar_mbv2", "cifar_resnet", "digits")
+# Far beyond every network that is trained, and near enough that nothing computed from a space takes for ever.
+BLOCKS = 128
+LAYERS = 64  # of a block
+SEQUENCES = 200_000  # of ops that the stacks of a space can become; mbv2 has 3,371
+PIXELS = 8192  # of a side
+CHANNELS = 65_536
 Positive = Annotated[int, Field(ge=1)]
+Channels = Annotated[int, Field(le=CHANNELS)]
 Layer = tuple[str, int, int, int, int]  # op, real input channels, nominal width, side of the input map, stride
 Layers = tuple[list[list[list[Layer]]], list[list[list[Layer]]], list[Layer]]
 
@@ -29,18 +38,18 @@ class SearchSpace(Strict):
     node. `fm_sizes` are the maps at `input_size`; at another input size they follow from the strides.
     """
 
-    name: str
+    name: str = Field(pattern=r"^[^\n\r]+$", max_length=200)
     source: str = ""  # where the numbers come from
-    input_size: Positive
-    init_dim: Positive  # channels after the stem's convolution
-    chs: tuple[int, ...]
-    fm_sizes: tuple[int, ...]
-    stage: tuple[int, ...]
-    num_layers: tuple[int, ...]
-    last_dim: Positive  # channels that reach the classifier
+    input_size: int = Field(ge=1, le=PIXELS)
+    init_dim: int = Field(ge=1, le=CHANNELS)  # channels after the stem's convolution
+    chs: tuple[Channels, ...] = Field(strict=False, max_length=BLOCKS)
+    fm_sizes: tuple[int, ...] = Field(strict=False)
+    stage: tuple[int, ...] = Field(strict=False)
+    num_layers: tuple[Annotated[int, Field(le=LAYERS)], ...] = Field(strict=False)
+    last_dim: int = Field(ge=1, le=CHANNELS)  # channels that reach the classifier
     max_connections: Positive  # blocks an edge may look ahead
-    head_ops: tuple[str, ...]  # candidates of a shape-alignment layer
-    stack_ops: tuple[str, ...]  # candidates of a stacked layer
+    head_ops: tuple[str, ...] = Field(strict=False)  # candidates of a shape-alignment layer
+    stack_ops: tuple[str, ...] = Field(strict=False)  # candidates of a stacked layer
     skip_reg: bool = False  # a skip costs a tenth of its layer's first op
     bn_momentum: float = Field(0.1, gt=0, le=1)
     bn_eps: float = Field(1e-5, gt=0)
@@ -52,7 +61,7 @@ class SearchSpace(Strict):
         """A preset by name or a YAML file by path; raises ValueError or FileNotFoundError with one sentence."""
         preset = PACKAGE / "spaces" / f"{space}.yml"
         path = preset if space in PRESETS else Path(space)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"no search space '{space}': neither a YAML file nor one of {', '.join(PRESETS)}")
         settings = read_yaml(path)
         with naming(f"search space {path.name}"):
@@ -78,6 +87,9 @@ class SearchSpace(Strict):
         refuse(ops.SKIP in self.head_ops, "head_ops holds skip_connect, which cannot change width or map")
         bare = any(self.num_layers) and not self.stack_ops
         refuse(bare, "stack_ops is empty, but num_layers asks for stacked layers")
+        if self.count_sequences() > SEQUENCES:
+            what = f"num_layers with {len(self.stack_ops)} stack_ops allow {self.count_sequences():.3g} sequences of ops"
+            raise ValueError(f"{what}, a search can weigh {SEQUENCES:,}: fewer layers or fewer ops are needed")
         with naming("head_ops and stack_ops"):
             resnet = ops.family((*self.head_ops, *self.stack_ops)) == "res"
         wrong = f"block 0 is {self.chs[0]} wide, but a ResNet stem leaves init_dim = {self.init_dim}"
@@ -155,6 +167,8 @@ class SearchSpace(Strict):
 
     def maps(self, input_size: int) -> list[int]:
         """Side of every block's map for a square input of `input_size` pixels; ValueError where one would vanish."""
+        if not isinstance(input_size, Integral) or input_size > PIXELS:
+            raise ValueError(f"input size is {input_size!r}, expected whole pixels, at most {PIXELS}")
         sizes = [math.ceil(input_size / 2)]
         for block in range(1, self.num_blocks):
             i = self.incoming(block)[0]
@@ -187,13 +201,20 @@ class SearchSpace(Strict):
             chosen = block.head in self.head_ops and {*block.stack, *skipped} <= {*self.stack_ops}
             return shape and chosen and len(block.stack) <= self.num_layers[j]
 
-        paths = [(0,)] if arch.blocks[:stem] == self.stem else []
+        # Of the paths to one block the first is kept: where widths repeat, there can be millions.
+        paths = {0: (0,)} if arch.blocks[:stem] == self.stem else {}
         for block in arch.blocks[stem:]:
-            steps = [(path, j) for path in paths for j in self.outgoing(path[-1]) if j < last]
-            paths = [(*path, j) for path, j in steps if fits(path[-1], j, block)]
-        paths = [(*path, last) for path in paths if last in self.outgoing(path[-1])]
-        refuse(not paths, f"the architecture is not one of space {self.name}: {arch}")
-        return paths[0]
+            onward: dict[int, tuple[int, ...]] = {}
+            for i, path in paths.items():
+                for j in self.outgoing(i):
+                    longer = (*path, j)
+                    if j < last and fits(i, j, block) and longer < onward.get(j, (last,)):
+                        onward[j] = longer
+            paths = onward
+        whole = [(*path, last) for i, path in paths.items() if last in self.outgoing(i)]
+        if not whole:
+            raise ValueError(f"the architecture is not one of space {self.name}: {arch}")
+        return min(whole)
 
     @property
     def stem(self) -> tuple[Block, ...]:
@@ -212,3 +233,11 @@ class SearchSpace(Strict):
         for i, j in self.edges:
             ways[j] += ways[i]
         return ways[-1]
+
+    def count_sequences(self) -> int:
+        """Number of op sequences, skips dropped, that the stacks of all blocks can become."""
+        convolutions = len(set(self.stack_ops) - {ops.SKIP})
+        return sum(
+            sum(convolutions**kept for kept in range(0 if ops.SKIP in self.stack_ops else layers, layers + 1))
+            for layers in self.num_layers
+        )
