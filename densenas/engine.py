@@ -144,8 +144,7 @@ class Training:
         return time.monotonic() - self.saved > CHECKPOINT_SECONDS
 
     def save(self) -> None:
-        """Keeps the checkpoint; that of the best epoch first: a kill between the two repeats the epoch."""
-        self.check_finite()
+        """Keeps a checkpoint; that of the best epoch first: a kill between the two repeats the epoch."""
         if self.rank == 0:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             if self.position.history and not self.position.row and self.position.is_best():
@@ -247,10 +246,11 @@ def fit(
                     position.row["seconds"] = position.row.get("seconds", 0.0) + time.perf_counter() - clock
                     clock = time.perf_counter()
                     display.step(position)
-                    if training.overdue():
+                    stopping = interruption.asked and training.rank == 0
+                    if stopping or training.overdue():
+                        training.check_finite()
                         training.save()
-                    if interruption.asked and training.rank == 0:
-                        training.save()
+                    if stopping:
                         interruption.obey(training.path)
                 position.end_pass(one.name)
             training.check_finite()

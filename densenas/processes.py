@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, start_processes
 
 from densenas.loading import rank_and_world
@@ -102,6 +103,8 @@ def _member(
     settings: Mapping[str, Any],
 ) -> None:
     """The function as one of the processes that `launch` started; what it raises is kept in `folder` with its time."""
+    # Not to outlive whoever launched it; a shell may have told it to ignore SIGINT, which PyTorch would send.
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)
     for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", world)):
         os.environ[name] = str(value)
     # They meet over a file and the loopback device. Torchrun's way would ask a name server for this machine's own name,
@@ -204,6 +207,9 @@ class Interruption:
         self._restore()
         if self.asked and kind is not None and issubclass(kind, Exception):
             # What an interrupted step, worker or peer raises is no news.
-            if rank_and_world()[0] == 0:
-                print(f"\n{self.what} was interrupted: the same call goes on from the last checkpoint", flush=True)
+            rank, world = rank_and_world()
+            told = f"{self.what} was interrupted; the same call goes on from the last checkpoint"
+            if world > 1:
+                told = f"process {rank} of {world} was ended, because another one did or on demand; the same call {GOES_ON}"
+            print(f"\n{told}", file=sys.stderr, flush=True)
             signal.raise_signal(self.asked)
