@@ -7,6 +7,7 @@ needs besides weights is only where it was written, and a run that goes on from 
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import math
@@ -15,21 +16,22 @@ import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.lr_scheduler import LambdaLR
 
-from densenas.config import RetrainRecipe, SearchRecipe, atomic, refuse
+from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint, writing
+from densenas.config import RetrainRecipe, SearchRecipe
 from densenas.loading import Batches, rank_and_world, seed_of
+from densenas.processes import Interruption, check_devices, launch, together
 from densenas.run import Run, RunConfig, pick_device, progress
+
+__all__ = ["check_devices", "launch", "together"]  # of densenas.processes, and all below
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
@@ -50,6 +52,13 @@ class Pass:
     trained: list[nn.Parameter]
     fixed: list[nn.Parameter] = field(default_factory=list)
 
+    def prepare(self) -> None:
+        """Fixed parameters leave the graph: their gradients, half of a step's work, are never computed."""
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+        for parameter in self.fixed:
+            parameter.requires_grad_(False)
+
 
 @dataclass
 class Position:
@@ -62,11 +71,132 @@ class Position:
     loss: float = 0.0  # summed over the steps
     top1: float = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        position = Position(**state)
+        if not isinstance(position.history, list) or not isinstance(position.row, dict):
+            raise TypeError
+        vars(self).update(vars(position))
+
     def add(self, loss: float, top1: float) -> None:
         self.steps, self.loss, self.top1 = self.steps + 1, self.loss + loss, self.top1 + top1
 
     def means(self) -> dict[str, float]:
         return {"loss": self.loss / self.steps, "top1": self.top1 / self.steps}
+
+    def end_pass(self, name: str) -> None:
+        self.row |= {f"{name}_{key}": mean for key, mean in self.means().items()}
+        self.passes, self.steps, self.loss, self.top1 = self.passes + 1, 0, 0.0, 0.0
+
+    def end_epoch(self, columns: dict[str, Any]) -> None:
+        self.history.append(self.row | columns)
+        self.row, self.passes = {}, 0
+
+    def is_best(self) -> bool:
+        """Whether no epoch was more accurate than the last one, on val or as long as there is no such pass on train."""
+        column = "val_top1" if "val_top1" in self.history[-1] else "train_top1"
+        return self.history[-1][column] >= max(row.get(column, 0.0) for row in self.history)
+
+
+class Training:
+    """What `fit` goes on from: a position and the parts' state, kept in runs/<run>/<stage>.pt."""
+
+    def __init__(self, run: Run, stage: str, configuration: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+        self.stage, self.configuration, self.position = stage, configuration, Position()
+        self.parts = {"position": self.position, **parts}
+        self.path = run.work / f"{stage}.pt"
+        self.rank, self.world = rank_and_world()
+        self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Goes to where the last checkpoint was written, if it serves."""
+        different = f"processes have other data, costs or recipes, {SHARED}"
+        self._agree(json.dumps(self.configuration, sort_keys=True), different)
+        if self.rank > 0:
+            dist.barrier()  # the first process alone decides whether the checkpoint serves
+        load_checkpoint(self.path, self.configuration, self.parts)
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+        self._agree(json.dumps(vars(self.position)), f"processes would go on from different steps, {SHARED}")
+
+    def _agree(self, value: Any, sentence: str) -> None:
+        """Raises RuntimeError on every process where one of them has another value."""
+        if self.world == 1:
+            return
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        if any(other != values[0] for other in values):
+            raise RuntimeError(f"{self.stage}: {sentence}")
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError where a step has spoilt the state: what is saved can be gone on from."""
+        if name := first_not_finite(self.parts):
+            raise self.not_finite(name)
+
+    def not_finite(self, what: str) -> FloatingPointError:
+        where = f"{self.stage}, epoch {len(self.position.history)}: {what} is not finite at step {self.position.steps}"
+        kept = f"{self.path.name} is from before it" if self.path.exists() else "there is no checkpoint yet"
+        return FloatingPointError(f"{where} ({kept}); lower lr and rerun")
+
+    def overdue(self) -> bool:
+        return time.monotonic() - self.saved > CHECKPOINT_SECONDS
+
+    def save(self) -> None:
+        """Keeps a checkpoint; that of the best epoch first: a kill between the two repeats the epoch."""
+        if self.rank == 0:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            if self.position.history and not self.position.row and self.position.is_best():
+                save_checkpoint(self.path.with_suffix(".best.pt"), self.configuration, **state)
+            keep_previous(self.path)
+            save_checkpoint(self.path, self.configuration, **state)
+        self.saved = time.monotonic()
+
+
+class Display:
+    """What a training shows of itself: a progress bar, TensorBoard, history.csv; nothing but on the first process."""
+
+    def __init__(self, run: Run, stage: str, position: Position, lengths: list[list[int]]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.run, self.stage, self.first = run, stage, rank_and_world()[0] == 0
+        start = len(position.history)
+        behind = sum(map(sum, lengths[:start])) + position.steps
+        if start < len(lengths):
+            behind += sum(lengths[start][: position.passes])
+        self.bar = progress(sum(map(sum, lengths)), stage, initial=behind, disable=not self.first)
+        self.board = None
+        if self.first:
+            with writing(run.work / "tensorboard"):
+                self.board = SummaryWriter(run.work / "tensorboard" / stage, purge_step=start)
+        if position.history:
+            self._write_history(position)  # a kill may have come between the checkpoint and this
+
+    def step(self, position: Position) -> None:
+        values = position.means()
+        if position.history and "expected_cost" in position.history[-1]:
+            values["cost"] = position.history[-1]["expected_cost"]
+        self.bar.set_postfix(values, refresh=False)
+        self.bar.update()
+
+    def epoch(self, position: Position) -> None:
+        self._write_history(position)
+        if self.board:
+            with writing(self.run.work / "tensorboard"):
+                for name, value in position.history[-1].items():
+                    self.board.add_scalar(name, value, len(position.history) - 1)
+
+    def _write_history(self, position: Position) -> None:
+        if self.first:
+            with writing(self.run.reports / "history.csv"):
+                self.run.write_history(self.stage, position.history)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board:
+            with writing(self.run.work / "tensorboard"):
+                self.board.close()
 
 
 def fit(
@@ -81,89 +211,78 @@ def fit(
     """Runs the passes of every epoch; returns a history row for each, with the columns that `finish` adds at its end.
 
     `parts` (with state_dict and load_state_dict) are all that training changes. They are kept in runs/<run>/<stage>.pt
-    after every epoch, and every two minutes within one; the same call goes on from there. <stage>.best.pt is that of
-    the epoch with the highest accuracy on val, or on train as long as there is no pass over val. `configuration` holds
-    the seed and all that decides the outcome. Raises FloatingPointError, naming the step, where a loss is not finite.
+    after every epoch, every two minutes within one, and on Ctrl-C or SIGTERM; the same call goes on from there.
+    <stage>.previous.pt is the checkpoint before, <stage>.best.pt that of the epoch with the highest accuracy on val, or
+    on train as long as there is no pass over val. `configuration` holds the seed and all that decides the outcome.
+    Raises FloatingPointError, naming the step, where a loss or a part's state is not finite: no checkpoint holds such.
+    Raises OSError with one sentence where the disk is full.
     """
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
     keep_freed_memory()
-    path, (rank, world) = run.work / f"{stage}.pt", rank_and_world()
-    position, saved = Position(), time.monotonic()
-
-    def agree(value: Any, sentence: str) -> None:
-        """Refuses on every process where one of them has another value."""
-        values: list[Any] = [None] * world
-        if world > 1:
-            dist.all_gather_object(values, value)
-            refuse(any(other != values[0] for other in values), f"{stage}: {sentence}")
-
-    agree(json.dumps(configuration, sort_keys=True), f"processes have other data, costs or recipes, {SHARED}")
-    if rank > 0:
-        dist.barrier()  # the first process alone decides whether the checkpoint serves
-    if checkpoint := load_checkpoint(path, configuration):
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        position = Position(**checkpoint["position"])
-    if world > 1 and rank == 0:
-        dist.barrier()
-    agree(json.dumps(vars(position)), f"processes would go on from different steps, {SHARED}")
-
-    def save(where: Path) -> None:
-        nonlocal saved
-        saved = time.monotonic()
-        if rank == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(where, configuration, position=vars(position), **state)
-
-    start = len(position.history)
-    lengths = [[len(one.batches) for one in passes(epoch)] for epoch in range(epochs)]
-    behind = sum(map(sum, lengths[:start])) + sum(sum(n[: position.passes]) for n in lengths[start : start + 1])
-    bar = progress(sum(map(sum, lengths)), stage, initial=behind + position.steps, disable=rank > 0)
-    board = SummaryWriter(run.work / "tensorboard" / stage, purge_step=start) if rank == 0 else None
-    if board and position.history:
-        run.write_history(stage, position.history)  # a kill may have come between the checkpoint and this
-    for epoch in range(start, epochs):
-        position.row.setdefault("epoch", epoch)
-        last = position.history[-1] if position.history else {}
-        cost = {"cost": last["expected_cost"]} if "expected_cost" in last else {}
-        for number, one in enumerate(passes(epoch)):
-            if number < position.passes:
-                continue
-            # Fixed parameters are outside the graph: their gradients, half of a step's work, are never computed.
-            for parameters, wanted in ((one.trained, True), (one.fixed, False)):
-                for parameter in parameters:
-                    parameter.requires_grad_(wanted)
-            clock = time.perf_counter()
-            for images, labels in one.batches.epoch(epoch, start=position.steps):
-                torch.manual_seed(seed_of(configuration["seed"], stage, epoch, number, position.steps))
-                # Where the host waits for the device; a search draws its candidates from alpha right behind it.
-                loss, top1 = one.step(images, labels).tolist()
-                if not math.isfinite(loss):
-                    where = f"{stage}, epoch {epoch}: the {one.name} loss is not finite at step {position.steps}"
-                    kept = f"{path.name} is from before it" if path.exists() else "there is no checkpoint yet"
-                    raise FloatingPointError(f"{where} ({kept}); lower lr and rerun")
-                position.add(loss, top1)
-                position.row["seconds"] = position.row.get("seconds", 0.0) + time.perf_counter() - clock
+    for one in passes(epochs - 1):
+        check_share(one.batches.batch_size)
+    with alone(run), Interruption(stage) as interruption:
+        training = Training(run, stage, configuration, parts)
+        training.resume()
+        position = training.position
+        lengths = [[len(one.batches) for one in passes(epoch)] for epoch in range(epochs)]
+        display = Display(run, stage, position, lengths)
+        for epoch in range(len(position.history), epochs):
+            position.row.setdefault("epoch", epoch)
+            for number, one in enumerate(passes(epoch)):
+                if number < position.passes:
+                    continue
+                one.prepare()
                 clock = time.perf_counter()
-                bar.set_postfix(position.means() | cost, refresh=False)
-                bar.update()
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    save(path)
-            position.row |= {f"{one.name}_{key}": mean for key, mean in position.means().items()}
-            position.passes, position.steps, position.loss, position.top1 = position.passes + 1, 0, 0.0, 0.0
-        position.history.append(position.row | finish())
-        position.row, position.passes = {}, 0
-        column = "val_top1" if "val_top1" in position.history[-1] else "train_top1"
-        if position.history[-1][column] >= max(row.get(column, 0.0) for row in position.history):
-            save(path.with_suffix(".best.pt"))  # before the other: a kill between the two repeats the epoch
-        save(path)
-        if board:
-            run.write_history(stage, position.history)
-            for name, value in position.history[-1].items():
-                board.add_scalar(name, value, epoch)
-    bar.close()
+                for images, labels in one.batches.epoch(epoch, start=position.steps):
+                    torch.manual_seed(seed_of(configuration["seed"], stage, epoch, number, position.steps))
+                    try:
+                        # Where the host waits for the device; a search draws its candidates from alpha right behind it.
+                        loss, top1 = one.step(images, labels).tolist()
+                    except FloatingPointError as error:
+                        raise training.not_finite(str(error)) from None
+                    if not math.isfinite(loss):
+                        raise training.not_finite(f"the {one.name} loss")
+                    position.add(loss, top1)
+                    position.row["seconds"] = position.row.get("seconds", 0.0) + time.perf_counter() - clock
+                    clock = time.perf_counter()
+                    display.step(position)
+                    stopping = interruption.asked and training.rank == 0
+                    if stopping or training.overdue():
+                        training.check_finite()
+                        training.save()
+                    if stopping:
+                        interruption.obey(training.path)
+                position.end_pass(one.name)
+            training.check_finite()
+            position.end_epoch(finish())
+            training.save()
+            display.epoch(position)
+        display.close()
     return position.history
+
+
+def alone(run: Run) -> AbstractContextManager[None]:
+    """`Run.alone` for the first of several processes that train together; the others follow it."""
+    return run.alone() if rank_and_world()[0] == 0 else nullcontext()
+
+
+def check_share(batch_size: int) -> None:
+    """Raises ValueError where a process would get one image of each batch, of which batch norm learns nothing."""
+    world = rank_and_world()[1]
+    if batch_size < 2 * world:
+        devices = f"{world} devices" if world > 1 else "1 device"
+        wrong = f"batch_size {batch_size} on {devices} is less than the two images a process that batch norm needs"
+        raise ValueError(f"{wrong}: set batch_size to at least {2 * world} or lower devices")
+
+
+def check_batch(batch_size: int, images: int, split: str) -> None:
+    """Raises ValueError with one sentence where no batch of a split can be shared by the processes that train."""
+    world = rank_and_world()[1]
+    if batch_size > images:
+        raise ValueError(f"batch_size is {batch_size}, but {split} has {images} images: set batch_size to at most that")
+    if batch_size % world:
+        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world} devices")
+    check_share(batch_size)
 
 
 def descend(
@@ -222,7 +341,8 @@ def keep_freed_memory() -> None:
 @contextmanager
 def computing_on(device: str, precision: str, deterministic: bool = False) -> Iterator[torch.device]:
     """The device to compute on; inside, PyTorch's generators, TF32 and determinism are as a repeatable result needs."""
-    refuse(precision not in PRECISIONS, f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
     where = pick_device(device)
     switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
@@ -239,76 +359,28 @@ def computing_on(device: str, precision: str, deterministic: bool = False) -> It
             torch.use_deterministic_algorithms(forbidden)
 
 
-def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settings: Any) -> None:
-    """Calls the function here or, for `devices` > 1, in as many processes that train together on this machine.
-
-    Raises RuntimeError with one sentence where a process is lost; a checkpoint serves any number of devices.
-    """
-    _refuse_one_alone(settings.get("device", "auto"), devices)
-    most = torch.cuda.device_count() if torch.cuda.is_available() else devices
-    expected = "at least 1" + f" and at most {most}" * (devices > most)
-    refuse(not 1 <= devices <= most, f"devices is {devices}, expected {expected}")
-    if devices == 1:
-        function(*arguments, **settings)
+def main() -> None:
+    """`torchrun … -m densenas.engine RUN STAGE`: this process's part; without torchrun all of it."""
+    parser = argparse.ArgumentParser("torchrun … -m densenas.engine", description="Runs a stage on several machines.")
+    parser.add_argument("run", help="name of the run")
+    parser.add_argument("stage", choices=[*STAGES], help="what to do of it")
+    parser.add_argument("configuration", nargs="?", help="the run's YAML file, data/configs/RUN.yml unless given")
+    asked = parser.parse_args()
+    try:
+        config = RunConfig.load(asked.configuration or f"data/configs/{asked.run}.yml")
+        parameters = config.parameters(asked.run)[asked.stage]
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    del parameters["devices"]  # torchrun decides
+    function, name = pkgutil.resolve_name(STAGES[asked.stage]), parameters.pop("run")
+    if "WORLD_SIZE" in os.environ:
+        together(function, (name,), parameters)
         return
-    plan = LaunchConfig(
-        1, 1, devices, run_id=f"densenas-{time.time_ns()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, start_method="spawn",
-    )  # fmt: skip
     try:
-        elastic_launch(plan, together)(function, arguments, settings)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        reason = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-        raise RuntimeError(
-            f"process {rank} of {devices} ended ({reason.strip().splitlines()[-1]});"
-            " the same call goes on from the last checkpoint, with any number of devices"
-        ) from None
-
-
-def _refuse_one_alone(device: str, devices: int) -> None:
-    wrong = f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda"
-    refuse(devices > 1 and ":" in device, wrong)
-
-
-@record
-def together(function: Callable[..., Any], arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
-    """The function as one of the processes that torchrun or `launch` started."""
-    device = settings.get("device", "auto")
-    _refuse_one_alone(device, int(os.environ["WORLD_SIZE"]))
-    if gpu := torch.cuda.is_available() and device != "cpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    # More threads than cores would make a small network many times slower.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    try:
-        function(*arguments, **settings)
-    finally:
-        dist.destroy_process_group()
-
-
-def save_checkpoint(path: Path, configuration: Mapping[str, Any], **state: Any) -> None:
-    """Writes atomically: a kill or a full disk leaves the old checkpoint or the new one."""
-    with atomic(path) as partial:
-        torch.save({"configuration": json.dumps(configuration, sort_keys=True), **state}, partial)
-
-
-def load_checkpoint(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint, if there is one of this configuration. One of another is refused, with what differs, and kept."""
-    if not path.exists():
-        return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    before, now = json.loads(checkpoint["configuration"]), json.loads(json.dumps(configuration))
-    if before == now:
-        return checkpoint
-    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    print(f"{path.name} is of another configuration ({', '.join(changed)} differ): starting anew, it is kept as .old")
-    path.replace(path.with_suffix(".old"))
-    return None
+        function(name, **parameters)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    name, stage = sys.argv[1:3]
-    parameters = RunConfig.load(*sys.argv[3:] or [f"data/configs/{name}.yml"]).parameters(name)[stage]
-    del parameters["devices"]  # torchrun decides
-    together(pkgutil.resolve_name(STAGES[stage]), (parameters.pop("run"),), parameters)
+    main()

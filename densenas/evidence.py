@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import math
 import sys
@@ -12,66 +14,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 from torch import Tensor, nn
 
-from densenas.architecture import Architecture, Block
-from densenas.config import override, refuse, write_text
+from densenas.architecture import Architecture
+from densenas.baselines import WITHIN, designs, hand_made
+from densenas.config import override, read_json, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Lattice
 from densenas.loading import seed_of
 from densenas.run import Run, RunConfig
-from densenas.search import load_search, search
+from densenas.search import RECIPES, Search, load_search, priced_space, search
 from densenas.space import SearchSpace
 from densenas.supernet import SuperNet
 from densenas.train import evaluate, retrain
 
 METHODS = SEARCHED, RANDOM, HAND_MADE = "DenseNAS", "random", "hand-made"
-WITHIN = 0.05  # of the target, as a share: what a random network may cost
-# Layers of each stage; widths and strides of the stages are those of the original networks.
-DESIGNS = {
-    "mbconv_k3_t6": {"MobileNetV2": (1, 2, 3, 4, 3, 3, 1), "MobileNetV2, one layer a stage": (1,) * 7},
-    "basic_block": {"ResNet-18": (2, 2, 2, 2), "ResNet-34": (3, 4, 6, 3)},
-    "bottleneck": {"ResNet-50": (3, 4, 6, 3)},
-}
-
-
-def _usual_op(space: SearchSpace) -> str:
-    """What hand-made networks of the space's family are made of."""
-    return "mbconv_k3_t6" if space.net_type == "mbv2" else space.head_ops[0]
-
-
-def hand_made(space: SearchSpace, target: float, input_size: int, num_classes: int) -> dict[str, Architecture]:
-    """MobileNetV2 (Sandler et al., 2018) or ResNets (He et al., 2016), of the one width that costs nearest to `target`.
-
-    `target` is in millions of Mult-Adds. Widths are multiples of 4. As usual for small images, the first strides are
-    left out where the space halves the map less often; the last 1×1 convolution is the space's own.
-    """
-    halvings = round(math.log2(space.fm_sizes[0] / space.fm_sizes[-1]))
-    mobile = space.net_type == "mbv2"
-    op = _usual_op(space)
-    stem, widths = (32, (16, 24, 32, 64, 96, 160, 320)) if mobile else (64, (64, 128, 256, 512))
-    halving = [s for s in range(len(widths)) if not mobile or s in (1, 2, 3, 5)]
-    halving = halving[len(halving) - halvings :] if halvings else []
-
-    def scaled(layers: tuple[int, ...], factor: float) -> Architecture:
-        first, *wide = (max(4, 4 * round(width * factor / 4)) for width in (stem, *widths))
-        blocks = []
-        for stage, (count, before, width) in enumerate(zip(layers, (first, *wide), wide, strict=False)):
-            head = "mbconv_k3_t1" if mobile and not stage else op
-            blocks.append(Block(before, width, head, (op,) * (count - 1), 2 if stage in halving else 1))
-        return Architecture(tuple(blocks), space.last_dim if mobile else None)
-
-    def distance(arch: Architecture) -> float:
-        return abs(math.log(arch.mult_adds(input_size, num_classes) / target))
-
-    factors = [1.02**k for k in range(-200, 100)]
-    return {
-        name: min((scaled(layers, factor) for factor in factors), key=distance) for name, layers in DESIGNS[op].items()
-    }
 
 
 class PathOf(nn.Module):
@@ -117,12 +79,13 @@ class Study:
     """A comparison at equal cost on a run's data and space: for each of `targets` (million Mult-Adds) `seeds` searches,
     `networks` random networks within 5 % of the target, uniform over architectures, and the hand-made ones.
 
-    `search` and `retrain` override the space's recipes; None is the recipe itself. Each step keeps its result in
-    runs/<run>/evidence/, goes on from its own checkpoint after a kill, and depends on nothing but its job.
+    `space` None is that of the run's costs. `search` and `retrain` override the space's recipes; None is the recipe
+    itself. Each step keeps its result in runs/<run>/evidence/, goes on from its own checkpoint after a kill, and
+    depends on nothing but its job. Raises ValueError with one sentence where there can be no such study.
     """
 
     run: str
-    space: str
+    space: str | None
     targets: Sequence[float]
     seeds: int = 3
     networks: int = 8
@@ -131,21 +94,40 @@ class Study:
     precision: str = "fp32"
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        for name, least in (("seeds", 1), ("networks", 2)):
+            count = getattr(self, name)
+            if type(count) is not int or count < least:
+                raise ValueError(f"{name} is {count!r}, a study needs at least {least}")
+
     @cached_property
     def table(self) -> CostTable:
         table = Run(self.run).costs()
-        unequal = f"run '{self.run}' counts {table.unit}, a study compares at equal Mult-Adds"
-        refuse(table.kind != "mult_adds", unequal)
+        if table.kind != "mult_adds":
+            raise ValueError(f"run '{self.run}' counts {table.unit}, a study compares at equal Mult-Adds")
         return table
+
+    @cached_property
+    def recipes(self) -> SearchSpace:
+        """The table's space with the recipes of the file or preset that was asked for."""
+        return priced_space(self.table, self.space)
+
+    @cached_property
+    def lattice(self) -> Lattice:
+        return Lattice(self.table)
 
     @cached_property
     def data(self) -> ImageData:
         return load(Run(self.run))
 
     def jobs(self) -> list[Job]:
-        """Every network to train. Hand-made ones are trained with as many seeds as there are searches."""
-        hand = len(DESIGNS[_usual_op(SearchSpace.load(self.space))]) * self.seeds
-        counts = {SEARCHED: self.seeds, RANDOM: self.networks, HAND_MADE: hand}
+        """Every network to train. Hand-made ones are trained with as many seeds as there are searches.
+
+        Known before there are data: a design that no width brings to a target has its jobs, and they say so.
+        """
+        space = self.table.space if self.space is None else SearchSpace.load(self.space)
+        counts = {SEARCHED: self.seeds, RANDOM: self.networks, HAND_MADE: len(designs(space)) * self.seeds}
         each = [(method, target, k) for target in self.targets for method in METHODS for k in range(counts[method])]
         return [Job.parse(str(Job(*one))) for one in each]  # as the command line has them, however targets are written
 
@@ -156,56 +138,109 @@ class Study:
     def random(self, job: Job) -> Architecture:
         """A random network, the same in every process and whatever else is compared."""
         spread = (1 - WITHIN) * job.target, (1 + WITHIN) * job.target
-        return Lattice(self.table).sample(1, seed_of(str(job)), *spread)[0].architecture
+        return self.lattice.sample(1, seed_of(str(job)), *spread)[0].architecture
+
+    def hand_made(self, target: float) -> dict[str, Architecture]:
+        """The hand-made designs that some width brings to the target."""
+        return hand_made(self.table.space, target, self.data.image_size, len(self.data.classes))
+
+    def left_out(self) -> str:
+        """In words, which hand-made designs are not compared at which target; empty where all are."""
+        words = []
+        for target in self.targets:
+            for design in designs(self.table.space):
+                if design not in self.hand_made(target):
+                    words.append(_without(design, target))
+        return " ".join(words)
+
+    def _search(self, job: Job) -> Search:
+        recipe = override(self.recipes.search, **self.search or {})
+        how = {"seed": job.number, "precision": self.precision, "device": self.device}
+        return search(self.folder(job), self.data, self.table, recipe, job.target, **how)
 
     def searched(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""
-        folder, recipe = self.folder(job), override(self.table.space.search, **self.search or {})
-        how = {"seed": job.number, "precision": self.precision, "device": self.device}
-        result = search(folder, self.data, self.table, recipe, job.target, **how)
+        result = self._search(job)
         seconds = sum(row["seconds"] for row in result.history)
-        found = {"net_config": str(result.best.architecture), "seconds": seconds}
-        write_text(folder.work / "searched.json", json.dumps(found))
+        found = {"settings": self._search_settings(job), "net_config": str(result.best.architecture), "seconds": seconds}
+        write_text(self.folder(job).work / "searched.json", json.dumps(found))
 
-    def network(self, job: Job) -> tuple[str, Architecture, int, float | None]:
-        """A job's design by name, its architecture, the seed that it is trained with, and seconds of search."""
+    def _search_settings(self, job: Job) -> str:
+        """A digest of what decides a search."""
+        recipe = override(self.recipes.search, **self.search or {})
+        costs = self.table.nested(), self.table.space.model_dump(exclude={*RECIPES})
+        return _digest(costs, recipe.model_dump(), job.target, job.number, self.precision, self.data.digest)
+
+    def _found(self, job: Job) -> dict[str, Any] | None:
+        """What the search of a job has found, if it is done."""
+        return _kept(self.folder(job).work / "searched.json", self._search_settings(job))
+
+    def network(self, job: Job) -> tuple[str, Architecture | None, int, float | None]:
+        """A job's design by name, its architecture (None: left out), its training's seed, and seconds of search."""
         if job.method == SEARCHED:
             path = Run(self.run).need(self.folder(job).work / "searched.json", f"the search of {job}")
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = self._found(job)
+            if found is None:
+                raise ValueError(f"{path} does not serve: run the search of {job} again")
             return SEARCHED, Architecture.parse(found["net_config"]), job.number, found["seconds"]
         if job.method == RANDOM:
             return RANDOM, self.random(job), job.number, None
-        size, classes = self.data.image_size, len(self.data.classes)
-        designs = [*hand_made(self.table.space, job.target, size, classes).items()]
-        return *designs[job.number % len(designs)], job.number // len(designs), None
+        names = designs(self.table.space)
+        design = names[job.number % len(names)]
+        return design, self.hand_made(job.target).get(design), job.number // len(names), None
+
+    def _training_settings(self, arch: Architecture | None, seed: int) -> str:
+        """A digest of what decides a training and its result."""
+        recipe = override(self.recipes.retrain, **self.retrain or {})
+        return _digest(str(arch), recipe.model_dump(), seed, self.precision, self.data.digest)
 
     def trained(self, job: Job) -> None:
         """Trains a network from scratch on train and val, tests it once, and keeps the result."""
         design, arch, seed, seconds = self.network(job)
-        recipe = override(self.table.space.retrain, **self.retrain or {})
-        net, history = retrain(self.folder(job), self.data, arch, recipe, seed, self.precision, self.device)
-        tested = evaluate(net, self.data, device=self.device)
-        size, classes = self.data.image_size, len(self.data.classes)
-        result = {
-            "method": job.method, "target": job.target, "number": job.number, "design": design, "seed": seed,
-            "top1": tested["top1"], "loss": tested["loss"], "images": tested["images"],
-            "mult_adds_m": arch.mult_adds(size, classes), "params_m": arch.params(classes),
-            "blocks": len(arch.routing_blocks), "layers": arch.num_layers, "search_seconds": seconds,
-            "train_seconds": sum(row["seconds"] for row in history), "net_config": str(arch),
-        }  # fmt: skip
+        result = {"settings": self._training_settings(arch, seed)}
+        if arch is None:
+            result["left_out"] = _without(design, job.target)
+            print(result["left_out"])
+        else:
+            recipe = override(self.recipes.retrain, **self.retrain or {})
+            net, history = retrain(self.folder(job), self.data, arch, recipe, seed, self.precision, self.device)
+            tested = evaluate(net, self.data, device=self.device)
+            size, classes = self.data.image_size, len(self.data.classes)
+            result |= {
+                "method": job.method, "target": job.target, "number": job.number, "design": design, "seed": seed,
+                "top1": tested["top1"], "loss": tested["loss"], "images": tested["images"],
+                "mult_adds_m": arch.mult_adds(size, classes), "params_m": arch.params(classes),
+                "blocks": len(arch.routing_blocks), "layers": arch.num_layers, "search_seconds": seconds,
+                "train_seconds": sum(row["seconds"] for row in history), "net_config": str(arch),
+            }  # fmt: skip
         write_text(self.folder(job).work / "result.json", json.dumps(result, indent=1))
 
+    def _result(self, job: Job) -> dict[str, Any] | None:
+        """What a job has found out, if it is done, whole, and of the data and recipes of today."""
+        path = self.folder(job).work / "result.json"
+        if not path.exists() or (job.method == SEARCHED and self._found(job) is None):
+            return None
+        _, arch, seed, _ = self.network(job)
+        return _kept(path, self._training_settings(arch, seed))
+
     def results(self) -> pd.DataFrame:
-        """A row for each job that is done; top1 is a share of the test images."""
-        paths = [self.folder(job).work / "result.json" for job in self.jobs()]
-        return pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()])
+        """A row for each job that is done and not left out; top1 is a share of the test images."""
+        rows = []
+        for job in self.jobs():
+            result = self._result(job)
+            if result and "left_out" not in result:
+                rows.append({name: value for name, value in result.items() if name != "settings"})
+        return pd.DataFrame(rows)
 
     def ranking(self, results: pd.DataFrame) -> pd.DataFrame:
         """The trained random networks by `one_shot`, the accuracy on val of their path in the supernet of the middle
         target's first search, and `retrained`, the accuracy on test after training alone.
         """
         job = Job(SEARCHED, sorted(self.targets)[len(self.targets) // 2], 0)
-        net = load_search(self.folder(job), self.table, len(self.data.classes)).net
+        try:
+            net = load_search(self.folder(job), self.table, len(self.data.classes)).net
+        except ValueError:  # its checkpoint is damaged or of other costs
+            net = self._search(job).net
         drawn = results[results["method"] == RANDOM]
         paths = [PathOf(net, Architecture.parse(text)) for text in drawn["net_config"]]
         one_shot = [evaluate(path, self.data, "val", device=self.device)["top1"] for path in paths]
@@ -214,11 +249,48 @@ class Study:
     def complete(self) -> pd.DataFrame:
         """Does here and now what is still to do of all jobs; returns `results`."""
         for job in self.jobs():
-            if not (self.folder(job).work / "result.json").exists():
-                if job.method == SEARCHED:
+            if self._result(job) is None:
+                if job.method == SEARCHED and self._found(job) is None:
                     self.searched(job)
                 self.trained(job)
         return self.results()
+
+
+def check_targets(targets: Sequence[float]) -> None:
+    """Raises ValueError with one sentence where targets are no costs, or so near that they compare the same networks."""
+    if not targets:
+        raise ValueError("targets is empty, a study needs at least one cost in millions of Mult-Adds")
+    for target in targets:
+        number = isinstance(target, int | float) and not isinstance(target, bool)
+        if not number or not math.isfinite(target) or target <= 0:
+            raise ValueError(f"targets holds {target!r}, expected positive numbers, in millions of Mult-Adds")
+    for low, high in pairwise(sorted(targets)):
+        if high <= low * (1 + WITHIN):
+            same = f"{low!r} and {high!r}, which are within {WITHIN:.0%} of each other and would count networks twice"
+            raise ValueError(f"targets holds {same}: leave one out")
+
+
+def _without(design: str, target: float) -> str:
+    return f"{design} is left out at {target:g} M Mult-Adds: no width of it costs that within {WITHIN:.0%}."
+
+
+def _digest(*settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(path: Path, settings: str) -> dict[str, Any] | None:
+    """What a step kept, if it is whole and of these settings; says so where it is not."""
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path, "it does not count and is made anew")
+    except ValueError as error:
+        print(error)
+        return None
+    if content.get("settings") == settings:
+        return content
+    print(f"{path} is of other data, costs or recipes: it does not count and is made anew")
+    return None
 
 
 def compared(results: pd.DataFrame) -> pd.DataFrame:
@@ -235,17 +307,55 @@ def verdict(results: pd.DataFrame) -> str:
     table, said = compared(results), []
     for target, rows in table.groupby(level="target"):
         rows = rows.droplevel("target")
-        ours, random = rows.loc[SEARCHED], rows.loc[RANDOM]
-        hand = rows.drop([SEARCHED, RANDOM])["mean"].max()
-        said.append(
+        ours, random, hand = rows.loc[SEARCHED], rows.loc[RANDOM], rows.drop([SEARCHED, RANDOM])["mean"]
+        words = (
             f"at {target:g} M Mult-Adds the mean of {ours['n']:.0f} searches is {ours['mean'] - random['mean']:+.1f}"
             f" points from the mean of {random['n']:.0f} random networks, {ours['mean'] - random['best']:+.1f} from the"
-            f" best of them and {ours['mean'] - hand:+.1f} from the better hand-made design"
+            f" best of them"
         )
+        if not len(hand):
+            said.append(f"{words} (no hand-made design costs that)")
+            continue
+        which = "the better hand-made design" if len(hand) > 1 else f"the only hand-made design, {hand.index[0]}"
+        said.append(f"{words} and {ours['mean'] - hand.max():+.1f} from {which}")
     return ";\n".join(said) + "."
 
 
+def repeats(results: pd.DataFrame) -> str:
+    """In words, where several searches or draws came to the same network: each was trained alone, with another seed."""
+    words = []
+    for (target, method), rows in results[results["method"] != HAND_MADE].groupby(["target", "method"]):
+        different = rows["net_config"].nunique()
+        if different < len(rows):
+            words.append(f"At {target:g} M Mult-Adds {len(rows)} {method} networks are {different} different ones.")
+    return " ".join(words)
+
+
+def main() -> None:
+    """One step of one job of a study, as Snakemake and a cluster start it."""
+    parser = argparse.ArgumentParser("python -m densenas.evidence", description="One step of a study's job.")
+    parser.add_argument("configuration", help="the run's YAML file, with an evidence section")
+    parser.add_argument("run", help="name of the run")
+    parser.add_argument("step", choices=["search", "train"])
+    parser.add_argument("job", help="method, target and number, like DenseNAS_1_0, random_1_3 or hand-made_1_0")
+    asked = parser.parse_args()
+    try:
+        parameters = RunConfig.load(asked.configuration).parameters(asked.run)
+        if "09-evidence" not in parameters:
+            raise ValueError(f"{asked.configuration} has no evidence section, so there is no study")
+        study = Study(**parameters["09-evidence"])
+        jobs = {str(job): job for job in study.jobs()}
+        job = jobs.get(asked.job)
+        if job is None or (asked.step == "search" and job.method != SEARCHED):
+            some = ", ".join(name for name, one in jobs.items() if asked.step == "train" or one.method == SEARCHED)
+            raise ValueError(f"the study of run '{asked.run}' has no job '{asked.job}' to {asked.step}, it has {some}")
+        if asked.step == "search":
+            study.searched(job)
+        else:
+            study.trained(job)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    configuration, name, step, job = sys.argv[1:]
-    study = Study(**RunConfig.load(configuration).parameters(name)["09-evidence"])
-    getattr(study, {"search": "searched", "train": "trained"}[step])(Job.parse(job))
+    main()

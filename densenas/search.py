@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,28 +13,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densenas import ops
 from densenas.architecture import save_published
+from densenas.checkpoint import read_checkpoint
 from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
-from densenas.derivation import Candidate, Lattice, visit_probabilities
-from densenas.engine import Pass, computing_on, cosine, descend, fit, fused_sgd, rank_and_world
+from densenas.derivation import Candidate, Lattice
+from densenas.engine import (
+    Pass, alone, check_batch, computing_on, cosine, descend, fit, fused_sgd, rank_and_world,
+)  # fmt: skip
 from densenas.loading import Batches
+from densenas.probabilities import Probabilities, Trace
 from densenas.run import Run
 from densenas.space import SearchSpace
 from densenas.supernet import Choice, SuperNet
 
 
+RECIPES = ("name", "source", "search", "retrain")  # of a space: what it costs does not depend on them
+
+
 @dataclass
 class Search:
-    """A finished search: the supernet, its most probable architecture, and what happened in every epoch."""
+    """A search: the supernet, its most probable architecture, what happened in every epoch, and what was asked for.
+
+    `configuration` is what its checkpoint holds, never what a run was last asked for: space, recipe, cost (the nested
+    table), target_cost, data (a digest), seed, precision, device.
+    """
 
     net: SuperNet
     table: CostTable
-    target_cost: float | None
+    configuration: Mapping[str, Any]
     history: list[dict[str, Any]]
     trace: list[Probabilities]  # before the first epoch and after every one
+
+    @property
+    def target_cost(self) -> float | None:
+        return self.configuration["target_cost"]
+
+    @property
+    def epochs(self) -> int:
+        """How many the search has when it is finished."""
+        return self.configuration["recipe"]["epochs"]
+
+    @property
+    def digest(self) -> str:
+        """Tells one search from every other: two with the same digest end with the same network."""
+        return hashlib.sha256(json.dumps(self.configuration, sort_keys=True).encode()).hexdigest()
 
     @property
     def best(self) -> Candidate:
@@ -42,65 +68,6 @@ class Search:
     def derived(self) -> list[Candidate]:
         """What would be derived at every moment of the trace, the last one being the result."""
         return [moment.derive(self.table, self.target_cost) for moment in self.trace]
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """p (blocks, nodes), head (edges into blocks, head ops), stack (layers, stack ops) after one epoch."""
-
-    p: Tensor
-    head: Tensor
-    stack: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, net: SuperNet) -> Probabilities:
-        head, stack = (torch.cat([*alphas]).softmax(dim=1).cpu() for alphas in (net.alpha_head, net.alpha_stack))
-        return cls(net.path_probabilities().cpu(), head, stack)
-
-    def derive(self, table: CostTable, target_cost: float | None) -> Candidate:
-        """The most probable architecture, or the most probable one at the target (see `Lattice.at`)."""
-        lattice = Lattice(table, self.p, self.head, self.stack)
-        return lattice.best()[0] if target_cost is None else lattice.at(target_cost)
-
-    def health(self, space: SearchSpace) -> dict[str, float]:
-        """How decided a search is, and for what; every value but expected_layers is a share from 0 to 1.
-
-        Entropies are means over layers (alpha) and blocks (beta), 1 for a uniform choice. Expectations are over paths:
-        layers of a network, and on its path the probability of a skip and of the cheapest op, a skip included.
-        """
-
-        def entropy(*parts: Tensor) -> float:
-            choices = [(rows > 0).sum(dim=1) for rows in parts]
-            shares = [torch.special.entr(rows).sum(dim=1) / n.log() for rows, n in zip(parts, choices, strict=True)]
-            open_ones = torch.cat(shares)[torch.cat(choices) > 1]
-            return float(open_ones.mean()) if len(open_ones) else 0.0
-
-        visits = visit_probabilities(self.p)[:-1]
-        head_weight = (visits[:, None] * self.p)[tuple(torch.tensor(space.head_edges).T)]
-        stack_weight = visits.repeat_interleave(torch.tensor(space.num_layers))
-        layers = torch.cat([head_weight, stack_weight])
-        skips = [index for index, op in enumerate(space.stack_ops) if op == ops.SKIP]
-        skipped = (stack_weight * self.stack[:, skips].sum(dim=1)).sum()
-        both = (self.head, space.head_ops), (self.stack, space.stack_ops)
-        cheap = torch.cat([shares[:, ops.cheapest(names)].sum(dim=1) for shares, names in both])
-        return {
-            "alpha_entropy": entropy(self.head, self.stack),
-            "beta_entropy": entropy(self.p),
-            "expected_layers": float(layers.sum() - skipped),
-            "skip_share": float(skipped / stack_weight.sum()) if len(self.stack) else 0.0,
-            "cheapest_share": float((layers * cheap).sum() / layers.sum()),
-        }
-
-
-class Trace(list[Probabilities]):
-    """Probabilities before the first epoch and after every one, as a part of a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"entries": [vars(entry) for entry in self]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self[:] = [Probabilities(**entry) for entry in state["entries"]]
 
 
 class Target(nn.Module):
@@ -191,18 +158,18 @@ def search(
     """Trains the supernet of `table.space` on `data` and learns its architecture parameters.
 
     Without `target_cost` (in the table's unit) the architecture step has the paper's loss; with it the expected cost
-    is brought there, and what is derived costs that much within 3 %. Raises ValueError where the space has no such
-    network. Until `arch_start_epoch` weights alone are trained; from then on each epoch is a pass over val that updates
-    alpha and beta, then a pass over train that updates weights. A killed search goes on when called again (`fit`).
+    is brought there, and what is derived costs that much within 3 %. Until `arch_start_epoch` weights alone are
+    trained; from then on each epoch is a pass over val that updates alpha and beta, then a pass over train that updates
+    weights. A killed search goes on when called again (`fit`). Raises ValueError where there can be no such search,
+    see `check_search`.
     """
     with computing_on(device, precision, deterministic) as where:
+        check_search(data, table, recipe, target_cost, seed)
         configuration = {
             "space": table.space.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
             "cost": table.nested(), "target_cost": target_cost, "data": data.digest, "seed": seed,
             "precision": precision, "device": where.type,
         }  # fmt: skip
-        if target_cost is not None:
-            Lattice(table).at(target_cost)  # refuses what cannot be reached
         torch.manual_seed(seed)
         net = SuperNet(table.space, len(data.classes))
         net.temperature = recipe.softmax_temp
@@ -232,41 +199,126 @@ def search(
         if trainer.target:
             parts["target"] = trainer.target
         history = fit(run, "search", configuration, parts, recipe.epochs, passes, finish)
-    return Search(net, table, target_cost, history, trace)
+    return Search(net, table, json.loads(json.dumps(configuration)), history, trace)
+
+
+def check_search(
+    data: ImageData, table: CostTable, recipe: SearchRecipe, target_cost: float | None = None, seed: int = 0
+) -> None:
+    """Raises ValueError with one sentence where there can be no such search.
+
+    That is where the costs are of images of another size or of another number of classes, where no network of the
+    space costs the target, and where a batch is larger than a split or too small to be shared.
+    """
+    for name, found in (("input_size", data.image_size), ("num_classes", len(data.classes))):
+        priced = table.conditions.get(name, found)
+        if priced != found:
+            raise ValueError(f"the costs are for {name} {priced}, the images have {found}: run 02-cost again")
+    if type(seed) is not int:
+        raise ValueError(f"seed is {seed!r}, expected a whole number")
+    if target_cost is not None:
+        number = isinstance(target_cost, int | float) and not isinstance(target_cost, bool)
+        if not number or not math.isfinite(target_cost) or target_cost <= 0:
+            expected = f"a positive number of {table.unit}, or None for the paper's loss"
+            raise ValueError(f"target_cost is {target_cost!r}, expected {expected}")
+        Lattice(table).at(target_cost)  # refuses what cannot be reached
+    for name in ("val", "train"):
+        check_batch(recipe.batch_size, len(data.splits[name]), name)
+
+
+def priced_space(table: CostTable, space: str | None) -> SearchSpace:
+    """The space that the costs are of, with the recipes of the preset or file `space` where that is given.
+
+    Raises ValueError with one sentence where `space` is another one.
+    """
+    if space is None:
+        return table.space
+    given = SearchSpace.load(space)
+    settings = [name for name in SearchSpace.model_fields if name not in RECIPES]
+    changed = [name for name in settings if getattr(given, name) != getattr(table.space, name)]
+    if changed:
+        other = f"is not the one that the run's costs are of, {table.space.name} ({', '.join(changed)} differ)"
+        raise ValueError(f"space '{space}' {other}: run 02-cost with it first")
+    return given
 
 
 def search_run(
     name: str,
-    space: str,
+    space: str | None = None,
     epochs: int | None = None,
     arch_start_epoch: int | None = None,
     batch_size: int | None = None,
     target_cost: float | None = None,
-    **how: Any,
+    seed: int = 0,
+    precision: str = "fp32",
+    device: str = "auto",
+    deterministic: bool = False,
 ) -> None:
-    """`search` as notebook 03 and torchrun call it: on the run's data and costs; None is the space's own recipe."""
-    shortened = {"epochs": epochs, "arch_start_epoch": arch_start_epoch, "batch_size": batch_size}
-    recipe = override(SearchSpace.load(space).search, **shortened)
+    """`search` as notebook 03 and torchrun call it: on the run's data and costs.
+
+    `space` None is that of the costs; None elsewhere is the recipe of the space. What is recorded has passed every
+    check; what is refused leaves the run as it was.
+    """
     run = Run(name)
-    table = run.costs()
-    rank, world = rank_and_world()
-    if rank == 0:
-        asked = {"space": space, **shortened, "target_cost": target_cost, "devices": world, **how}
-        run.record_provenance("03-search", **asked, recipe=recipe.model_dump(mode="json"))
-    search(run, load(run), table, recipe, target_cost, **how)
+    shortened = {"epochs": epochs, "arch_start_epoch": arch_start_epoch, "batch_size": batch_size}
+    how = {"seed": seed, "precision": precision, "device": device, "deterministic": deterministic}
+    with alone(run):
+        table, data = run.costs(), load(run)
+        recipe = override(priced_space(table, space).search, **shortened)
+        with computing_on(device, precision, deterministic):
+            check_search(data, table, recipe, target_cost, seed)
+        rank, world = rank_and_world()
+        if rank == 0:
+            asked = {"space": space or table.space.name, **shortened, "target_cost": target_cost, "devices": world}
+            run.record_provenance("03-search", **asked, **how, recipe=recipe.model_dump(mode="json"))
+        search(run, data, table, recipe, target_cost, **how)
 
 
 def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
-    """The search that a run's checkpoint holds, finished or not; on the CPU."""
+    """The search that a run's checkpoint holds, finished or not; on the CPU.
+
+    Raises FileNotFoundError or ValueError with one sentence where there is none, where it is damaged, and where `table`
+    is not the one it was searched with.
+    """
     path = run.need(run.work / "search.pt", "03-search")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    net = SuperNet(table.space, num_classes)
-    net.load_state_dict(checkpoint["net"])
-    configuration = json.loads(checkpoint["configuration"])
-    net.temperature = configuration["recipe"]["softmax_temp"]
-    trace = Trace()
-    trace.load_state_dict(checkpoint["trace"])
-    return Search(net, table, configuration["target_cost"], checkpoint["position"]["history"], trace)
+    again = "run 03-search again"
+    try:
+        checkpoint = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: {again}, it goes on from the checkpoint before") from None
+    configuration, trace = checkpoint["configuration"], Trace()
+    try:
+        searched = SearchSpace(**configuration["space"])
+        costs = [configuration["cost"], searched.model_dump(exclude={*RECIPES})]
+        if costs != [json.loads(json.dumps(table.nested())), table.space.model_dump(exclude={*RECIPES})]:
+            raise ValueError(f"run '{run.name}' has other costs now than it was searched with: {again}")
+        net = SuperNet(table.space, num_classes)
+        net.temperature = configuration["recipe"]["softmax_temp"]
+        if checkpoint["net"]["classifier.weight"].shape != net.classifier.weight.shape:
+            raise ValueError(f"run '{run.name}' has another number of classes now than it was searched with: {again}")
+        net.load_state_dict(checkpoint["net"])
+        trace.load_state_dict(checkpoint["trace"])
+        history = checkpoint["position"]["history"]
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise ValueError(f"{path} does not hold a search of space {table.space.name}: {again}") from None
+    return Search(net, table, configuration, history, trace)
+
+
+def finished_search(run: Run) -> Search:
+    """The run's search, for what is made of it.
+
+    Raises ValueError with one sentence where it is unfinished, or where the run's data or costs are no longer those
+    that it was searched with.
+    """
+    data = load(run)
+    result = load_search(run, run.costs(), len(data.classes))
+    if result.configuration["data"] != data.digest:
+        raise ValueError(f"run '{run.name}' has other images now than it was searched on: run 03-search again")
+    done = len(result.history)
+    if done < result.epochs:
+        unfinished = f"the search of run '{run.name}' has done {done} of {result.epochs} epochs"
+        raise ValueError(f"{unfinished}: run 03-search again, it goes on from there")
+    return result
 
 
 def collapsed(history: list[dict[str, Any]]) -> str | None:
@@ -282,24 +334,28 @@ def collapsed(history: list[dict[str, Any]]) -> str | None:
     )
 
 
-def write_architecture(run: Run, candidate: Candidate, table: CostTable, num_classes: int) -> dict[str, Any]:
-    """Keeps a derived architecture as architecture.json and net_config; returns what the former holds."""
-    arch = candidate.architecture
-    size = table.conditions["input_size"]
-    search_parameters = run.read_json("provenance.json").get("03-search", {}).get("parameters", {})
+def write_architecture(run: Run, result: Search) -> dict[str, Any]:
+    """Keeps what a search found as architecture.json and net_config; returns what the former holds.
+
+    `search` is the digest of the search that it is from, `data` that of the images.
+    """
+    found, table = result.best, result.table
+    arch, size, num_classes = found.architecture, table.conditions["input_size"], result.net.classifier.out_features
     record = {
         "net_config": str(arch),
         "mult_adds_m": arch.mult_adds(size, num_classes),
         "params_m": arch.params(num_classes),
-        "cost": candidate.cost,
-        "target_cost": search_parameters.get("target_cost"),
+        "cost": found.cost,
+        "target_cost": result.target_cost,
         "cost_unit": table.unit,
         "blocks": len(arch.routing_blocks),
         "layers": arch.num_layers,
         "input_size": size,
         "num_classes": num_classes,
         "space": table.space.name,
-        "seed": search_parameters.get("seed"),
+        "seed": result.configuration["seed"],
+        "search": result.digest,
+        "data": result.configuration["data"],
     }
     save_published(run.reports, arch)
     write_text(run.reports / "architecture.json", json.dumps(record, indent=1) + "\n")

@@ -131,7 +131,8 @@ class SuperNet(nn.Module):
     def sample(self, k: int, generator: torch.Generator | None = None) -> Choice:
         """k candidates of every mixed layer, or all where there are fewer, by softmax(alpha) without replacement.
 
-        Drawn on the CPU, from `generator` or PyTorch's global one, so that every device gives the same choice.
+        Drawn on the CPU, from `generator` or PyTorch's global one, so that every device gives the same choice. Raises
+        FloatingPointError where alpha is not finite.
         """
         refuse(k < 1, f"k = {k} candidates asked for, at least 1 is needed")
 
@@ -139,6 +140,8 @@ class SuperNet(nn.Module):
             probabilities = torch.cat([*alphas]).float().cpu().softmax(dim=1)
             if not len(probabilities):
                 return [[] for _ in alphas]
+            if not probabilities.isfinite().all():
+                raise FloatingPointError("alpha")
             count = min(k, probabilities.shape[1])
             drawn = iter(torch.multinomial(probabilities, count, generator=generator).tolist())
             return [[next(drawn) for _ in alpha] for alpha in alphas]

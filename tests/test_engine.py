@@ -215,3 +215,196 @@ def test_fused_sgd_does_what_sgd_does_when_parameters_take_turns(momentum):
         fused.step()
         plain.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_mistake_of_the_user_is_told_as_it_is_from_several_processes(root):
+    with refused(ValueError, r"batch_size 8 on 2 devices|batch_size is 80, but val has 16 images: set batch_size to"):
+        launch(train_with_batches_of, 2, str(root), 80)
+    with refused(ValueError, r"batch_size 2 on 2 devices is less than the two images a process .* at least 4 or lower"):
+        launch(train_with_batches_of, 2, str(root), 2)
+
+
+def train_with_batches_of(root, batch_size):
+    with mock.patch("densenas.run.ROOT", Path(root)):
+        search(Run("made-up"), DATA, TABLE, SEARCH.model_copy(update={"batch_size": batch_size}))
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "sentence"),
+    [
+        ("gpu", 1, r"device 'gpu' cannot be used here"),
+        ("auto", 4096, r"devices is 4096, expected at least 1 and at most \d+, the (processor cores|GPUs) of this"),
+        ("cpu", 4096, r"devices is 4096, expected at least 1 and at most \d+, the processor cores of this machine"),
+        ("auto", True, r"devices is True, expected at least 1"),
+        ("meta", 1, r"device 'meta' computes nothing"),
+        (None, 1, r"device is None, expected auto"),
+    ],
+)
+def test_devices_that_are_not_here_are_refused_before_anything_runs(device, devices, sentence):
+    with refused(ValueError, sentence):
+        engine.check_devices(device, devices)
+
+
+def meet(path):
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    Path(path, f"{engine.rank_and_world()[0]}").write_text(str(total.item()))
+
+
+def test_processes_meet_on_a_machine_whose_own_name_nobody_knows(tmp_path):
+    """As in a container; PyTorch's own way never ends there."""
+    alone = ["unshare", "--user", "--map-root-user", "--uts"]
+    if subprocess.run([*alone, "hostname", "nobody-knows"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody change a name for one process")
+    code = f"from densenas.engine import launch; from test_engine import meet; launch(meet, 2, {str(tmp_path)!r})"
+    script = tmp_path / "meeting.py"
+    script.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = ["sh", "-c", 'hostname nobody-knows && exec "$0" "$1"', sys.executable, str(script)]
+    done = subprocess.run([*alone, *command], env=env, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2.0", "2.0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_kill_loses_no_step(number, processes, root):
+    process = processes.Process(target=train, args=(root, "search", 400, 1e9, None, 0.01))
+    process.start()
+    path = root / "runs/made-up/search.pt"
+    while not path.exists():
+        time.sleep(0.01)
+    epochs = len(torch.load(path, weights_only=True)["position"]["history"])
+    time.sleep(0.3)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode in (-number, 1), "Ctrl-C is Python's KeyboardInterrupt"
+    position = Position(**torch.load(path, weights_only=True)["position"])
+    assert len(position.history) >= epochs and position.steps > 0, "kept between two steps, not at an epoch's end"
+
+
+BROKEN = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut to half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one bit": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "a text": lambda path: path.write_text("not a checkpoint"),
+    "another mapping": lambda path: torch.save({"a": 1}, path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "without weights": lambda path: resave(path, lambda content: content.pop("net")),
+    "without a position": lambda path: resave(path, lambda content: content.pop("position")),
+    "another shape": lambda path: resave(path, lambda content: reshape(content["net"])),
+    "other momentum": lambda path: resave(path, lambda content: reshape(content["sgd"]["state"][0])),
+    "not finite": lambda path: resave(path, lambda content: content["net"]["classifier.bias"].fill_(torch.nan)),
+}
+
+
+def flipped(content):
+    content = bytearray(content)
+    content[len(content) // 2] ^= 1
+    return content
+
+
+def resave(path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def reshape(tensors):
+    for key, value in tensors.items():
+        if value.ndim:
+            tensors[key] = value.new_zeros(*value.shape, 2)
+            return
+
+
+@pytest.mark.parametrize("left", ["the one before", "none"])
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, left, root, capsys):
+    train(root, "search", epochs=2)
+    path, previous = (root / "runs/made-up" / name for name in ("search.pt", "search.previous.pt"))
+    whole = torch.load(path, weights_only=True)
+    BROKEN[damage](path)
+    expected = "going on from the checkpoint before it"
+    if left == "none":
+        previous.unlink()
+        expected = "starting anew"
+    capsys.readouterr()
+    train(root, "search", epochs=2)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "kept as" in line]
+    assert re.search(rf"search\.pt (is damaged|does not hold|holds values).*kept as search\.damaged: {expected}$", said)
+    assert identical(torch.load(path, weights_only=True), whole)
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_named(root):
+    (root / "runs/made-up/search.pt").mkdir(parents=True)
+    with refused(ValueError, r"search\.pt is a folder, a checkpoint belongs there: move it away"):
+        train(root, "search")
+
+
+FULL = [
+    OSError(28, "No space left on device"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(error, root, monkeypatch):
+    train(root, "search", epochs=2)
+    path = root / "runs/made-up/search.pt"
+    recipe = SEARCH.model_copy(update={"epochs": 2})
+
+    def full(*_):
+        raise error
+
+    resave(path, lambda content: content["position"]["history"].pop())
+    before = path.read_bytes()
+    with monkeypatch.context() as patch, mock.patch("densenas.run.ROOT", root):
+        patch.setattr("torch.save", full)
+        with refused(OSError, r"search\S*\.pt could not be written \(No space left.*\): free space there and the same"):
+            search(Run("made-up"), DATA, TABLE, recipe)
+    assert path.read_bytes() == before and not list(path.parent.glob(".partial*"))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(root, monkeypatch):
+    """The loss of the last step before a checkpoint is finite, what it did to the state is not."""
+    step, calls = engine.descend, []
+
+    def spoiling(loss, logits, labels, parameters, *penalty):
+        outcome = step(loss, logits, labels, parameters, *penalty)
+        calls.append(1)
+        if len(calls) == 8:  # 3 steps in the first epoch, 2 on val and 3 on train in the second: its last
+            parameters[0].grad = torch.full_like(parameters[0], torch.inf)
+        return outcome
+
+    monkeypatch.setattr("densenas.search.descend", spoiling)
+    sentence = r"search, epoch 1: \S+ is not finite at step \d+ \(search\.pt is from before it\); lower lr and rerun"
+    with refused(FloatingPointError, sentence):
+        train(root, "search", epochs=4)
+    content = torch.load(root / "runs/made-up/search.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in content["net"].values())
+
+
+def test_a_second_training_of_a_run_waits_and_finds_the_first_finished(processes, root):
+    with mock.patch("densenas.run.ROOT", root):
+        with Run("made-up").alone():
+            process = processes.Process(target=train, args=(root, "search", 2))
+            process.start()
+            process.join(8)
+            assert process.is_alive() and not (root / "runs/made-up/search.pt").exists()
+        process.join()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([], 2, "the following arguments are required: run, stage"),
+        (["digits", "99-nothing"], 2, "argument stage: invalid choice: '99-nothing'"),
+        (["nowhere", "03-search"], 1, "no run configuration"),
+    ],
+)
+def test_a_command_line_that_cannot_be_says_what_can(arguments, code, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["engine", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        engine.main()
+    said = capsys.readouterr().err + str(ended.value)
+    assert sentence in said and (ended.value.code == code or code == 1)

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from test_search import DATA, SEARCH, TABLE
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
 from densenas.config import ROOT
 from densenas.derivation import Lattice
-from densenas.evidence import METHODS, Job, PathOf, Study, compared, hand_made, verdict
+from densenas.evidence import METHODS, Job, PathOf, Study, compared, hand_made, main, repeats, verdict
 from densenas.run import Run, RunConfig
 from densenas.supernet import Choice
 
@@ -42,6 +44,19 @@ def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size,
         halvings = sum(block.stride == 2 for block in arch.blocks)
         assert space.fm_sizes[0] == space.fm_sizes[-1] * 2**halvings
         assert arch.net_type == space.net_type
+
+
+@pytest.mark.parametrize(("size", "targets"), [(16, (0.2, 0.4, 0.6, 0.8, 1.0)), (32, (0.6, 0.8, 1.0, 1.6, 2.9))])
+def test_hand_made_networks_of_small_costs_have_finer_widths(size, targets):
+    for target in targets:
+        made = hand_made(SearchSpace.load("digits"), target, size, 10)
+        assert len(made) == 2
+        for arch in made.values():
+            assert arch.mult_adds(size, 10) == pytest.approx(target, rel=0.05)
+
+
+def test_a_design_that_no_width_brings_to_the_target_is_left_out():
+    assert hand_made(SearchSpace.load("digits"), 0.001, 32, 10) == {}
 
 
 @pytest.mark.parametrize(
@@ -101,13 +116,19 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     study.trained(alone)
     (first,) = study.results().to_dict("records")
     results = study.complete()
-    assert len(results) == len(study.jobs()) == 2 * (1 + 2 + 2)
-    assert results.groupby("target").size().to_dict() == {TARGET: 5, 2 * TARGET: 5}
+    assert len(study.jobs()) == 2 * (1 + 2 + 2)
+    # Three of the four hand-made networks cannot be so small.
+    assert results.groupby("target").size().to_dict() == {TARGET: 3, 2 * TARGET: 4}
+    assert "MobileNetV2, one layer a stage is left out at 0.02 M Mult-Adds: no width" in study.left_out()
+    assert study.left_out().count("is left out") == 3
+    said = verdict(results)
+    assert "random networks" in said and "(no hand-made design costs that)" in said
+    assert "from the only hand-made design, MobileNetV2, one layer a stage" in said
     assert set(results["method"]) == set(METHODS)
     for row in results.itertuples():
         arch = Architecture.parse(row.net_config)
         assert row.mult_adds_m == arch.mult_adds(16, 3)
-        assert row.method == "hand-made" or row.mult_adds_m == pytest.approx(row.target, rel=0.051)
+        assert row.mult_adds_m == pytest.approx(row.target, rel=0.051)
     same = results.query("method == 'random' and number == 1 and target == @alone.target").iloc[0]
     assert same["top1"] == first["top1"] and same["loss"] == first["loss"]
     capsys.readouterr()
@@ -119,6 +140,77 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
 def test_a_job_needs_its_search(study):
     with refused(FileNotFoundError, r"no searched\.json yet: run the search of DenseNAS_0\.02_0 first"):
         study.trained(Job("DenseNAS", TARGET, 0))
+
+
+@pytest.mark.parametrize("targets", [(1.0, 1.0), (1.0, 1.0000001), (0.6, 1.0, 1.05)])
+def test_targets_that_compare_the_same_networks_are_refused(targets):
+    with refused(ValueError, r"targets holds 1\.0 and 1\.\d+, which are within 5% of each other.*: leave one out"):
+        Study("made-up", "digits", targets)
+
+
+@pytest.mark.parametrize("target", [float("nan"), float("inf"), 0, -1, True, "1.0"])
+def test_targets_that_are_no_costs_are_refused(target):
+    with refused(ValueError, r"targets holds \S+, expected positive numbers, in millions of Mult-Adds"):
+        Study("made-up", "digits", (target,))
+
+
+def test_a_result_of_other_settings_does_not_count(study, capsys):
+    job = Job("random", TARGET, 0)
+    study.trained(job)
+    assert len(study.results()) == 1
+    longer = replace(study, retrain={**EPOCH, "epochs": 2})
+    assert not len(longer.results())
+    assert "random_0.02_0/result.json is of other data, costs or recipes: it does not count" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"top1": 1.0}'])
+def test_a_damaged_result_is_made_anew(study, content):
+    job = Job("DenseNAS", TARGET, 0)
+    study.searched(job)
+    study.trained(job)
+    before = study.results()
+    for name in ("result.json", "searched.json"):
+        path = study.folder(job).work / name
+        path.write_text(content)
+        assert not len(study.results())
+        with refused(ValueError, "searched.json does not serve") if name == "searched.json" else nullcontext():
+            study.trained(job)
+        study.searched(job)
+        study.trained(job)
+        assert study.results().equals(before)
+
+
+def test_a_study_without_a_space_is_of_the_runs_costs(study):
+    assert replace(study, space=None).jobs() == study.jobs()
+    with refused(ValueError, r"space 'digits' is not the one that the run's costs are of"):
+        replace(study, space="digits").searched(Job("DenseNAS", TARGET, 0))
+
+
+def test_networks_that_came_twice_are_told():
+    rows = [("DenseNAS", "a"), ("DenseNAS", "a"), ("DenseNAS", "b"), ("random", "c"), ("hand-made", "d")]
+    results = pd.DataFrame([{"target": 1.0, "method": method, "net_config": text} for method, text in rows])
+    assert repeats(results) == "At 1 M Mult-Adds 3 DenseNAS networks are 2 different ones."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the following arguments are required"),
+        (["{}", "made-up", "foo", "random_1_0"], "argument step: invalid choice: 'foo'"),
+        (["{}", "made-up", "train", "foo"], "the study of run 'made-up' has no job 'foo' to train, it has DenseNAS_1_0,"),
+        (["{}", "made-up", "search", "random_1_0"], "no job 'random_1_0' to search, it has DenseNAS_1_0"),
+        (["nowhere.yml", "made-up", "train", "random_1_0"], "no run configuration 'nowhere.yml'"),
+        (["{}", "made-up", "train", "random_1_0"], "run 'made-up' has no "),
+    ],
+)
+def test_a_command_line_that_cannot_be_says_what_can(arguments, sentence, tmp_path, root, monkeypatch, capsys):
+    path = tmp_path / "run.yml"
+    path.write_text(CONFIG)
+    monkeypatch.setattr(sys, "argv", ["evidence", *(argument.format(path) for argument in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err + str(ended.value)
+    assert sentence in said and ended.value.code not in (0, None)
 
 
 def test_a_study_compares_mult_adds_alone(study):

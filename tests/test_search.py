@@ -1,5 +1,7 @@
 """Search, retraining and evaluation: what a step may move, seeds, interruptions, and what is refused."""
 
+import json
+import math
 import pkgutil
 import re
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from densenas.data import ImageData, Split
 from densenas.derivation import Lattice
 from densenas.loading import Batches
 from densenas.run import Run
-from densenas.search import collapsed, load_search, search
+from densenas.search import collapsed, finished_search, load_search, search, search_run, write_architecture
 from densenas.train import evaluate, retrain
 
 TABLE = CostTable.mult_adds(SMALL, 16, 3)
@@ -440,3 +442,132 @@ def test_evaluation_counts_the_best_five_of_seven_classes():
     data = ImageData("digits", [*"abcdefg"], images, images, images, [0.5] * 3, [1.0] * 3, "made up")
     result = evaluate(Prophet(torch.arange(7.0).neg().expand(4, 7)), data, "test")
     assert (result["top1"], result["top5"]) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("target", [math.inf, -math.inf, math.nan, 0, -1.0, True, "1.0"])
+def test_a_target_that_is_no_cost_is_refused(target, run):
+    with refused(ValueError, r"target_cost is \S+, expected a positive number of million Mult-Adds, or None"):
+        search(run, DATA, TABLE, SEARCH, target_cost=target)
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (CostTable.mult_adds(SMALL, 32, 3), r"the costs are for input_size 32, the images have 16: run 02-cost again"),
+        (CostTable.mult_adds(SMALL, 16, 10), r"the costs are for num_classes 10, the images have 3: run 02-cost again"),
+    ],
+)
+def test_costs_of_other_images_are_refused(table, sentence, run):
+    with refused(ValueError, sentence):
+        search(run, DATA, table, SEARCH)
+
+
+def test_a_batch_larger_than_a_split_is_refused(run):
+    with refused(ValueError, r"batch_size is 17, but val has 16 images: set batch_size to at most that"):
+        search(run, DATA, TABLE, SEARCH.model_copy(update={"batch_size": 17}))
+
+
+def test_alpha_that_is_not_finite_names_the_step(run, monkeypatch):
+    """As an architecture step with much too high a rate leaves it, on steps of which every loss is finite."""
+    step = torch.optim.Adam.step
+
+    def spoiling(optimizer):
+        step(optimizer)
+        optimizer.param_groups[0]["params"][-2].data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiling)
+    with refused(FloatingPointError, r"search, epoch 1: alpha is not finite at step 1 \(search\.pt is from before it\)"):
+        search(run, DATA, TABLE, SEARCH)
+
+
+@pytest.fixture
+def prepared(run, monkeypatch):
+    """A run with images and costs, and its space as a file."""
+    monkeypatch.setattr("densenas.search.load", lambda _: DATA)
+    table = CostTable.mult_adds(SMALL.model_copy(update={"search": SEARCH}), 16, 3)
+    table.write(run.reports / "cost.json")
+    return run
+
+
+def space_file(run, **changes):
+    path = run.reports / "space.yml"
+    path.write_text(SMALL.model_copy(update={"search": SEARCH, **changes}).model_dump_json())
+    return str(path)
+
+
+def provenance(run):
+    return run.read_json("provenance.json").get("03-search", {}).get("parameters", {})
+
+
+def test_what_is_refused_leaves_the_run_and_its_provenance_as_they_were(prepared):
+    run, target = prepared, Lattice(TABLE).quantile(0.5)
+    search_run(run.name, target_cost=target, seed=3)
+    before = provenance(run)
+    assert (before["seed"], before["target_cost"], before["space"]) == (3, target, "made up")
+    for wrong in (
+        {"target_cost": 100.0}, {"target_cost": math.inf}, {"batch_size": 17}, {"device": "gpu"}, {"precision": "fp8"},
+        {"space": "digits"}, {"space": "nowhere"}, {"arch_start_epoch": 99}, {"seed": "7"},
+    ):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError)):
+            search_run(run.name, **{"seed": 7, **wrong})
+        assert provenance(run) == before
+    record = write_architecture(run, finished_search(run))
+    assert (record["seed"], record["target_cost"]) == (3, target)
+
+
+def test_what_was_searched_is_read_from_the_search_not_from_the_last_record(prepared):
+    run = prepared
+    search_run(run.name, seed=3)
+    run.record_provenance("03-search", target_cost=100.0, seed=7)
+    first = write_architecture(run, finished_search(run))
+    assert (first["seed"], first["target_cost"], first["data"]) == (3, None, DATA.digest)
+    assert json.loads((run.reports / "architecture.json").read_text()) == first
+    search_run(run.name, seed=4)
+    assert write_architecture(run, finished_search(run))["search"] != first["search"]
+
+
+def test_without_a_space_it_is_that_of_the_costs_and_another_one_is_refused(prepared):
+    run = prepared
+    wider = space_file(run, chs=(4, 6, 8, 12))
+    with refused(ValueError, r"space '.*' is not the one that the run's costs are of, made up \(chs differ\): run 02-cost"):
+        search_run(run.name, space=wider)
+    faster = space_file(run, name="mine", search=SEARCH.model_copy(update={"lr": 0.01}))
+    search_run(run.name, space=faster)
+    assert provenance(run)["recipe"]["lr"] == 0.01
+
+
+def test_nothing_is_made_of_an_unfinished_search(prepared, monkeypatch):
+    run = prepared
+    with monkeypatch.context() as patch:
+        patch.setattr("densenas.engine.Position.add", interrupting(pkgutil.resolve_name("densenas.engine:Position.add"), 6))
+        with pytest.raises(KeyboardInterrupt):
+            search_run(run.name)
+    with refused(ValueError, r"the search of run 'made-up' has done 1 of 3 epochs: run 03-search again, it goes on"):
+        finished_search(run)
+
+
+def test_nothing_is_made_of_a_search_with_other_costs_or_images(prepared, monkeypatch):
+    run = prepared
+    search_run(run.name)
+    table = run.costs()
+    table.scaled(2.0).write(run.reports / "cost.json")
+    with refused(ValueError, r"run 'made-up' has other costs now than it was searched with: run 03-search again"):
+        finished_search(run)
+    table.write(run.reports / "cost.json")
+    monkeypatch.setattr("densenas.search.load", lambda _: image_data(seed=1))
+    with refused(ValueError, r"run 'made-up' has other images now than it was searched on: run 03-search again"):
+        finished_search(run)
+    with refused(ValueError, r"run 'made-up' has another number of classes now than it was searched with"):
+        load_search(run, table, 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_loading_a_damaged_search_names_the_file_and_the_way_out(content, run):
+    search(run, DATA, TABLE, SEARCH)
+    path = run.work / "search.pt"
+    if content is None:
+        torch.save({"configuration": json.dumps({}), "net": {}}, path)
+    else:
+        path.write_bytes(content)
+    with refused(ValueError, r"search\.pt (is damaged|does not hold a search of space made up).*: run 03-search again"):
+        load_search(run, TABLE, 3)

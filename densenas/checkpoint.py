@@ -1,0 +1,170 @@
+"""Checkpoints of a training: written whole, believed only when whole and finite, the one before kept beside each."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densenas.config import atomic
+
+WRITER = ("inline_container", "PytorchStreamWriter")  # what PyTorch's errors about a full disk have in common
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before this one is kept."""
+    return path.with_suffix(".previous.pt")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file of a training: OSError with one sentence where the disk is full or not writable."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER):
+            raise
+        reason = getattr(error, "strerror", None) or "No space left on device, or it cannot be written"
+        way_out = "free space there and the same call goes on from the last checkpoint"
+        raise OSError(f"{path} could not be written ({reason}): {way_out}") from None
+
+
+def save_checkpoint(path: Path, configuration: Mapping[str, Any], **state: Any) -> None:
+    """Writes atomically: a kill or a full disk leaves the old checkpoint or the new one.
+
+    Raises OSError with one sentence where it cannot be written.
+    """
+    content = {"configuration": json.dumps(configuration, sort_keys=True), **state}
+    with writing(path), atomic(path) as partial:
+        torch.save(content, partial)
+
+
+def keep_previous(path: Path) -> None:
+    """Keeps the checkpoint that is about to be replaced, if there is one; at no moment is `path` missing."""
+    if not path.exists():
+        return
+    with writing(previous_of(path)), atomic(previous_of(path)) as partial:
+        try:
+            os.link(path, partial)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, partial)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A whole checkpoint, on the CPU; `configuration` is a mapping. ValueError with one sentence where it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch itself would read flipped bits as weights.
+            broken = archive.testzip()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["configuration"] = dict(json.loads(checkpoint["configuration"]))
+    except (MemoryError, PermissionError):
+        raise
+    except Exception:  # every kind of damage has an error of its own
+        broken = path.name
+    if broken:
+        raise ValueError(f"{path} is damaged or no checkpoint of a training")
+    return checkpoint
+
+
+def load_checkpoint(path: Path, configuration: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Puts the last checkpoint of this configuration into `parts` and returns it; None where there is none.
+
+    A damaged one is set aside as .damaged and the one before takes its place; one of another configuration is set
+    aside as .old. Either is said, with what happens now. Raises ValueError where a folder is in the way.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, a checkpoint belongs there: move it away")
+    previous = previous_of(path)
+    if not path.exists():
+        previous.unlink(missing_ok=True)  # whoever deleted a checkpoint wanted to start anew
+        return None
+    fresh = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+    while path.exists():
+        try:
+            checkpoint = read_checkpoint(path)
+            if changed := _differences(checkpoint["configuration"], configuration):
+                differ = f"({', '.join(changed)} differ): starting anew, it is kept as .old"
+                print(f"{path.name} is of another configuration {differ}")
+                path.replace(path.with_suffix(".old"))
+                previous.unlink(missing_ok=True)
+                break
+            _fill(parts, checkpoint, path)
+            return checkpoint
+        except ValueError as error:
+            path.replace(path.with_suffix(".damaged"))
+            onward = "starting anew"
+            if previous.exists():
+                previous.replace(path)
+                onward = "going on from the checkpoint before it"
+            print(f"{error}, it is kept as {path.with_suffix('.damaged').name}: {onward}")
+    _fill(parts, fresh, path)
+    return None
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings in which two configurations differ."""
+    now = json.loads(json.dumps(now))
+    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+
+
+def _fill(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Gives every part its state; ValueError with one sentence where the state is not that of such parts."""
+    for name, part in parts.items():
+        try:
+            state = checkpoint[name]
+            if state.keys() != part.state_dict().keys():
+                raise KeyError(name)
+            part.load_state_dict(state)
+            if isinstance(part, torch.optim.Optimizer):
+                _check_shapes(part)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
+            raise ValueError(f"{path} does not hold what such a training keeps as '{name}'") from None
+    if name := first_not_finite(parts):
+        raise ValueError(f"{path} holds values that are not finite ({name})")
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """PyTorch takes momentum of any shape, and fails at the next step."""
+    for parameter, values in optimizer.state.items():
+        for value in values.values():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError
+
+
+def first_not_finite(parts: Mapping[str, Any]) -> str | None:
+    """The name of a tensor in these parts' states that holds inf or nan; None where all are finite."""
+    groups: dict[Any, dict[str, Tensor]] = defaultdict(dict)
+    for name, part in parts.items():
+        for key, tensor in _tensors(part.state_dict(), name):
+            if tensor.is_floating_point() and tensor.numel():
+                groups[tensor.device, tensor.dtype][key] = tensor
+    for tensors in groups.values():
+        # One wait for the device a group, not one a tensor.
+        largest = torch.stack(torch._foreach_norm([*tensors.values()], math.inf))
+        if not largest.isfinite().all():
+            return [*tensors][largest.isfinite().tolist().index(False)]
+    return None
+
+
+def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dictionaries and lists, with the way there as its name."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}.{key}")
+    elif isinstance(state, list | tuple):
+        for index, value in enumerate(state):
+            yield from _tensors(value, f"{name}.{index}")

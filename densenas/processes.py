@@ -1,0 +1,215 @@
+"""Several processes that train together: `launch` starts them on this machine, torchrun on many; and their signals."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, start_processes
+
+from densenas.loading import rank_and_world
+from densenas.run import pick_device
+
+GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
+GOES_ON = "goes on from the last checkpoint, with any number of devices"
+# Errors that say themselves what to do; to call again would not mend them.
+TOLD = ("ValueError", "FileNotFoundError", "FloatingPointError", "OSError")
+
+
+def check_devices(device: str, devices: int) -> None:
+    """Raises ValueError with one sentence where this machine has no such device, or not one for each process."""
+    if not isinstance(device, str):
+        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or one like cuda:1")
+    if type(devices) is not int or devices < 1:
+        raise ValueError(f"devices is {devices!r}, expected at least 1")
+    if devices > 1 and ":" in device:
+        raise ValueError(f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda")
+    kind = pick_device(device).type
+    if kind == "meta":
+        raise ValueError("device 'meta' computes nothing: expected auto, cpu or cuda")
+    most, what = len(os.sched_getaffinity(0)), "processor cores"
+    if kind == "cuda":
+        most, what = torch.cuda.device_count(), "GPUs"
+    if devices > most:
+        raise ValueError(f"devices is {devices}, expected at least 1 and at most {most}, the {what} of this machine")
+
+
+def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settings: Any) -> None:
+    """Calls the function here or, for `devices` > 1, in as many processes that train together on this machine.
+
+    Raises what a process raised where that says what to do (ValueError and the like), RuntimeError with one sentence
+    where one is lost; a checkpoint serves any number of devices.
+    """
+    check_devices(settings.get("device", "auto"), devices)
+    if devices == 1:
+        function(*arguments, **settings)
+        return
+    with tempfile.TemporaryDirectory(prefix="densenas-") as folder:
+        call = (devices, folder, function, arguments, settings)
+        context = start_processes(_member, call, devices, join=False)
+        try:
+            while not context.join(grace_period=GRACE_SECONDS):
+                pass
+        except KeyboardInterrupt:
+            _end(context)
+            raise
+        except ProcessException as error:
+            raise _failure(error, devices, Path(folder)) from None
+
+
+def _end(context: ProcessContext) -> None:
+    """Ends all processes, with time for the first to keep a checkpoint."""
+    for process in context.processes:
+        process.terminate()
+    for process in context.processes:
+        process.join(GRACE_SECONDS)
+        process.kill()
+
+
+def _failure(error: ProcessException, devices: int, folder: Path) -> Exception:
+    """What to raise for processes of which at least one has failed: the first failure, the others follow from it."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("failed-*")]
+    lost = isinstance(error, ProcessExitedException) and error.exit_code < 0
+    if lost or not reports:
+        ended = str(error).strip().splitlines()[-1]
+        return RuntimeError(f"process {error.error_index} of {devices} ended ({ended}); the same call {GOES_ON}")
+    _, rank, kind, sentence = min(reports)
+    if kind in TOLD:
+        return getattr(builtins, kind)(sentence)
+    return RuntimeError(f"process {rank} of {devices} ended ({kind}: {sentence}); the same call {GOES_ON}")
+
+
+def _member(
+    rank: int,
+    world: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    settings: Mapping[str, Any],
+) -> None:
+    """The function as one of the processes that `launch` started; what it raises is kept in `folder` with its time."""
+    # Not to outlive whoever launched it; a shell may have told it to ignore SIGINT, which PyTorch would send.
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", world)):
+        os.environ[name] = str(value)
+    # They meet over a file and the loopback device. Torchrun's way would ask a name server for this machine's own name,
+    # which in a container nobody may know, and wait for the answer again and again.
+    loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    try:
+        meeting = {"init_method": f"file://{folder}/meeting", "rank": rank, "world_size": world}
+        with _group(settings.get("device", "auto"), **meeting):
+            function(*arguments, **settings)
+    except Exception as error:
+        report = [time.monotonic(), rank, type(error).__name__, _line(error)]
+        Path(folder, f"failed-{rank}").write_text(json.dumps(report), encoding="utf-8")
+        raise
+
+
+def _line(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())
+
+
+@record
+def together(function: Callable[..., Any], arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+    """The function as one of the processes that torchrun started; where it fails, the last line says what to do."""
+    device, rank, world = settings.get("device", "auto"), os.environ["RANK"], os.environ["WORLD_SIZE"]
+    try:
+        if int(world) > 1 and ":" in device:
+            raise ValueError(f"devices is {world}, but device '{device}' is one alone: expected auto or cuda")
+        check_devices(device, int(os.environ["LOCAL_WORLD_SIZE"]))
+        with _group(device):
+            function(*arguments, **settings)
+    except Exception as error:
+        kind = type(error).__name__
+        if kind in TOLD:
+            sys.tracebacklimit = 0  # torchrun adds many lines of its own, the sentence shall be found among them
+            raise
+        told = f"process {rank} of {world} ended ({kind}: {_line(error)}); the same command {GOES_ON}"
+        raise RuntimeError(told) from error
+
+
+@contextmanager
+def _group(device: str, **meeting: Any) -> Iterator[None]:
+    """This process as one of several; `meeting` is where they meet, torchrun's environment where nothing is given."""
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **meeting)
+    # More threads than cores would make a small network many times slower.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    yield
+    dist.destroy_process_group()  # not after a failure: it could wait for the others for ever
+
+
+class Interruption:
+    """Ctrl-C and a polite kill during a training: noted, and obeyed by the first process between two steps.
+
+    So nothing is lost. The other processes wait for the first to be gone; the same signal once more acts at once.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.asked: signal.Signals | None = None
+        self._owner = os.getpid()
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        if os.getpid() != self._owner:
+            # A decoding worker, forked off: Ctrl-C is for the training, which still needs it.
+            if number != signal.SIGINT:
+                os._exit(128 + number)
+        elif self.asked == number:
+            self._obey()
+        else:
+            self.asked = signal.Signals(number)
+
+    def _obey(self) -> None:
+        number, self.asked = self.asked, None
+        self._restore()
+        signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def obey(self, kept: Path) -> None:
+        """Lets the noted signal act, now that a checkpoint is kept."""
+        print(f"\n{self.what} was interrupted, {kept.name} is written: the same call goes on from this step", flush=True)
+        self._obey()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._restore()
+        if self.asked and kind is not None and issubclass(kind, Exception):
+            # What an interrupted step, worker or peer raises is no news.
+            rank, world = rank_and_world()
+            told = f"{self.what} was interrupted; the same call goes on from the last checkpoint"
+            if world > 1:
+                told = f"process {rank} of {world} was ended, because another one did or on demand; the same call {GOES_ON}"
+            print(f"\n{told}", file=sys.stderr, flush=True)
+            signal.raise_signal(self.asked)
