@@ -62,7 +62,10 @@ def keep_previous(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A whole checkpoint, on the CPU; `configuration` is a mapping. ValueError with one sentence where it is damaged."""
+    """A whole checkpoint, on the CPU, `configuration` as a mapping.
+
+    Raises ValueError with one sentence where it is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             # PyTorch itself would read flipped bits as weights.

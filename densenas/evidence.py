@@ -162,7 +162,11 @@ class Study:
         """Searches for the target and keeps what was derived."""
         result = self._search(job)
         seconds = sum(row["seconds"] for row in result.history)
-        found = {"settings": self._search_settings(job), "net_config": str(result.best.architecture), "seconds": seconds}
+        found = {
+            "settings": self._search_settings(job),
+            "net_config": str(result.best.architecture),
+            "seconds": seconds,
+        }
         write_text(self.folder(job).work / "searched.json", json.dumps(found))
 
     def _search_settings(self, job: Job) -> str:
@@ -257,7 +261,7 @@ class Study:
 
 
 def check_targets(targets: Sequence[float]) -> None:
-    """Raises ValueError with one sentence where targets are no costs, or so near that they compare the same networks."""
+    """Raises ValueError where targets are no costs, or so near that they compare the same networks."""
     if not targets:
         raise ValueError("targets is empty, a study needs at least one cost in millions of Mult-Adds")
     for target in targets:

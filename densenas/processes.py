@@ -200,7 +200,8 @@ class Interruption:
 
     def obey(self, kept: Path) -> None:
         """Lets the noted signal act, now that a checkpoint is kept."""
-        print(f"\n{self.what} was interrupted, {kept.name} is written: the same call goes on from this step", flush=True)
+        told = f"{self.what} was interrupted, {kept.name} is written: the same call goes on from this step"
+        print(f"\n{told}", flush=True)
         self._obey()
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -210,6 +211,7 @@ class Interruption:
             rank, world = rank_and_world()
             told = f"{self.what} was interrupted; the same call goes on from the last checkpoint"
             if world > 1:
-                told = f"process {rank} of {world} was ended, because another one did or on demand; the same call {GOES_ON}"
+                why = "because another one did or on demand"
+                told = f"process {rank} of {world} was ended, {why}; the same call {GOES_ON}"
             print(f"\n{told}", file=sys.stderr, flush=True)
             signal.raise_signal(self.asked)

@@ -197,7 +197,7 @@ def test_networks_that_came_twice_are_told():
     [
         ([], "the following arguments are required"),
         (["{}", "made-up", "foo", "random_1_0"], "argument step: invalid choice: 'foo'"),
-        (["{}", "made-up", "train", "foo"], "the study of run 'made-up' has no job 'foo' to train, it has DenseNAS_1_0,"),
+        (["{}", "made-up", "train", "foo"], "run 'made-up' has no job 'foo' to train, it has DenseNAS_1_0,"),
         (["{}", "made-up", "search", "random_1_0"], "no job 'random_1_0' to search, it has DenseNAS_1_0"),
         (["nowhere.yml", "made-up", "train", "random_1_0"], "no run configuration 'nowhere.yml'"),
         (["{}", "made-up", "train", "random_1_0"], "run 'made-up' has no "),
