@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from densenas.architecture import Architecture, DerivedNet
+from densenas.checkpoint import digest, read_checkpoint
 from densenas.config import ROOT, naming, read_text
 from densenas.run import Run
 
@@ -26,19 +27,15 @@ FOUND = (
 
 
 def search_digest(run: Run) -> str | None:
-    """Tells one search from another, and from itself some epochs earlier.
-
-    None where its checkpoint is not here, as in a fresh clone.
+    """That of the run's present search; None where it is not here, as in a fresh clone.
     """
     path = run.work / "search.pt"
     if not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        searched = f"{checkpoint['configuration']} {len(checkpoint['position']['history'])}"
-    except Exception:  # a damaged file makes the unpickler raise nearly anything
-        raise ValueError(f"{path} is damaged: run 03-search again") from None
-    return hashlib.sha256(searched.encode()).hexdigest()
+        return digest(read_checkpoint(path)["configuration"])
+    except ValueError as error:
+        raise ValueError(f"{error}: run 03-search again") from None
 
 
 def derived(run: Run) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenas.architecture import save_published
-from densenas.checkpoint import read_checkpoint
+from densenas.checkpoint import digest, read_checkpoint
 from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
@@ -58,7 +57,7 @@ class Search:
     @property
     def digest(self) -> str:
         """Tells one search from every other: two with the same digest end with the same network."""
-        return hashlib.sha256(json.dumps(self.configuration, sort_keys=True).encode()).hexdigest()
+        return digest(self.configuration)
 
     @property
     def best(self) -> Candidate:
