@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import math
 import re
@@ -97,14 +98,44 @@ def write_study(run: Run) -> str:
     return f"reports/{run.name}/evidence.html"
 
 
-if __name__ == "__main__":
-    run = Run(sys.argv[1])
+def tell(run: Run) -> None:
+    """Writes the run's pages and prints what they say; FileNotFoundError or ValueError where there is nothing to say."""
     metrics = run.read_json("metrics.json")
+    if not {"evidence", "evaluate"} & set(metrics):
+        have = "is not there" if not run.reports.is_dir() else "holds no result of 06-evaluate or 09-evidence yet"
+        raise FileNotFoundError(f"run '{run.name}' has nothing to report: reports/{run.name} {have}")
     print(f"\nRun '{run.name}'")
-    if "evidence" in metrics:
-        path, found = write_study(run), metrics["evidence"]["verdict"]
-        print(f"{found}\n  {'report':<16} {path}, beside all runs in {write_overview()}\n")
-    if "evaluate" in metrics:
-        test, arch = metrics["evaluate"], run.read_json("architecture.json")
-        about = {"arch": arch, "interval": wilson(test["top1"], test["images"]), "path": write_report(run)}
-        print(TEMPLATES.get_template("report.txt.j2").render(metrics, overview=write_overview(), **about))
+    try:
+        if "evidence" in metrics:
+            _tell_study(run, metrics)
+        if "evaluate" in metrics:
+            _tell_run(run, metrics)
+    except (KeyError, TypeError, jinja2.UndefinedError) as error:
+        what = f"the files of reports/{run.name} are incomplete or of another version ({error})"
+        raise ValueError(f"{what}: run the stages of '{run.name}' again") from None
+
+
+def _tell_study(run: Run, metrics: dict[str, Any]) -> None:
+    path, found = write_study(run), metrics["evidence"]["verdict"]
+    print(f"{found}\n  {'report':<16} {path}, beside all runs in {write_overview()}\n")
+
+
+def _tell_run(run: Run, metrics: dict[str, Any]) -> None:
+    run.need(run.reports / "architecture.json", "04-derive")
+    run.need(run.reports / "provenance.json", "01-data to 06-evaluate")
+    test, arch = metrics["evaluate"], run.read_json("architecture.json")
+    about = {"arch": arch, "interval": wilson(test["top1"], test["images"]), "path": write_report(run)}
+    print(TEMPLATES.get_template("report.txt.j2").render(metrics, overview=write_overview(), **about))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m densenas.report", description=__doc__.partition(" `")[0])
+    parser.add_argument("run", metavar="RUN", help="name of a run whose stages are done, a folder in reports/")
+    try:
+        tell(Run(parser.parse_args().run))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
