@@ -15,6 +15,9 @@ export RUN CONFIG CORES
 export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# By its path, not as densenas.pipeline: PyTorch would be imported before the first Ctrl-C is heard.
+PIPELINE := $(BIN)/python -P densenas/pipeline.py
+
 .PHONY: setup reproduce evidence test notebooks lock
 .DEFAULT_GOAL := setup
 
@@ -28,10 +31,10 @@ setup: .venv/installed
 	touch $@
 
 reproduce: setup
-	@$(BIN)/python -m densenas.pipeline
+	@$(PIPELINE)
 
 evidence: setup
-	@$(BIN)/python -m densenas.pipeline evidence
+	@$(PIPELINE) evidence
 
 test: setup
 	$(BIN)/pytest --numprocesses "$${CORES:-$$(nproc)}" --dist worksteal tests
