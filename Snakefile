@@ -27,17 +27,22 @@ def typed(name):
 
 
 try:
-    # Everything that can be refused is refused here, before anything runs; what `make` prints ends with the sentence.
+    # Everything that can be refused is refused here, before anything runs, in one sentence.
     RUN, configuration = identify(typed("run"), typed("configuration"))
-    CONFIGURATION = os.path.abspath(configuration) if Path.cwd() != ROOT else os.path.normpath(configuration)
+    CONFIGURATION = os.path.normpath(configuration)
+    if Path.cwd() != ROOT:
+        CONFIGURATION = os.path.abspath(configuration)
     os.environ["DENSENAS_ROOT"] = str(ROOT)  # may have been said relative to where this starts
 
     workdir: ROOT
 
     if Path.cwd().resolve() != ROOT.resolve():
-        raise ValueError(f"results are kept in {ROOT}: leave out --directory, or set DENSENAS_ROOT to it")
-    # The jobs of a cluster read this file again: their images were looked at before they were sent there.
-    SETTINGS, CONTENTS = checked(Path(CONFIGURATION)) if workflow.is_main_process else (RunConfig.load(CONFIGURATION), {})
+        raise ValueError(f"results go to {ROOT}: leave out --directory or set DENSENAS_ROOT")
+    if workflow.is_main_process:
+        SETTINGS, CONTENTS = checked(Path(CONFIGURATION))
+    else:
+        # A job that a cluster started, of a run that was looked at before.
+        SETTINGS, CONTENTS = RunConfig.load(CONFIGURATION), {}
     PARAMETERS = SETTINGS.parameters(RUN)
 except (ValueError, OSError) as error:
     raise SystemExit(str(error))
@@ -51,7 +56,8 @@ NEEDS = {
     "06-evaluate": ["05-retrain"],
     "07-figures": ["06-evaluate"],
 }
-NOTEBOOKS = os.path.relpath(Path(workflow.basedir) / "notebooks")  # papermill writes the path into the notebook
+# Relative: papermill writes the path into the notebook.
+NOTEBOOKS = os.path.relpath(Path(workflow.basedir) / "notebooks")
 LOGS = f"runs/{RUN}/logs"
 # A stage must not outlive a killed pipeline: the kernel ends with papermill, papermill with its parent.
 PYTHON = f"exec setpriv --pdeathsig KILL {shlex.quote(sys.executable)} -m"
@@ -63,13 +69,17 @@ STAGE = (
 
 
 def verbatim(value):
-    """A parameter that may hold braces: Snakemake looks for wildcards in text, but not in what a function returns."""
+    """A parameter that may hold braces: Snakemake seeks wildcards in text, not in a function's value."""
     return lambda wildcards: value
 
 
 def as_yaml(stage):
     """A stage's parameters; where JSON writes 1e-05, papermill would read a string."""
     return verbatim(yaml.safe_dump(PARAMETERS[stage], default_flow_style=True, width=10**6).strip())
+
+
+def print_last_words(logs):
+    print("", *last_words(logs), sep="\n", file=sys.stderr)
 
 
 onstart:
@@ -83,7 +93,7 @@ onstart:
 
 onerror:
     # At the very end, under what Snakemake still has to say.
-    atexit.register(lambda logs: print("", *last_words(logs), sep="\n", file=sys.stderr), Path(LOGS).absolute())
+    atexit.register(print_last_words, Path(LOGS).absolute())
 
 
 rule all:

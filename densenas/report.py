@@ -115,7 +115,10 @@ def write_study(run: Run) -> str:
 
 
 def tell(run: Run) -> None:
-    """Writes the run's pages and prints what they say; FileNotFoundError or ValueError where there is nothing to say."""
+    """Writes the run's pages and prints their summary.
+
+    Raises FileNotFoundError or ValueError with one sentence where there is nothing to report.
+    """
     metrics = run.read_json("metrics.json")
     if not {"evidence", "evaluate"} & set(metrics):
         have = "is not there" if not run.reports.is_dir() else "holds no result of 06-evaluate or 09-evidence yet"

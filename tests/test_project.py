@@ -205,7 +205,10 @@ def test_what_a_stage_reads_from_outside_is_known_by_its_content(folder_run, tmp
 
     monkeypatch.syspath_prepend(tmp_path)
     code = tmp_path / "own_network.py"
-    code.write_text("def net(num_classes):\n    from torchvision.models import mobilenet_v2 as net\n\n    return net(num_classes=num_classes)\n")
+    code.write_text(
+        "from torchvision.models import mobilenet_v2\n\n"
+        "def net(num_classes):\n    return mobilenet_v2(num_classes=num_classes)\n"
+    )
     arch = Architecture.named("DenseNAS-A")
     (tmp_path / "model").mkdir()
     save_published(tmp_path / "model", arch)
@@ -261,7 +264,7 @@ def test_a_failed_stage_leaves_one_sentence(tmp_path, log, sentence):
 
 @pytest.fixture
 def tiny_run(tmp_path):
-    """A run of seconds, whose name Snakemake takes for a number, and its commands; its folders are removed afterwards."""
+    """A run of seconds whose name looks like a number, and its commands; its folders are removed afterwards."""
     name = f"0{os.getpid()}"
     config = tmp_path / "{a} tïny$HOME's.yml"
     space = tmp_path / "space.yml"
@@ -353,8 +356,9 @@ def reported(tmp_path, monkeypatch):
 def test_a_report_of_nothing_is_an_error(reported, monkeypatch, capsys):
     with refused(FileNotFoundError, r"run 'nope' has nothing to report: reports/nope is not there"):
         report.tell(Run("nope"))
-    for arguments, ending in ([[], "required: RUN"], [["nope"], "is not there"], [["a/b"], "the first of them a letter"]):
-        monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    endings = {"": "required: RUN", "nope": "is not there", "a/b": "not usable as a folder name"}
+    for arguments, ending in endings.items():
+        monkeypatch.setattr(sys, "argv", ["report", *arguments.split()])
         with pytest.raises(SystemExit) as ended:
             report.main()
         assert ended.value.code not in (None, 0)
@@ -367,7 +371,7 @@ def test_a_report_of_nothing_is_an_error(reported, monkeypatch, capsys):
         ("architecture.json", None, FileNotFoundError, r"no architecture\.json yet: run 04-derive first"),
         ("provenance.json", None, FileNotFoundError, r"no provenance\.json yet: run 01-data to 06-evaluate first"),
         ("metrics.json", "{}", FileNotFoundError, r"holds no result of 06-evaluate or 09-evidence yet"),
-        ("metrics.json", '{"evaluate": {}}', ValueError, r"reports/digits are incomplete.*run the stages of 'digits' again"),
+        ("metrics.json", '{"evaluate": {}}', ValueError, r"reports/digits are incomplete.*run the stages of"),
         ("metrics.json", '{"evalu', ValueError, r"metrics\.json is damaged: delete it"),
         ("figures/03-history.svg", None, FileNotFoundError, r"03-history\.svg"),
     ],
