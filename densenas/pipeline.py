@@ -30,7 +30,7 @@ def last_words(logs: Path) -> list[str]:
         text = path.read_text(encoding="utf-8", errors="replace")
         if "Traceback (most recent call last)" in text:
             sentences.append(_sentence(path, text))
-    return sentences or [f"a stage was ended from outside, or for want of memory; {GOES_ON}"]
+    return sentences or [f"a stage was ended from outside, or for want of memory or disk; {GOES_ON}"]
 
 
 def _sentence(path: Path, text: str) -> str:
