@@ -126,17 +126,6 @@ def prepare(
     return _data(folder, **settings)
 
 
-def listing(dataset, source=None, num_classes=None, val_fraction=0.2, seed=0, download=True):
-    """STAND-IN, to be dropped at the merge."""
-    if dataset not in ("digits", "folder") and not download:
-        return None
-    items = {"digits": _digits, "folder": _folder}.get(dataset, partial(_torchvision, dataset))(source)
-    classes = _classes(sorted({item.label for item in items}), num_classes)
-    items = [item for item in items if item.label in classes]
-    split = _assign(items, val_fraction, seed, grows=dataset == "folder")
-    return {name: [item for item in items if split[item.key] == name] for name in SPLITS}
-
-
 def load(run: Run) -> ImageData:
     """What `prepare` kept for this run."""
     return _data(run.work / "data", **json.loads(run.need(run.work / "data.json", "01-data").read_text("utf-8")))

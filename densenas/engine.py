@@ -266,14 +266,6 @@ def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settin
         ) from None
 
 
-def check_devices(device, devices):
-    """STAND-IN, to be dropped at the merge."""
-    _refuse_one_alone(device, devices)
-    pick_device(device)
-    most = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    refuse(not 1 <= devices <= most, f"devices is {devices}, expected at least 1 and at most {most}")
-
-
 def _refuse_one_alone(device: str, devices: int) -> None:
     wrong = f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda"
     refuse(devices > 1 and ":" in device, wrong)

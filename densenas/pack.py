@@ -68,16 +68,6 @@ def decode(encoded: bytes | memoryview) -> Tensor:
     return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)
 
 
-def fingerprint(items):
-    """STAND-IN, to be dropped at the merge."""
-    rows = []
-    for item in items:
-        state = item.content.stat() if isinstance(item.content, Path) else None
-        about = [state.st_size, state.st_mtime_ns] if state else item.encoded()[2]
-        rows.append([item.key, item.label, item.part, about])
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
 def name_of(key: str) -> bytes:
     """What an image is called in the LMDB, whose keys are at most 511 bytes."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32].encode()

@@ -39,20 +39,6 @@ def network(model: str, num_classes: int) -> nn.Module:
         raise ValueError(f"no network '{model}', expected {kinds}") from None
 
 
-def check_network(model, num_classes, image_size):
-    """STAND-IN, to be dropped at the merge."""
-    size(network(model, num_classes), image_size)
-
-
-def source_of(model):
-    """STAND-IN, to be dropped at the merge."""
-    import inspect
-
-    if ":" not in model or model.lstrip().startswith("["):
-        return None
-    return Path(inspect.getsourcefile(pkgutil.resolve_name(model)))
-
-
 def save_network(folder: Path, model: str, net: nn.Module) -> None:
     """Keeps a trained network where `load_network` finds it; a derived one in the published format."""
     if hasattr(net, "arch"):
