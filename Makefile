@@ -1,22 +1,22 @@
 # make reproduce            the default run: digits, from data to report
-# make reproduce RUN=cifar10 CONFIG=path/to/cifar10.yml
+# make reproduce RUN=cifar10                    of data/configs/cifar10.yml
+# make reproduce CONFIG=path/to/mine.yml        as run `mine`, or as RUN= says
 # make evidence             searched, random and hand-made networks of equal cost: digits in miniature, or RUN=, CONFIG=
 # make test                 every test, notebooks included
 # make setup | lock | notebooks
 PYTHON ?= python3
-RUN ?= digits
-CONFIG ?= data/configs/$(RUN).yml
-CORES ?= $(shell nproc)
 BIN := .venv/bin
+# Taken as they are typed and handed on in the environment: neither make nor a shell reads what stands in them.
+override RUN := $(value RUN)
+override CONFIG := $(value CONFIG)
+export RUN CONFIG CORES
 # OpenMP threads that spin for long while they wait make small networks many times slower as soon as something else
 # wants a core; this short a spin costs nothing on a quiet machine.
 export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# One run at a time: a second command waits for the first, also for one whose terminal is gone. The lock is the
-# kernel's and goes with its process, where Snakemake's own would stay behind after a kill -9.
-PIPELINE = mkdir -p runs && flock runs/.lock $(BIN)/snakemake --nolock --rerun-incomplete --cores $(CORES) \
-	--config run=$(RUN) configuration=$(CONFIG)
+# By its path, not as densenas.pipeline: PyTorch would be imported before the first Ctrl-C is heard.
+PIPELINE := $(BIN)/python -P densenas/pipeline.py
 
 .PHONY: setup reproduce evidence test notebooks lock
 .DEFAULT_GOAL := setup
@@ -31,16 +31,13 @@ setup: .venv/installed
 	touch $@
 
 reproduce: setup
-	@$(PIPELINE) --quiet host reason progress
-	@$(BIN)/python -m densenas.report $(RUN)
+	@$(PIPELINE)
 
-evidence: RUN = evidence-digits
 evidence: setup
-	@$(PIPELINE) --keep-going --quiet host reason -- evidence
-	@$(BIN)/python -m densenas.report $(RUN)
+	@$(PIPELINE) evidence
 
 test: setup
-	$(BIN)/pytest --numprocesses $(CORES) --dist worksteal tests
+	$(BIN)/pytest --numprocesses "$${CORES:-$$(nproc)}" --dist worksteal tests
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 
 # Runs every notebook at its defaults and keeps the outputs, which are committed: from scratch, or what an earlier demo

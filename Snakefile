@@ -1,20 +1,51 @@
 # One rule a stage, one executed notebook a stage; `make reproduce` calls this with run and configuration.
+import atexit
 import os
 import shlex
+import shutil
+import sys
+from pathlib import Path
 
 import yaml
-from snakemake.exceptions import WorkflowError
 
-from densenas.run import Run, RunConfig
+from densenas.config import ROOT
+from densenas.pipeline import last_words
+from densenas.preflight import check_machine, checked, identify
+from densenas.run import RunConfig
 
-RUN = str(config.get("run", "digits"))
-CONFIGURATION = config.get("configuration", f"data/configs/{RUN}.yml")
+
+def typed(name):
+    """A setting as it was typed: Snakemake reads 007 as 7."""
+    value = config.get(name) or ""
+    for entry in workflow.config_settings.config_args or ():
+        key, _, text = entry.partition("=")
+        if key == name:
+            value = text.strip("'\"")
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is read as {value!r}: put it in quotes")
+    return value
+
+
 try:
-    # Everything that can be refused is refused here, before anything runs.
-    Run(RUN)
-    PARAMETERS = RunConfig.load(CONFIGURATION).parameters(RUN)
-except (ValueError, FileNotFoundError) as error:
-    raise WorkflowError(str(error))
+    # Everything that can be refused is refused here, before anything runs, in one sentence.
+    RUN, configuration = identify(typed("run"), typed("configuration"))
+    CONFIGURATION = os.path.normpath(configuration)
+    if Path.cwd() != ROOT:
+        CONFIGURATION = os.path.abspath(configuration)
+    os.environ["DENSENAS_ROOT"] = str(ROOT)  # may have been said relative to where this starts
+
+    workdir: ROOT
+
+    if Path.cwd().resolve() != ROOT.resolve():
+        raise ValueError(f"results go to {ROOT}: leave out --directory or set DENSENAS_ROOT")
+    if workflow.is_main_process:
+        SETTINGS, CONTENTS = checked(Path(CONFIGURATION))
+    else:
+        # A job that a cluster started, of a run that was looked at before.
+        SETTINGS, CONTENTS = RunConfig.load(CONFIGURATION), {}
+    PARAMETERS = SETTINGS.parameters(RUN)
+except (ValueError, OSError) as error:
+    raise SystemExit(str(error))
 
 NEEDS = {
     "01-data": [],
@@ -25,17 +56,44 @@ NEEDS = {
     "06-evaluate": ["05-retrain"],
     "07-figures": ["06-evaluate"],
 }
+# Relative: papermill writes the path into the notebook.
+NOTEBOOKS = os.path.relpath(Path(workflow.basedir) / "notebooks")
+LOGS = f"runs/{RUN}/logs"
 # A stage must not outlive a killed pipeline: the kernel ends with papermill, papermill with its parent.
-WITH_PARENT = "exec setpriv --pdeathsig KILL"
-PAPERMILL = (
-    f"{WITH_PARENT} papermill --log-level WARNING --no-progress-bar --stdout-file -"
-    " {input.notebook} {output.notebook} --parameters_yaml {params.parameters}"
+PYTHON = f"exec setpriv --pdeathsig KILL {shlex.quote(sys.executable)} -m"
+PAPERMILL = f"{PYTHON} papermill --log-level WARNING --no-progress-bar --stdout-file -"
+STAGE = (
+    "{PAPERMILL} {input.notebook:q} {output.notebook:q}"
+    " --parameters_yaml {params.parameters:q} 2> {log:q}"
 )
 
 
-def as_argument(stage):
-    """A stage's parameters as YAML for the shell; where JSON writes 1e-05, papermill would read a string."""
-    return shlex.quote(yaml.safe_dump(PARAMETERS[stage], default_flow_style=True, width=10**6).strip())
+def verbatim(value):
+    """A parameter that may hold braces: Snakemake seeks wildcards in text, not in a function's value."""
+    return lambda wildcards: value
+
+
+def as_yaml(stage):
+    """A stage's parameters; where JSON writes 1e-05, papermill would read a string."""
+    return verbatim(yaml.safe_dump(PARAMETERS[stage], default_flow_style=True, width=10**6).strip())
+
+
+def print_last_words(logs):
+    print("", *last_words(logs), sep="\n", file=sys.stderr)
+
+
+onstart:
+    shutil.rmtree(LOGS, ignore_errors=True)
+    if workflow.local_exec:  # or else other machines compute
+        try:
+            check_machine(SETTINGS)
+        except ValueError as error:
+            raise SystemExit(f"{CONFIGURATION}: {error}")
+
+
+onerror:
+    # At the very end, under what Snakemake still has to say.
+    atexit.register(print_last_words, Path(LOGS).absolute())
 
 
 rule all:
@@ -50,19 +108,22 @@ for stage, needs in NEEDS.items():
         name:
             stage
         input:
-            notebook=f"notebooks/{stage}.ipynb",
+            notebook=f"{NOTEBOOKS}/{stage}.ipynb",
             done=expand("runs/{run}/{need}.done", run=RUN, need=needs),
         output:
             notebook=f"reports/{RUN}/{stage}.ipynb",
             # Not in git: a fresh clone runs everything, whatever results it came with.
             done=touch(f"runs/{RUN}/{stage}.done"),
         params:
-            parameters=as_argument(stage),
+            parameters=as_yaml(stage),
+            contents=CONTENTS.get(stage, ""),  # what the stage reads from outside, as a hash
+        log:
+            f"{LOGS}/{stage}.log",
         threads: workflow.cores
         message:
             f"== {stage} =="
         shell:
-            PAPERMILL
+            STAGE
 
 
 # The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread.
@@ -70,22 +131,25 @@ if STUDY := PARAMETERS.get("09-evidence"):
     from densenas.evidence import SEARCHED, Study
 
     RESULT = f"runs/{RUN}/evidence/{{job}}/result.json"
-    STEP = f"{WITH_PARENT} python -m densenas.evidence {shlex.quote(str(CONFIGURATION))} {RUN}"
+    STEP = f"{PYTHON} densenas.evidence {shlex.quote(CONFIGURATION)} {RUN}"
+    HOW = [STUDY["precision"], STUDY["device"]]
 
     rule evidence:
         input:
-            notebook="notebooks/09-evidence.ipynb",
+            notebook=f"{NOTEBOOKS}/09-evidence.ipynb",
             results=expand(RESULT, job=Study(**STUDY).jobs()),
         output:
             notebook=f"reports/{RUN}/09-evidence.ipynb",
             done=touch(f"runs/{RUN}/09-evidence.done"),
         params:
-            parameters=as_argument("09-evidence"),
+            parameters=as_yaml("09-evidence"),
+        log:
+            f"{LOGS}/09-evidence.log",
         threads: workflow.cores
         message:
             "== 09-evidence =="
         shell:
-            PAPERMILL
+            STAGE
 
     rule searched:
         input:
@@ -94,10 +158,13 @@ if STUDY := PARAMETERS.get("09-evidence"):
             f"runs/{RUN}/evidence/{SEARCHED}_{{target}}_{{seed}}/searched.json",
         params:
             search=STUDY["search"],
+            how=HOW,
+        log:
+            f"{LOGS}/{SEARCHED}_{{target}}_{{seed}}.search.log",
         message:
             "search for {wildcards.target} M Mult-Adds, seed {wildcards.seed}"
         shell:
-            "{STEP} search {SEARCHED}_{wildcards.target}_{wildcards.seed}"
+            "{STEP} search {SEARCHED}_{wildcards.target}_{wildcards.seed} 2> {log:q}"
 
     rule trained:
         input:
@@ -107,9 +174,12 @@ if STUDY := PARAMETERS.get("09-evidence"):
             RESULT,
         params:
             retrain=STUDY["retrain"],
+            how=HOW,
+        log:
+            f"{LOGS}/{{job}}.train.log",
         wildcard_constraints:
             job="[^/]+",
         message:
             "train {wildcards.job}"
         shell:
-            "{STEP} train {wildcards.job}"
+            "{STEP} train {wildcards.job} 2> {log:q}"

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from densenas.architecture import Architecture
 from densenas.baselines import WITHIN, designs, hand_made
-from densenas.config import override, read_json, write_text
+from densenas.config import naming, override, read_json, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Lattice
 from densenas.loading import seed_of
-from densenas.run import Run, RunConfig
+from densenas.run import EvidenceConfig, Run, RunConfig
 from densenas.search import RECIPES, Search, load_search, priced_space, search
 from densenas.space import SearchSpace
 from densenas.supernet import SuperNet
@@ -95,11 +95,9 @@ class Study:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_targets(self.targets)
-        for name, least in (("seeds", 1), ("networks", 2)):
-            count = getattr(self, name)
-            if type(count) is not int or count < least:
-                raise ValueError(f"{name} is {count!r}, a study needs at least {least}")
+        asked = {"targets": self.targets, "seeds": self.seeds, "networks": self.networks}
+        with naming("study"):
+            EvidenceConfig.model_validate(asked)
 
     @cached_property
     def table(self) -> CostTable:
@@ -258,20 +256,6 @@ class Study:
                     self.searched(job)
                 self.trained(job)
         return self.results()
-
-
-def check_targets(targets: Sequence[float]) -> None:
-    """Raises ValueError where targets are no costs, or so near that they compare the same networks."""
-    if not targets:
-        raise ValueError("targets is empty, a study needs at least one cost in millions of Mult-Adds")
-    for target in targets:
-        number = isinstance(target, int | float) and not isinstance(target, bool)
-        if not number or not math.isfinite(target) or target <= 0:
-            raise ValueError(f"targets holds {target!r}, expected positive numbers, in millions of Mult-Adds")
-    for low, high in pairwise(sorted(targets)):
-        if high <= low * (1 + WITHIN):
-            same = f"{low!r} and {high!r}, which are within {WITHIN:.0%} of each other and would count networks twice"
-            raise ValueError(f"targets holds {same}: leave one out")
 
 
 def _without(design: str, target: float) -> str:

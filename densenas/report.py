@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import math
 import re
@@ -46,37 +47,44 @@ def all_runs() -> pd.DataFrame:
     """
     rows = []
     for path in sorted((ROOT / "reports").glob("*/metrics.json")):
-        run = Run(path.parent.name)
-        metrics, found = run.read_json("metrics.json"), run.read_json("architecture.json")
-        if "evaluate" not in metrics:
-            continue
-        test, told = metrics["evaluate"], credit(metrics, found)
-        low, high = wilson(test["top1"], test["images"])
-        row = {
-            "name": run.name,
-            "dataset": metrics["data"]["dataset"],
-            "network": told["network"],
-            "group": told["network"],
-            "top1": 100 * test["top1"],
-            "low": 100 * low,
-            "high": 100 * high,
-            "images": test["images"],
-            "cost": test["mult_adds_m"],
-            "params": 1000 * test["params_m"],
-            "ms": test.get("ms", {}).get("PyTorch"),
-            "blocks": test.get("blocks"),
-            "layers": test.get("layers"),
-        }
-        if told["derived"]:
-            target, unit = found["target_cost"], found["cost_unit"].replace("million", "M")
-            row |= {
-                "group": found["space"],
-                "target": f"{target} {unit}" if target else "none",
-                "seconds": metrics["search"]["seconds"],
-                "seed": found["seed"],
-            }
-        rows.append(row)
+        try:
+            rows += _evaluated(Run(path.parent.name))
+        except (ValueError, KeyError, TypeError) as error:  # must not stop another run's report
+            print(f"left out of the overview: {error}")
     return pd.DataFrame(rows, columns=OVERVIEW)
+
+
+def _evaluated(run: Run) -> list[dict[str, Any]]:
+    """The run's row of the overview, none before it is evaluated."""
+    metrics, found = run.read_json("metrics.json"), run.read_json("architecture.json")
+    if "evaluate" not in metrics:
+        return []
+    test, told = metrics["evaluate"], credit(metrics, found)
+    low, high = wilson(test["top1"], test["images"])
+    row = {
+        "name": run.name,
+        "dataset": metrics["data"]["dataset"],
+        "network": told["network"],
+        "group": told["network"],
+        "top1": 100 * test["top1"],
+        "low": 100 * low,
+        "high": 100 * high,
+        "images": test["images"],
+        "cost": test["mult_adds_m"],
+        "params": 1000 * test["params_m"],
+        "ms": test.get("ms", {}).get("PyTorch"),
+        "blocks": test.get("blocks"),
+        "layers": test.get("layers"),
+    }
+    if told["derived"]:
+        target, unit = found["target_cost"], found["cost_unit"].replace("million", "M")
+        row |= {
+            "group": found["space"],
+            "target": f"{target} {unit}" if target else "none",
+            "seconds": metrics["search"]["seconds"],
+            "seed": found["seed"],
+        }
+    return [row]
 
 
 def write_overview() -> str:
@@ -154,16 +162,45 @@ def write_study(run: Run) -> str:
     # Where the README has a place for this study, its figure and result stand there.
     quoted = TEMPLATES.get_template("study.md.j2").render(run.read_json("metrics.json"), run=run.name, made=made)
     readme, place = ROOT / "README.md", rf"(<!-- {re.escape(run.name)} -->).*?(?=<!-- end -->)"
-    write_text(readme, re.sub(place, lambda match: f"{match[1]}\n{quoted}\n", read_text(readme), flags=re.DOTALL))
+    if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart
+        text = re.sub(place, lambda match: f"{match[1]}\n{quoted}\n", read_text(readme), flags=re.DOTALL)
+        write_text(readme, text)
     return f"reports/{run.name}/evidence.html"
 
 
-if __name__ == "__main__":
-    run = Run(sys.argv[1])
+def tell(run: Run) -> None:
+    """Writes the run's pages and prints their summary.
+
+    Raises FileNotFoundError or ValueError with one sentence where there is nothing to report.
+    """
     metrics = run.read_json("metrics.json")
+    if not {"evidence", "evaluate"} & set(metrics):
+        have = "is not there" if not run.reports.is_dir() else "holds no result of 06-evaluate or 09-evidence yet"
+        raise FileNotFoundError(f"run '{run.name}' has nothing to report: reports/{run.name} {have}")
     print(f"\nRun '{run.name}'")
-    if "evidence" in metrics:
-        path, found = write_study(run), metrics["evidence"]["verdict"]
-        print(f"{found}\n  {'report':<16} {path}, beside all runs in {write_overview()}\n")
-    if "evaluate" in metrics:
-        print(in_words(run, write_report(run), write_overview()))
+    try:
+        if "evidence" in metrics:
+            _tell_study(run, metrics)
+        if "evaluate" in metrics:
+            print(in_words(run, write_report(run), write_overview()))
+    except (KeyError, TypeError, jinja2.UndefinedError) as error:
+        what = f"the files of reports/{run.name} are incomplete or of another version ({error})"
+        raise ValueError(f"{what}: run the stages of '{run.name}' again") from None
+
+
+def _tell_study(run: Run, metrics: dict[str, Any]) -> None:
+    path, found = write_study(run), metrics["evidence"]["verdict"]
+    print(f"{found}\n  {'report':<16} {path}, beside all runs in {write_overview()}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m densenas.report", description=__doc__.partition(" `")[0])
+    parser.add_argument("run", metavar="RUN", help="name of a run whose stages are done, a folder in reports/")
+    try:
+        tell(Run(parser.parse_args().run))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, Field, PositiveFloat
+from pydantic import BaseModel, Field, PositiveFloat, field_validator
 from tqdm import tqdm
 
+from densenas.baselines import WITHIN
 from densenas.config import (
     HOST, ROOT, Augment, Dataset, Strict, atomic, naming, override, read_json, read_yaml, refuse,
     write_text, writing,
@@ -29,6 +31,7 @@ from densenas.space import SearchSpace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OVERVIEW = "index.html"  # in reports/, beside the runs
 _HELD: dict[Path, int] = {}  # locks of runs that this process holds, and their files' descriptors
 
 
@@ -52,16 +55,24 @@ class DataConfig(Strict):
     augment: Augment | None = None
     skip_broken: bool = False
 
+    @field_validator("num_classes", mode="before")
+    @classmethod
+    def _names_are_text(cls, classes: Any) -> Any:
+        for name in classes if isinstance(classes, list) else ():
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is not read as text, put names of classes in quotes")
+        return classes
+
 
 class CostConfig(Strict):
     kind: Literal["mult_adds", "latency"] = "mult_adds"
     batch_size: int = Field(1, ge=1)
-    networks: int = Field(0, ge=0)
-    rounds: int = Field(12, ge=1)
+    networks: int = Field(0, ge=0, le=10_000)
+    rounds: int = Field(12, ge=1, le=10_000)
 
 
 class TrainingConfig(Strict):
-    epochs: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, le=100_000)
     batch_size: int | None = Field(None, ge=2)
     devices: int = Field(1, ge=1)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -81,9 +92,22 @@ class EvaluateConfig(Strict):
 
 
 class EvidenceConfig(Strict):
-    targets: tuple[PositiveFloat, ...] = Field(min_length=1, strict=False)
-    seeds: int = Field(3, ge=1)
-    networks: int = Field(8, ge=2)
+    """A study: `targets` in millions of Mult-Adds, searches and random networks for each."""
+
+    # A YAML list becomes a tuple, its entries are as strict as everything else.
+    targets: tuple[PositiveFloat, ...] = Field(min_length=1, max_length=100, strict=False)
+    seeds: int = Field(3, ge=1, le=1000)
+    networks: int = Field(8, ge=2, le=1000)
+
+    @field_validator("targets")
+    @classmethod
+    def _are_apart(cls, targets: tuple[float, ...]) -> tuple[float, ...]:
+        ordered = sorted(targets)
+        for low, high in itertools.pairwise(ordered):
+            if high <= low * (1 + WITHIN):
+                near = f"{low!r} and {high!r} are within {WITHIN:.0%} of each other"
+                raise ValueError(f"{near} and would count networks twice, leave one out")
+        return targets
 
 
 class RunConfig(Strict):
@@ -94,7 +118,7 @@ class RunConfig(Strict):
 
     space: str
     image_size: int | None = Field(None, ge=8)  # None: the space's own input size
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     deterministic: bool = False
     data: DataConfig
@@ -104,6 +128,26 @@ class RunConfig(Strict):
     evaluate: EvaluateConfig = EvaluateConfig()
     evidence: EvidenceConfig | None = None  # the study that `make evidence` makes
 
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        """Only whether there can be such a device: the machine that checks may not be the one that computes."""
+        try:
+            kind = torch.device("cpu" if device == "auto" else device).type
+        except RuntimeError:
+            kind = "unknown"
+        if kind in ("unknown", "meta"):
+            raise ValueError("expected auto, cpu, cuda or one GPU such as cuda:1")
+        return device
+
+    @property
+    def targets(self) -> list[tuple[str, float]]:
+        """Every cost in million Mult-Adds that is asked for, with the setting that asks."""
+        targets = [("evidence.targets", target) for target in (self.evidence.targets if self.evidence else ())]
+        if self.search.target_cost is not None and self.cost.kind == "mult_adds":
+            targets.append(("search.target_cost", self.search.target_cost))
+        return targets
+
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
         """Reads and checks a run's file, its space included; ValueError or FileNotFoundError with one sentence."""
@@ -112,24 +156,30 @@ class RunConfig(Strict):
         settings = read_yaml(Path(path))
         with naming(str(path)):
             config = cls.model_validate(settings)
-        space = SearchSpace.load(config.space)
-        with naming(str(path), ": search: "):
-            override(space.search, **config.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}))
-        size = config.image_size or space.input_size
-        space.maps(size)  # refuses a size at which a map would vanish
-        unequal = f"{path}: evidence compares at equal Mult-Adds, but cost.kind is {config.cost.kind}"
-        refuse(bool(config.evidence) and config.cost.kind != "mult_adds", unequal)
-        targets = [("evidence.targets", target) for target in (config.evidence.targets if config.evidence else ())]
-        if config.search.target_cost is not None and config.cost.kind == "mult_adds":
-            targets.append(("search.target_cost", config.search.target_cost))
-        if targets:
-            # The classes are not counted yet, the classifier's share is small.
-            few, many = (Lattice(CostTable.mult_adds(space, size, classes)) for classes in (2, 10_000))
-            low, high = few.reach[0], many.reach[1]
-            reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
-        for setting, target in targets:
-            refuse(not low <= target <= high, f"{path}: {setting} is {target:g} million Mult-Adds, {reach}")
+            space = SearchSpace.load(config.space)
+            config.fit(space)
         return config
+
+    def fit(self, space: SearchSpace) -> None:
+        """ValueError where this run cannot be made in its space; `preflight` looks further, at the images too."""
+        with naming("search"):
+            override(space.search, **self.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}))
+        size = self.image_size or space.input_size
+        space.maps(size)  # refuses a size at which a map would vanish
+        pack = self.data.pack
+        if isinstance(pack, int) and pack < size:
+            raise ValueError(f"data.pack is {pack}, but training sees images of {size} pixels: set it to at least that")
+        if self.evidence and self.cost.kind != "mult_adds":
+            raise ValueError(f"evidence compares at equal Mult-Adds, but cost.kind is {self.cost.kind}")
+        if not self.targets:
+            return
+        # The classes are not counted yet, the classifier's share is small.
+        low = Lattice(CostTable.mult_adds(space, size, 2)).reach[0]
+        high = Lattice(CostTable.mult_adds(space, size, 10_000)).reach[1]
+        for setting, target in self.targets:
+            if not low <= target <= high:
+                reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
+                raise ValueError(f"{setting} is {target:g} million Mult-Adds, {reach}")
 
     def parameters(self, run: str) -> dict[str, dict[str, Any]]:
         """What each stage's notebook is given."""
@@ -167,9 +217,9 @@ class Run:
     def __init__(self, name: str) -> None:
         if not isinstance(name, str):
             raise ValueError(f"run name {name!r} is no text: papermill's -r gives a name as text, -p a number")
-        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
-            usable = "use up to 100 letters, digits, '.', '_', '-'"
-            raise ValueError(f"run name {name!r} is not usable as a folder name: {usable}")
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name == OVERVIEW:
+            usable = "at most 100 letters, digits, '.', '_', '-', none of '.' and '-' first"
+            raise ValueError(f"run name {name[:120]!r} is not usable as a folder name: use {usable}")
         self.name = name
         self.reports = ROOT / "reports" / name
         self.work = ROOT / "runs" / name

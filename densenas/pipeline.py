@@ -1,0 +1,139 @@
+"""What `make reproduce` and `make evidence` start: Snakemake on one run, and its report at the end.
+
+RUN, CONFIG and CORES come from the environment, where no shell reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+GOES_ON = "the same command goes on from the last checkpoint"
+STOPPED = f"stopped; {GOES_ON}"
+# Errors that say what is wrong in a sentence; any other is a fault of the program.
+SENTENCES = ("ValueError", "FileNotFoundError", "RuntimeError", "FloatingPointError")
+
+
+def last_words(logs: Path) -> list[str]:
+    """One sentence for each job that failed, out of what it left in its log."""
+    sentences = []
+    for path in sorted(logs.glob("*.log")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "Traceback (most recent call last)" in text:
+            sentences.append(_sentence(path, text))
+    return sentences or [f"a stage was ended from outside, or for want of memory or disk; {GOES_ON}"]
+
+
+def _sentence(path: Path, text: str) -> str:
+    last = text.strip().splitlines()[-1]
+    kind, _, words = last.partition(": ")
+    if kind.endswith("KeyboardInterrupt"):
+        return STOPPED
+    if kind.endswith("DeadKernelError"):
+        return f"{path.stem}: the notebook's process died, as it does for want of memory; {GOES_ON}"
+    if "No space left on device" in last:
+        return f"{path.stem}: the disk is full; free some of it, then {GOES_ON}"
+    if kind.rpartition(".")[2] in SENTENCES:
+        return f"{path.stem}: {words}"
+    return f"{path.stem}: {last} (where: {path})"
+
+
+@contextmanager
+def one_pipeline(root: Path) -> Iterator[None]:
+    """One pipeline at a time: a second one says so and waits for the first, also for one whose terminal is gone.
+
+    The lock is the kernel's and goes with its process, where Snakemake's own would stay behind after a kill -9.
+    """
+    path = root / "runs" / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another make is at work here: waiting for it to end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run_snakemake(snakefile: Path, root: Path, name: str, configuration: Path, targets: list[str]) -> int:
+    """Runs the Snakefile's rules and returns the exit status; KeyboardInterrupt where a signal has ended it."""
+    command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "snakemake"]
+    command += ["--snakefile", str(snakefile), "--nolock", "--rerun-incomplete"]
+    command += ["--cores", os.environ.get("CORES") or str(len(os.sched_getaffinity(0)))]
+    command += ["--quiet", "host", "reason", "progress"]
+    # The dot before a relative path: Snakemake reads values as YAML, and cannot where one starts with #.
+    command += ["--config", f"run={name}", f"configuration={os.path.join('.', configuration)}"]
+    command += ["--keep-going", "--", *targets] if targets else []
+    # A session of its own: Ctrl-C reaches this process alone, which ends Snakemake and its jobs in order.
+    there = {**os.environ, "DENSENAS_ROOT": str(root)}
+    snakemake = subprocess.Popen(command, cwd=root, env=there, start_new_session=True)
+    stopped = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        with suppress(ProcessLookupError):
+            os.killpg(snakemake.pid, signal.SIGTERM)
+
+    _handle(stop)
+    status = snakemake.wait()
+    _handle(signal.default_int_handler)
+    if stopped and status:
+        raise KeyboardInterrupt
+    return status
+
+
+def _handle(handler: Callable[[int, Any], None]) -> None:
+    """Of every signal that means stop, unless nohup or the like has it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def keep_caches(folder: Path) -> None:
+    """Where HOME cannot be written, this is where Snakemake, matplotlib and Jupyter keep what they would keep there."""
+    if not os.access(Path.home(), os.W_OK):
+        for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+            os.environ.setdefault(name, str(folder / name.lower()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m densenas.pipeline", description=__doc__.splitlines()[0])
+    parser.add_argument("target", nargs="?", choices=["evidence"], help="the study instead of the stages")
+    target = parser.parse_args().target
+    usual = "evidence-digits" if target else "digits"
+    try:
+        _handle(signal.default_int_handler)
+        # Seconds, in which a signal is heard already.
+        from densenas.config import PACKAGE, ROOT
+        from densenas.preflight import identify
+        from densenas.report import tell
+        from densenas.run import Run, RunConfig
+
+        name, path = identify(os.environ.get("RUN", ""), os.environ.get("CONFIG", ""), usual)
+        if target and not RunConfig.load(path).evidence:
+            raise ValueError(f"{path} has no section 'evidence': targets, seeds and networks of the study")
+        if not shutil.which("setpriv"):
+            raise ValueError("setpriv is missing, which ends stages with their pipeline: install util-linux")
+        path = path if Path.cwd() == ROOT else path.absolute()
+        keep_caches(ROOT / "runs" / ".caches")
+        with one_pipeline(ROOT):
+            if run_snakemake(PACKAGE.parent / "Snakefile", ROOT, name, path, [target] if target else []):
+                sys.exit(1)
+        tell(Run(name))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()
