@@ -11,7 +11,6 @@ import shutil
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,11 @@ from torch import Tensor
 
 from densenas.config import atomic
 
-WRITER = ("inline_container", "PytorchStreamWriter")  # what PyTorch's errors about a full disk have in common
 
 
 def previous_of(path: Path) -> Path:
     """Where the checkpoint before this one is kept."""
     return path.with_suffix(".previous.pt")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around what writes a file of a training: OSError with one sentence where the disk is full or not writable."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER):
-            raise
-        reason = getattr(error, "strerror", None) or "No space left on device, or it cannot be written"
-        way_out = "free space there and the same call goes on from the last checkpoint"
-        raise OSError(f"{path} could not be written ({reason}): {way_out}") from None
 
 
 def save_checkpoint(path: Path, configuration: Mapping[str, Any], **state: Any) -> None:
@@ -47,7 +32,7 @@ def save_checkpoint(path: Path, configuration: Mapping[str, Any], **state: Any) 
     Raises OSError with one sentence where it cannot be written.
     """
     content = {"configuration": json.dumps(configuration, sort_keys=True), **state}
-    with writing(path), atomic(path) as partial:
+    with atomic(path) as partial:
         torch.save(content, partial)
 
 
@@ -55,7 +40,7 @@ def keep_previous(path: Path) -> None:
     """Keeps the checkpoint that is about to be replaced, if there is one; at no moment is `path` missing."""
     if not path.exists():
         return
-    with writing(previous_of(path)), atomic(previous_of(path)) as partial:
+    with atomic(previous_of(path)) as partial:
         try:
             os.link(path, partial)
         except OSError:  # a file system without hard links

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint, writing
-from densenas.config import RetrainRecipe, SearchRecipe
+from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint
+from densenas.config import RetrainRecipe, SearchRecipe, writing
 from densenas.loading import Batches, rank_and_world, seed_of
 from densenas.processes import Interruption, check_devices, launch, together
 from densenas.run import Run, RunConfig, pick_device, progress
@@ -189,8 +189,7 @@ class Display:
 
     def _write_history(self, position: Position) -> None:
         if self.first:
-            with writing(self.run.reports / "history.csv"):
-                self.run.write_history(self.stage, position.history)
+            self.run.write_history(self.stage, position.history)
 
     def close(self) -> None:
         self.bar.close()

@@ -38,9 +38,9 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
     # By way of memory: on a full disk the archive's own writer would end the process.
     archive = io.BytesIO()
     torch.export.save(program, archive)
-    with _writing(Path(folder) / "model.pt2") as partial:
+    with atomic(Path(folder) / "model.pt2") as partial:
         partial.write_bytes(archive.getbuffer())
-    with _writing(Path(folder) / "model.onnx") as partial:
+    with atomic(Path(folder) / "model.onnx") as partial:
         onnx.save(str(partial), external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -66,14 +66,3 @@ def _naming(program: str) -> Iterator[None]:
         yield
     except Exception as error:  # exporters raise many kinds of their own, over many lines
         raise ValueError(f"the network cannot be exported by {program}: {reason(error)}") from None
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """`atomic`, with a sentence that names the file where it cannot be written."""
-    try:
-        with atomic(path) as partial:
-            yield partial
-    except OSError as error:
-        sentence = f"{path} could not be written, is the disk full?"
-        raise OSError(f"{sentence} {reason(error)}") from None

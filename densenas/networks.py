@@ -8,7 +8,6 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -218,23 +217,14 @@ def save_network(folder: Path, model: str, net: nn.Module) -> None:
     for key, value in state.items():
         state[key] = value.cpu()
     # First what can fail for want of space: until it is written, the earlier network is whole.
-    save_tensors(folder / "weights.pt", state)
+    with atomic(folder / "weights.pt") as partial:
+        torch.save(state, partial)
     if isinstance(net, DerivedNet):
         (folder / "model").unlink(missing_ok=True)
         save_published(folder, net.arch)
     else:
         (folder / "net_config").unlink(missing_ok=True)
         write_text(folder / "model", f"{model}\n")
-
-
-def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """What torch.load reads, or nothing; OSError with one sentence where the disk is full."""
-    try:
-        with atomic(path) as partial:
-            torch.save(content, partial)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer knows no OSError
-        sentence = f"{path} could not be written, is the disk full?"
-        raise OSError(f"{sentence} {reason(error)}") from None
 
 
 def load_network(folder: str | Path, num_classes: int, model: str | None = None) -> nn.Module:
