@@ -14,6 +14,7 @@ import os
 import pkgutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.lr_scheduler import LambdaLR
 
+import densenas
 from densenas.config import RetrainRecipe, SearchRecipe, atomic, refuse
 from densenas.loading import Batches, rank_and_world, seed_of
 from densenas.run import Run, RunConfig, pick_device, progress
@@ -88,6 +90,7 @@ def fit(
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
     keep_freed_memory()
+    warn_of_long_spins()
     path, (rank, world) = run.work / f"{stage}.pt", rank_and_world()
     position, saved = Position(), time.monotonic()
 
@@ -217,6 +220,16 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def warn_of_long_spins() -> None:
+    """Where PyTorch was imported before this package, nothing in the process can shorten the waiting of its threads."""
+    if densenas.SPINS_FOR_LONG and torch.get_num_threads() > 1:
+        warnings.warn(
+            "torch was imported before densenas: beside other busy processes this can be many times slower;"
+            " import densenas first, or set GOMP_SPINCOUNT=20000",
+            stacklevel=3,
+        )
 
 
 @contextmanager

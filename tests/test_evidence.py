@@ -9,7 +9,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from helpers import SMALL, make_space, refused
+from helpers import LATENCY, SMALL, make_space, refused
 from test_search import DATA, SEARCH, TABLE
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
@@ -122,7 +122,8 @@ def test_a_job_needs_its_search(study):
 
 
 def test_a_study_compares_mult_adds_alone(study):
-    table = CostTable(TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, TABLE.conditions)
+    conditions = {**LATENCY, **TABLE.conditions}
+    table = CostTable(TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, conditions)
     table.write(Run(study.run).reports / "cost.json")
     with refused(ValueError, r"run 'made-up' counts ms, a study compares at equal Mult-Adds"):
         study.random(Job("random", TARGET, 0))
