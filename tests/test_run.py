@@ -6,9 +6,11 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pandas as pd
@@ -16,8 +18,10 @@ import pytest
 import torch
 from helpers import SMALL, full_disk, random_table, refused
 
+import densenas
 from densenas import CostTable, SearchSpace, config, provenance
 from densenas.config import HOST, atomic, write_text
+from densenas.engine import fit
 from densenas.run import Run, pick_device
 
 # ---------------------------------------------------------------- one process at a time
@@ -402,3 +406,24 @@ def test_a_cpu_has_a_name(text, tmp_path, monkeypatch):
         (tmp_path / "cpuinfo").write_text(text)
     name = provenance.processor()
     assert re.search(CPUS[text], name) and "stepping" not in name, name
+
+
+# ---------------------------------------------------------------- what a process needs to be fast
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["first", "after torch"])
+def test_threads_do_not_spin_for_long_however_a_process_was_started(late, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    if not late:
+        monkeypatch.delitem(sys.modules, "torch")
+    package = runpy.run_path(densenas.__file__)
+    # Children get it from the environment, even where this process cannot have it any more.
+    assert os.environ["GOMP_SPINCOUNT"] == "20000" and package["SPINS_FOR_LONG"] is late
+
+
+def test_a_process_whose_threads_spin_says_so(run, monkeypatch):
+    monkeypatch.setattr(densenas, "SPINS_FOR_LONG", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.warns(UserWarning, match="torch was imported before densenas: .*import densenas first"):
+        fit(run, "search", {"seed": 0}, {}, 0, lambda epoch: [])
