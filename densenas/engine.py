@@ -15,6 +15,7 @@ import os
 import pkgutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import densenas
 from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint
 from densenas.config import RetrainRecipe, SearchRecipe, writing
 from densenas.loading import Batches, rank_and_world, seed_of
@@ -217,6 +219,7 @@ def fit(
     Raises OSError with one sentence where the disk is full.
     """
     keep_freed_memory()
+    warn_of_long_spins()
     for one in passes(epochs - 1):
         check_share(one.batches.batch_size)
     with alone(run), Interruption(stage) as interruption:
@@ -335,6 +338,16 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def warn_of_long_spins() -> None:
+    """Where PyTorch was imported before this package, nothing in the process can shorten the waiting of its threads."""
+    if densenas.SPINS_FOR_LONG and torch.get_num_threads() > 1:
+        warnings.warn(
+            "torch was imported before densenas: beside other busy processes this can be many times slower;"
+            " import densenas first, or set GOMP_SPINCOUNT=20000",
+            stacklevel=3,
+        )
 
 
 @contextmanager

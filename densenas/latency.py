@@ -22,7 +22,7 @@ from densenas.architecture import Architecture
 from densenas.config import HOST, Strict, writing
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
-from densenas.engine import computing_on
+from densenas.engine import computing_on, warn_of_long_spins
 from densenas.provenance import processor
 from densenas.run import pick_device, progress
 from densenas.space import Layer, SearchSpace
@@ -90,6 +90,7 @@ def measure(
     for name, count in {"num_classes": num_classes, "batch_size": batch_size, "rounds": rounds}.items():
         if count < 1:
             raise ValueError(f"{name} is {count}, at least 1 is needed")
+    warn_of_long_spins()
     where = pick_device(device)
     conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, **_conditions(where)}
     mobile = space.net_type == "mbv2"

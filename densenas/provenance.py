@@ -16,6 +16,7 @@ import torch
 from densenas.config import PACKAGE
 
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "snakemake", "densenas")
+CPUINFO = Path("/proc/cpuinfo")
 GIT_SECONDS = 20.0  # a repository on a network drive may never answer
 
 
@@ -84,7 +85,7 @@ def _version(package: str) -> str:
 def processor() -> str:
     """The CPU's model, or what else tells it from others: its designer's and its parts' numbers, its architecture."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import resource
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -30,6 +31,17 @@ def refused(kind, pattern):
     message = str(caught.value)
     assert "\n" not in message
     assert re.search(pattern, message), message
+
+
+@contextmanager
+def full_disk(size=1 << 16):
+    """No file can grow beyond this size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def make_space(**settings):
@@ -152,7 +164,10 @@ def random_supernet(space, seed, num_classes=3, dtype=torch.float64):
     return net
 
 
-def random_table(space, seed, equal_layers=False, spare_rows=0):
+LATENCY = {"input_size": 16, "num_classes": 3, "batch_size": 1, "device": "made up", "threads": 1, "torch": "0"}
+
+
+def random_table(space, seed, equal_layers=False, spare_rows=0, conditions=LATENCY):
     """Costs without any pattern in them, so that no two entries can be confused."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -165,7 +180,8 @@ def random_table(space, seed, equal_layers=False, spare_rows=0):
         layers = [row(len(space.stack_ops)) for _ in range(space.num_layers[block] + spare_rows)]
         stack.append([layers[0] for _ in layers] if equal_layers else layers)
     stem, classifier = row(2)
-    return CostTable(space, "latency", stem, head, stack, row(len(before(space, space.num_blocks))), classifier)
+    final = row(len(before(space, space.num_blocks)))
+    return CostTable(space, "latency", stem, head, stack, final, classifier, dict(conditions))
 
 
 def counted_mult_adds(net, images):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from helpers import SMALL, make_space, refused
+from helpers import LATENCY, SMALL, make_space, refused
 from test_search import DATA, SEARCH, TABLE
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
@@ -214,7 +214,8 @@ def test_a_command_line_that_cannot_be_says_what_can(arguments, sentence, tmp_pa
 
 
 def test_a_study_compares_mult_adds_alone(study):
-    table = CostTable(TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, TABLE.conditions)
+    conditions = {**LATENCY, **TABLE.conditions}
+    table = CostTable(TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, conditions)
     table.write(Run(study.run).reports / "cost.json")
     with refused(ValueError, r"run 'made-up' counts ms, a study compares at equal Mult-Adds"):
         study.random(Job("random", TARGET, 0))

@@ -4,7 +4,7 @@ import json
 from unittest import mock
 
 import pytest
-from helpers import SKIP, SMALL
+from helpers import SKIP, SMALL, full_disk, refused
 
 from densenas import CostTable, SearchSpace, latency
 from densenas.derivation import Lattice
@@ -36,7 +36,7 @@ def test_every_distinct_op_is_measured_once_and_stands_where_it_is_used(quick, t
             for op, ms in zip(SMALL.stack_ops, row, strict=True):
                 assert ms == (0 if op == SKIP else known[op, SMALL.chs[j], SMALL.chs[j], sizes[j], 1]["ms"])
     assert all(entry["ms"] <= entry["median"] <= entry["max"] for entry in known.values())
-    assert table.unit == "ms" and {"device", "threads", "torch", "batch_size", "dtype"} <= table.conditions.keys()
+    assert table.unit == "ms" and {"device", "threads", "torch", "batch_size", "dtype", "cpu", "instructions"} <= table.conditions.keys()
 
 
 def test_a_regularised_skip_costs_a_tenth_of_the_first_op(quick, tmp_path):
@@ -68,6 +68,56 @@ def test_a_table_is_written_read_and_turned_into_the_published_literal(quick, tm
     assert json.loads((tmp_path / "cost.json").read_text())["unit"] == "ms"
     (tmp_path / "lat_list").write_text(str(table.nested()))
     assert CostTable.read(tmp_path / "lat_list", SMALL).nested() == table.nested()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"host": "another"}, {"cpu": "another"}, {"threads": 99}, {"torch": "1.0"}, {"device": "another"}, {"dtype": "half"}],
+    ids=str,
+)
+def test_timings_of_another_machine_are_never_used(change, quick, tmp_path):
+    log = tmp_path / "log.jsonl"
+    table = measure(SMALL, 16, 3, log, rounds=1)
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line]
+    for line in lines:
+        line["conditions"] |= change
+        line["ms"] = 1e-9
+    log.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    again = measure(SMALL, 16, 3, log, rounds=1)
+    assert len(entries(again)) == len(entries(table)) and min(row["ms"] for row in again.conditions["entries"]) > 1e-6
+
+
+def test_lines_that_are_no_timings_are_passed_over(quick, tmp_path):
+    log = tmp_path / "log.jsonl"
+    whole = measure(SMALL, 16, 3, log, rounds=1)
+    good = log.read_text().splitlines()[-1]
+    bad = ["5", "null", "{}", "[]", '"ms"', "[" * 10_000, good.replace("conditions", "condition"), good[:-20]]
+    bad += [json.dumps(json.loads(good) | {"ms": ms}) for ms in (None, -1.0, 0, float("nan"), float("inf"), "1", True)]
+    bad += [json.dumps(json.loads(good) | {"key": key}) for key in (None, [], ["op", 1, 2], ["op", 1, 2, "3", 4], {"a": 1})]
+    log.write_bytes("\n".join(bad).encode() + b"\n\xff\xfe\n" + b"\0" * 50 + b"\n" + log.read_bytes())
+    with mock.patch.object(latency, "milliseconds", wraps=latency.milliseconds) as timed:
+        assert measure(SMALL, 16, 3, log, rounds=1) == whole
+        assert timed.call_count == 0
+
+
+def test_a_full_disk_while_measuring_is_one_sentence_and_the_same_call_goes_on(quick, tmp_path):
+    log = tmp_path / "log.jsonl"
+    with full_disk(2000), refused(OSError, r"cannot be written \(File too large\); .*same call goes on: .*log\.jsonl"):
+        measure(SMALL, 16, 3, log, rounds=2)
+    with mock.patch.object(latency, "milliseconds", wraps=latency.milliseconds) as timed:
+        table = measure(SMALL, 16, 3, log, rounds=2)
+        assert 0 < timed.call_count < 2 * len(entries(table))
+
+
+def test_what_cannot_be_measured_is_refused(quick, tmp_path):
+    for name in ("num_classes", "batch_size", "rounds"):
+        with refused(ValueError, rf"{name} is 0, at least 1 is needed"):
+            measure(SMALL, 16, **{"num_classes": 3, "log": tmp_path / "log", name: 0})
+    table = measure(SMALL, 16, 3, tmp_path / "log.jsonl", rounds=1)
+    with refused(ValueError, "networks is 1, a rank correlation needs at least 2"):
+        judge(table, 1)
+    with refused(ValueError, "cannot be scaled by nan"):
+        table.scaled(float("nan"))
 
 
 @pytest.mark.parametrize("space", [SMALL, RES], ids=["mbv2", "res"])

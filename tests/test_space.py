@@ -1,13 +1,14 @@
 """Search spaces: presets, the graph, map sizes, and one sentence for everything that cannot work."""
 
 import copy
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import block_paths, edges_by_rule, refused, smallest_input, spaces
+from helpers import block_paths, edges_by_rule, make_space, refused, smallest_input, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from densenas.space import PRESETS
 
 FOLDER = Path(densenas.__file__).parent / "spaces"
 DIGITS = SearchSpace.load("digits")
+WHOLE = (FOLDER / "digits.yml").read_bytes()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -141,6 +143,29 @@ BROKEN = {
     "last_dim as a list": (changed("last_dim", to=[128]), r"last_dim: .*valid integer.*\(got \[128\]\)"),
     "search as a list": (changed("search", to=[1]), r"search: .*valid dictionary.*\(got \[1\]\)"),
     "a number as a setting": (changed(7, to="seven"), r"setting.*\b7\b|\b7\b.*setting"),
+    "epochs true": (changed("search", "epochs", to=True), r"search\.epochs: .*valid integer \(got True\)"),
+    "epochs as text": (changed("search", "epochs", to="16"), r"search\.epochs: .*valid integer \(got '16'\)"),
+    "epochs for ever": (changed("search", "epochs", to=10**9), r"search\.epochs: .*less than or equal to 100000"),
+    "lr true": (changed("retrain", "lr", to=True), r"retrain\.lr: .*valid number \(got True\)"),
+    "lr infinite": (changed("search", "lr", to=float("inf")), r"search\.lr: .*finite number \(got inf\)"),
+    "lr nan": (changed("retrain", "lr", to=float("nan")), r"retrain\.lr: .*finite number \(got nan\)"),
+    "lr huge": (changed("retrain", "lr", to=10**400), r"retrain\.lr: .*number \(got 1000.* …\)$"),
+    "lr a negative zero": (changed("retrain", "lr", to=-0.0), r"retrain\.lr: .*greater than 0 \(got -0\.0\)"),
+    "weight decay nan": (changed("search", "weight_decay", to=float("nan")), r"search\.weight_decay: .*finite"),
+    "log base infinite": (changed("search", "log_base", to=float("inf")), r"search\.log_base: .*finite"),
+    "temperature nan": (changed("search", "softmax_temp", to=float("nan")), r"search\.softmax_temp: .*finite"),
+    "betas": (changed("search", "arch_betas", to=[2, 3]), r"search\.arch_betas\.0: .*less than 1 \(got 2\)"),
+    "one beta": (changed("search", "arch_betas", to=[0.5]), r"search\.arch_betas"),
+    "lr_min above lr": (changed("search", "lr_min", to=0.3), r"search: lr_min is 0\.3, more than lr = 0\.2"),
+    "retrain's lr_min above lr": (changed("retrain", "lr_min", to=0.2), r"retrain: lr_min is 0\.2, more than lr = 0\.1"),
+    "width of millions": (changed("chs", 2, to=10**12), r"chs\.2: .*less than or equal to 65536"),
+    "input of millions": (changed("input_size", to=10**9), r"input_size: .*less than or equal to 8192"),
+    "a width true": (changed("chs", 2, to=True), r"chs\.2: .*valid integer"),
+    "maps as fractions": (changed("fm_sizes", 0, to=16.0), r"fm_sizes\.0: .*valid integer \(got 16\.0\)"),
+    "40 layers": (changed("num_layers", 3, to=40), r"num_layers with 5 stack_ops allow 1\.61e\+24 sequences of ops"),
+    "layers without end": (changed("num_layers", 3, to=10**9), r"num_layers\.3: .*less than or equal to 64"),
+    "1,000 blocks": (changed("chs", to=[8] * 1000), r"chs: .*at most 128 items"),
+    "a name of two lines": (changed("name", to="a\nb"), r"name: "),
 }
 
 
@@ -165,14 +190,50 @@ def test_broken_space(name, tmp_path):
         (b"", "expected a mapping of settings, found NoneType"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "not valid YAML|not UTF-8|not a? ?text"),
+        (b"chs: [8]\nretrain:\n  lr: 0.1\n  lr: 0.2\n", "line 4: the setting 'lr' is there twice"),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 1: anchors and aliases .* are not read"),
+        (b"a: *a\n", "line 1: anchors and aliases"),
+        (b"[" * 100_000, "nested more than 10 deep"),
+        (b"- " * 100_000, "nested more than 10 deep"),
+        (b"input_size: " + b"9" * 5000, "not valid YAML: Exceeds the limit"),
+        (b"input_size: 0x" + b"f" * 5000, "input_size: .*a number of thousands of digits"),
+        (b"input_size: 040", "line 1: 040 would be read as octal"),
+        (b"input_size: 1:30", "line 1: 1:30 would be read as octal or sexagesimal"),
+        (b"input_size: 1e400", "input_size: .*valid integer"),
+        (WHOLE.replace(b"eps: 0.001", b"eps: 1e-3"), r"bn_eps: .*YAML takes 1e-4 for text, write 1\.0e-4 \(got '1e-3'\)"),
+        (WHOLE.replace(b"eps: 0.001", b"eps: 1.0e+400"), r"bn_eps: .*finite number \(got inf\)"),
+        (b"input_size: 2024-13-01", "not valid YAML: month"),
+        (b"input_size: !!int x", "line 1: the tag .* is not read"),
+        (b"#" * (1 << 19), "larger than 256 KiB, more than settings need"),
+        (b"#" * (1 << 25), "larger than 16 MiB"),
     ],
-    ids=["bracket left open", "tab", "list", "word", "empty", "code", "binary"],
-)
+    ids=[
+        "bracket left open", "tab", "list", "word", "empty", "code", "binary", "twice", "bomb", "alias", "deep", "deep block",
+        "digits", "hexadecimal", "octal", "sexagesimal", "exponent", "exponent as text", "infinite", "date", "tag",
+        "half a megabyte", "many megabytes",
+    ],
+)  # fmt: skip
 def test_broken_file(text, pattern, tmp_path):
     path = tmp_path / "broken.yml"
     path.write_bytes(text)
     with refused(ValueError, rf"broken\.yml.*({pattern})"):
         SearchSpace.load(path)
+
+
+def test_a_file_that_would_be_waited_for_is_none(tmp_path):
+    os.mkfifo(tmp_path / "space.yml")
+    for path in (tmp_path / "space.yml", tmp_path, "x" * 5000):
+        with refused(FileNotFoundError, "no search space"):
+            SearchSpace.load(path)
+
+
+def test_a_space_of_one_width_finds_its_architecture_among_millions_of_paths():
+    space = make_space(
+        init_dim=8, chs=[8] * 40, fm_sizes=[16] * 40, stage=[0] * 41, num_layers=[0] * 40, max_connections=10,
+        head_ops=["mbconv_k3_t3"], stack_ops=[],
+    )  # fmt: skip
+    arch = space.architecture((*range(19), 25, 35, 40), [("mbconv_k3_t3", ())] * 20)
+    assert space.path_of(arch) == (*range(19), 20, 30, 40)  # the first of them
 
 
 def test_the_space_of_the_broken_ones_works_unbroken(tmp_path):
@@ -184,6 +245,12 @@ def test_the_space_of_the_broken_ones_works_unbroken(tmp_path):
 @pytest.mark.parametrize(("size", "block"), [(1, 1), (2, 1), (3, 4), (4, 4), (0, 1), (-5, 1)])
 def test_input_too_small(size, block):
     with refused(ValueError, rf"digits: block {block} would shrink a map below 1 at input size {size}$"):
+        DIGITS.maps(size)
+
+
+@pytest.mark.parametrize("size", [10**9, 32.0, float("nan"), "32"])
+def test_input_that_is_no_image(size):
+    with refused(ValueError, r"input size is .*, expected whole pixels, at most 8192"):
         DIGITS.maps(size)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections import Counter
 from itertools import combinations, pairwise
 
@@ -493,49 +494,115 @@ def test_a_literal_with_code_in_it_is_not_run(tmp_path):
         assert not touched.exists()
 
 
-def own_format(change):
+def own_format(change=lambda record: None, **settings):
     record = {
-        "kind": "mult_adds", "unit": "million Mult-Adds", "conditions": {},
-        "space": SMALL.model_dump(mode="json"), "table": random_table(SMALL, 0).nested(),
+        "kind": "mult_adds", "unit": "million Mult-Adds", "conditions": {"input_size": 16, "num_classes": 3},
+        "space": SMALL.model_dump(mode="json"), "table": random_table(SMALL, 0).nested(), **settings,
     }  # fmt: skip
     change(record)
     return json.dumps(record)
 
 
-NEGATIVE = [-1.0, *random_table(SMALL, 0).nested()[1:]]
+def entry(*place, to):
+    """The own format with another entry at this place of its nesting."""
+
+    def change(record):
+        row = record["table"]
+        for index in place[:-1]:
+            row = row[index]
+        row[place[-1]] = to
+
+    return own_format(change)
+
+
+LIST = r"is neither a cost table of ours nor a published latency list: "
+MEASURED = {"input_size": 16, "num_classes": 3, "batch_size": 1}
 JUNK = {
-    "empty": "",
-    "words": "not a cost table",
-    "a number": "5",
-    "two numbers": "[1.0, 2.0]",
-    "no blocks": "[1.0, [], [], 1.0]",
-    "flat": "[1.0, [1.0, 2.0], [3.0], 4.0]",
-    "bracket left open": "[[[1.0",
-    "a mapping": "{'stem': 1.0}",
-    "a set": "[1.0, [[{}, []]], {[]: 1}, 1.0]",
-    "nested too deep": "[" * 100_000,
-    "mapping nested too deep": '{"a":' * 100_000,
-    "blocks are numbers": repr([1.0, [1.0] * 6, [1.0], 1.0]),
-    "JSON without a space": own_format(lambda record: record.pop("space")),
-    "JSON without a table": own_format(lambda record: record.pop("table")),
-    "JSON with a broken space": own_format(lambda record: record["space"].update(chs=[4, 0, 8, 10])),
-    "JSON with a space of words": own_format(lambda record: record.update(space="digits")),
-    "JSON of another size": own_format(lambda record: record["table"][1].pop()),
-    "JSON with a word as cost": own_format(lambda record: record["table"].__setitem__(0, "cheap")),
-    "JSON with an unknown kind": own_format(lambda record: record.update(kind="euro")),
-    "JSON with a list as kind": own_format(lambda record: record.update(kind=["latency"])),
-    "JSON with a negative cost": own_format(lambda record: record.update(table=NEGATIVE)),
-    "JSON with NaN": own_format(lambda record: record["table"].__setitem__(3, math.nan)),
-    "binary": b"\x80\x02\xff\xfe",
-}
+    "empty": ("", LIST),
+    "words": ("not a cost table", LIST),
+    "a number": ("5", LIST),
+    "two numbers": ("[1.0, 2.0]", LIST),
+    "no blocks": ("[1.0, [], [], 1.0]", r"does not fit: its nesting fits no preset"),
+    "flat": ("[1.0, [1.0, 2.0], [3.0], 4.0]", LIST + r".* at 1\.0"),
+    "bracket left open": ("[[[1.0", LIST),
+    "a mapping": ("{'stem': 1.0}", r"Invalid JSON"),
+    "a set": ("[1.0, [[{}, []]], {[]: 1}, 1.0]", LIST),
+    "nested too deep": ("[" * 100_000, LIST),
+    "mapping nested too deep": ('{"a":' * 100_000, r"Invalid JSON"),
+    "blocks are numbers": (repr([1.0, [1.0] * 6, [1.0], 1.0]), LIST + r".* at 1\.0"),
+    "JSON cut off": (own_format()[:-100], r"Invalid JSON"),
+    "JSON without a space": (own_format(lambda record: record.pop("space")), r"the setting 'space' is missing"),
+    "JSON without a table": (own_format(lambda record: record.pop("table")), r"the setting 'table' is missing"),
+    "JSON with a broken space": (
+        own_format(lambda record: record["space"].update(chs=[4, 0, 8, 10])), r"space: block 1 has width 0",
+    ),
+    "JSON with a space of words": (own_format(space="digits"), r"space: .*\(got 'digits'\)"),
+    "JSON with a space of another version": (
+        own_format(lambda record: record["space"].update(depth=3)), r"no setting 'space\.depth'",
+    ),
+    "JSON of another size": (own_format(lambda record: record["table"][1].pop()), r"does not fit space made up: 2 bl"),
+    "JSON with a flat block": (entry(1, 2, 0, to=1.0), r"table\.1\.2\.0: .*valid array \(got 1\.0\)"),
+    "JSON with an unknown kind": (own_format(kind="euro"), r"kind: .*\(got 'euro'\)"),
+    "JSON with a list as kind": (own_format(kind=["latency"]), r"kind: "),
+    "JSON with another unit": (own_format(unit="ms"), r"unit is 'ms', that of mult_adds is million Mult-Adds"),
+    "JSON without conditions": (own_format(lambda record: record.pop("conditions")), r"'conditions' is missing"),
+    "JSON with empty conditions": (own_format(conditions={}), r"conditions: the setting 'input_size' is missing"),
+    "JSON without classes": (own_format(conditions={"input_size": 16}), r"conditions: .*'num_classes' is missing"),
+    "JSON with a size as text": (
+        own_format(conditions={"input_size": "16", "num_classes": 3}), r"conditions: input_size: .*\(got '16'\)",
+    ),
+    "JSON of no device": (
+        own_format(kind="latency", unit="ms", conditions=MEASURED), r"conditions: the setting 'device' is missing",
+    ),
+    "JSON with a word as cost": (entry(0, to="cheap"), r"stem is 'cheap'"),
+    "JSON with a negative cost": (entry(3, to=-1.0), r"classifier is -1\.0"),
+    "JSON with NaN": (entry(1, 2, 0, 1, 0, to=math.nan), r"block 3, edge 1→3, mbconv_k3_t3 is nan"),
+    "JSON with infinity": (entry(1, 1, 1, 0, 2, to=math.inf), r"block 2, layer 1, mbconv_k5_t6 is inf"),
+    "JSON with a truth value": (entry(2, 0, to=True), r"final edge 3→4 is True"),
+    "JSON with nothing": (entry(1, 0, 0, 0, 0, to=None), r"block 1, edge 0→1, mbconv_k3_t3 is None"),
+    "JSON with a huge number": (entry(0, to=10**400), r"stem is 1000.* …$"),
+    "a list with infinity": (repr(random_table(SMALL, 0).nested()).replace("[", "[1e400, ", 1), LIST),
+    "binary": (b"\x80\x02\xff\xfe", r"not a text file"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", JUNK)
-def test_junk_is_refused_in_one_sentence(name, tmp_path):
+def test_junk_is_refused_in_one_sentence_that_names_file_and_entry(name, tmp_path):
+    content, pattern = JUNK[name]
     path = tmp_path / "lat_list"
-    path.write_bytes(JUNK[name] if isinstance(JUNK[name], bytes) else JUNK[name].encode())
-    with refused(ValueError, r"lat_list|cost table|cost kind"):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with refused(ValueError, rf"lat_list.*{pattern}"):
         CostTable.read(path)
+
+
+@pytest.mark.parametrize(("text", "shown"), [("1e400", "inf"), ("-0.5", "-0.5"), ("True", "True"), ("'1'", "'1'")])
+def test_an_entry_of_a_published_literal_is_named(text, shown, tmp_path):
+    path = tmp_path / "lat_list"
+    stem, *rest = random_table(SMALL, 0).nested()
+    path.write_text(f"[{text}, {repr(rest)[1:]}")
+    with refused(ValueError, rf"lat_list: .*an entry that is not a finite number of at least 0: stem is {shown}$"):
+        CostTable.read(path, SMALL)
+
+
+def test_a_table_of_another_space_than_asked_for_is_refused(tmp_path):
+    path = tmp_path / "cost.json"
+    CostTable.mult_adds(SMALL, 16, 3).write(path)
+    assert CostTable.read(path, SMALL).space == SMALL
+    with refused(ValueError, r"cost\.json: it prices space made up, asked for was digits"):
+        CostTable.read(path, SearchSpace.load("digits"))
+
+
+def test_a_table_that_would_be_waited_for_or_is_not_there(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "nothing", "."):
+        with refused(FileNotFoundError, r"there is no file"):
+            CostTable.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2.5, "10", math.nan])
+def test_classes_that_are_no_number(classes):
+    with refused(ValueError, r"num_classes is .*, expected a whole number of at least 1"):
+        CostTable.mult_adds(SMALL, 16, classes)
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan, None, "1"])
