@@ -10,9 +10,6 @@ BIN := .venv/bin
 override RUN := $(value RUN)
 override CONFIG := $(value CONFIG)
 export RUN CONFIG CORES
-# OpenMP threads that spin for long while they wait make small networks many times slower as soon as something else
-# wants a core; this short a spin costs nothing on a quiet machine.
-export GOMP_SPINCOUNT ?= 20000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # By its path, not as densenas.pipeline: PyTorch would be imported before the first Ctrl-C is heard.

@@ -47,8 +47,8 @@ Augment = Literal["weak", "random_sized", "rand_scale"]  # the published trainin
 class Strict(BaseModel):
     """Unknown names are errors: a misspelled knob must never fall back to its default in silence.
 
-    So are values of another type, infinity and nan: `epochs: true` is not one epoch. A tuple needs `strict=False` in
-    its field, since YAML and JSON know lists only; its entries stay strict.
+    So are values of another type, infinity and nan: `epochs: true` is not one epoch. A tuple needs
+    `strict=False` in its field, since YAML and JSON know lists only; its entries stay strict.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -106,7 +106,7 @@ class RetrainRecipe(Strict):
 
 def _falls(lr: float, lr_min: float) -> None:
     if lr_min > lr:
-        raise ValueError(f"lr_min is {lr_min:g}, more than lr = {lr:g}, from which the rate falls to it")
+        raise ValueError(f"lr_min is {lr_min:g}, more than lr = {lr:g}, from where the rate falls")
 
 
 Recipe = TypeVar("Recipe", SearchRecipe, RetrainRecipe)
@@ -125,7 +125,9 @@ def naming(where: str, link: str = ": ") -> Iterator[None]:
         yield
     except ValidationError as error:
         # A misspelled name also leaves the right one missing: the misspelling is what to mend.
-        first = min(error.errors(), key=lambda entry: entry["type"] not in ("extra_forbidden", "invalid_key"))
+        found = error.errors()
+        misspelled = [one for one in found if one["type"] in ("extra_forbidden", "invalid_key")]
+        first = (misspelled or found)[0]
         raise ValueError(f"{where}: {_sentence(first)}") from None
     except ValueError as error:
         raise ValueError(f"{where}{link}{error}") from None
@@ -142,7 +144,8 @@ def _sentence(error: ErrorDetails) -> str:
     if not setting:
         return reason
     given = error["input"]
-    if error["type"] == "float_type" and isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given, re.I):
+    exponent = isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given, re.I)
+    if error["type"] == "float_type" and exponent:
         reason += "; YAML takes 1e-4 for text, write 1.0e-4"
     return f"{setting}: {reason} (got {shown(given)})"
 
@@ -178,7 +181,8 @@ def read_text(path: str | Path) -> str:
         raise FileNotFoundError(f"there is no file '{path}'")
     try:
         if path.stat().st_size > TEXT_BYTES:
-            raise ValueError(f"{path}: larger than {TEXT_BYTES >> 20} MiB, more than is read of a text file")
+            most = f"{TEXT_BYTES >> 20} MiB"
+            raise ValueError(f"{path}: larger than {most}, more than is read of a text file")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
@@ -215,7 +219,8 @@ class _Settings(yaml.SafeLoader):
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
         number = node.tag.endswith((":int", ":float"))
         if number and re.match(r"[-+]?0[\d_]|.*:", node.value):
-            self._refuse(f"{node.value[:40]} would be read as octal or sexagesimal, write a decimal number", node)
+            base = "would be read as octal or sexagesimal, write a decimal number"
+            self._refuse(f"{node.value[:40]} {base}", node)
         return super().construct_scalar(node)
 
     def _refuse(self, problem: str, where: yaml.Event | yaml.Node) -> NoReturn:
@@ -231,7 +236,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(text, _Settings)
     except yaml.MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
-        raise ValueError(f"{path}: not valid YAML in line {line}: {error.problem or error.context}") from None
+        problem = error.problem or error.context
+        raise ValueError(f"{path}: not valid YAML in line {line}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -252,7 +258,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 @contextmanager
 def writing(path: Path, *also: Path) -> Iterator[None]:
-    """Around what writes to `path`: OSError in one sentence where the disk is full, or the place cannot be written."""
+    """Around what writes to `path`: OSError with one sentence where it cannot, as on a full disk."""
     places = {None, *map(str, (path, *also, *path.parents))}
     try:
         yield
@@ -267,11 +273,13 @@ def writing(path: Path, *also: Path) -> Iterator[None]:
 def atomic(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` at the end.
 
-    No reader and no kill meets half a file. File and folder are synced to the disk, or a power cut could leave an
-    empty file under the new name. Raises OSError with one sentence where the disk is full or cannot be written.
+    No reader and no kill meets half a file. File and folder are synced to the disk, or a power cut
+    could leave an empty file under the new name. Raises OSError with one sentence where the disk is
+    full or cannot be written.
     """
     path = Path(path)
-    # Of this write alone, whoever else writes to the same path. The suffix stays last, some writers look at it.
+    # Of this write alone, whoever else writes to the same path.
+    # The suffix stays last, some writers look at it.
     partial = path.with_name(f".partial.{HOST}.{os.getpid()}.{next(_WRITES)}.{path.name}")
     with writing(path, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,7 +307,7 @@ def _sync(path: Path) -> None:
 
 
 def _refuse_full(partial: Path) -> None:
-    """Raises OSError where nothing more can be written: of a full disk PyTorch says only 'unexpected pos'."""
+    """OSError where nothing more can be written: PyTorch calls a full disk 'unexpected pos'."""
     with partial.open("ab") as file:
         file.write(bytes(1 << 20))
         file.flush()
@@ -307,7 +315,7 @@ def _refuse_full(partial: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what killed processes left half-written beside `path`; another machine's once it is a day old."""
+    """Removes what killed processes left half-written; another machine's once it is a day old."""
     for partial in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
         _, _, host, process, *_ = partial.name.split(".")
         with suppress(OSError):  # another process may have removed it

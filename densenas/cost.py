@@ -25,7 +25,7 @@ DEAREST = 1e15  # no op costs as much, in either unit
 NEITHER = "is neither a cost table of ours nor a published latency list"
 
 Rows = list[list[float]]
-# The published nesting of a file; what its entries are is said by their place (`CostTable.__post_init__`).
+# The published nesting; its entries are checked where each has a name (`CostTable.__post_init__`).
 Nesting = tuple[Any, list[tuple[list[list[Any]], list[list[Any]]]], list[Any], Any]
 Tensors = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]  # see `CostTable.tensors`
 
@@ -90,8 +90,9 @@ class CostTable:
         for place, cost in self._entries():
             number = isinstance(cost, int | float) and not isinstance(cost, bool)
             if not number or not 0 <= cost <= DEAREST:
+                table = f"cost table of space {self.space.name}"
                 wrong = "holds an entry that is not a finite number of at least 0"
-                raise ValueError(f"cost table of space {self.space.name} {wrong}: {place} is {shown(cost)}")
+                raise ValueError(f"{table} {wrong}: {place} is {shown(cost)}")
 
     def _entries(self) -> Iterator[tuple[str, Any]]:
         """Every entry behind its place in words."""
@@ -117,7 +118,8 @@ class CostTable:
         """Mult-Adds in millions for one square image; arithmetic on shapes only, nothing is run or allocated."""
         layers = space.layers(input_size)
         if not isinstance(num_classes, Integral) or num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
+            expected = "expected a whole number of at least 1"
+            raise ValueError(f"num_classes is {num_classes!r}, {expected}")
         side = math.ceil(input_size / 2)
         stem = 27 * space.init_dim * side**2
         stem += sum(ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1) for block in space.stem)
@@ -147,7 +149,8 @@ class CostTable:
     def scaled(self, factor: float) -> CostTable:
         """Every entry times a factor, as whole networks ask for where single ops were measured."""
         if not 0 < factor < math.inf:
-            raise ValueError(f"a cost table cannot be scaled by {factor}, expected a finite number above 0")
+            expected = "expected a finite number above 0"
+            raise ValueError(f"a cost table cannot be scaled by {factor}, {expected}")
 
         def times(entry: Any) -> Any:
             return [times(inner) for inner in entry] if isinstance(entry, list) else factor * entry
@@ -169,7 +172,8 @@ class CostTable:
     def write(self, path: str | Path) -> None:
         """Writes the table as JSON, atomically; `read` gives it back.
 
-        Raises ValueError where `conditions` lack the input size, the classes or what a latency depends on.
+        Raises ValueError where `conditions` lack the input size, the classes or what a latency
+        depends on, OSError where the file cannot be written.
         """
         with naming(f"{path}: conditions"):
             CONDITIONS[self.kind].model_validate(self.conditions)
@@ -187,9 +191,10 @@ class CostTable:
     def read(cls, path: str | Path, space: SearchSpace | None = None) -> CostTable:
         """A table written by `write`, or a published latency literal (ms), parsed as a literal and never executed.
 
-        A literal names no space: without `space` it is the first preset whose blocks, edges and ops it fits; nor does
-        it say its conditions, which stay empty. Raises ValueError with one sentence, FileNotFoundError where there is
-        no file, when the file is neither, fits no space or another than `space`.
+        A literal names no space: without `space` it is the first preset whose blocks, edges and ops
+        it fits. Nor does it say its conditions, which stay empty. Raises ValueError with one sentence
+        when the file is neither, or fits no space or another than `space`; FileNotFoundError where
+        there is none.
         """
         text = read_text(path)
         if text.lstrip().startswith("{"):
@@ -208,7 +213,9 @@ class CostTable:
             if not _mismatch(known, *parts[1:4]):
                 with naming(str(path)):
                     return cls(known, "latency", *parts, {})
-        reason = _mismatch(space, *parts[1:4]) if space else "its nesting fits no preset, name the space"
+        reason = "its nesting fits no preset, name the space"
+        if space:
+            reason = _mismatch(space, *parts[1:4])
         raise ValueError(f"{path} does not fit: {reason}")
 
     @classmethod
@@ -216,10 +223,13 @@ class CostTable:
         with naming(str(path)):
             record = Record.model_validate_json(text)
             if record.unit != UNITS[record.kind]:
-                raise ValueError(f"unit is '{record.unit}', that of {record.kind} is {UNITS[record.kind]}")
+                unit = UNITS[record.kind]
+                raise ValueError(f"unit is '{record.unit}', that of {record.kind} is {unit}")
             if space and space != record.space:
-                version = "another version of " if space.name == record.space.name else ""
-                raise ValueError(f"it prices {version}space {record.space.name}, asked for was {space.name}")
+                priced = f"space {record.space.name}"
+                if space.name == record.space.name:
+                    priced = f"another version of {priced}"
+                raise ValueError(f"it prices {priced}, asked for was {space.name}")
         with naming(f"{path}: conditions"):
             CONDITIONS[record.kind].model_validate(record.conditions)
         with naming(str(path)):

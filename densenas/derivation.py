@@ -83,6 +83,7 @@ class Lattice:
         self, table: CostTable, p: Tensor | None = None, head: Tensor | None = None, stack: Tensor | None = None
     ) -> None:
         self.table, self.space = table, table.space
+        self.space.refuse_endless()
         space, last = self.space, self.space.num_blocks
         p = torch.ones(last, last + 1) if p is None else p
         head = torch.ones(len(space.head_edges), len(space.head_ops)) if head is None else head

@@ -341,11 +341,11 @@ def keep_freed_memory() -> None:
 
 
 def warn_of_long_spins() -> None:
-    """Where PyTorch was imported before this package, nothing in the process can shorten the waiting of its threads."""
+    """Where PyTorch was imported before this package, its threads wait in the slow way."""
     if densenas.SPINS_FOR_LONG and torch.get_num_threads() > 1:
         warnings.warn(
-            "torch was imported before densenas: beside other busy processes this can be many times slower;"
-            " import densenas first, or set GOMP_SPINCOUNT=20000",
+            "torch was imported before densenas: beside other busy processes this can be many"
+            " times slower; import densenas first, or set GOMP_SPINCOUNT=5000",
             stacklevel=3,
         )
 

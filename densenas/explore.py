@@ -33,13 +33,15 @@ def finished(name: str, space: SearchSpace) -> Search:
     run = Run(name)
     table = run.costs()
     if table.space != space:
-        other = "another version of space" if table.space.name == space.name else f"space {table.space.name}, not"
-        raise ValueError(f"run '{name}' is of {other} {space.name}: choose another run or space")
+        other = f"space {table.space.name}, not {space.name}"
+        if table.space.name == space.name:
+            other = f"another version of space {space.name}"
+        raise ValueError(f"run '{name}' is of {other}: choose another run or space")
     return load_search(run, table, table.conditions["num_classes"])
 
 
 def searched(space: SearchSpace) -> list[str]:
-    """Names of the runs that searched this space; those whose costs cannot be read are none of them."""
+    """Names of the runs that searched this space; one whose costs cannot be read is none of them."""
     names = []
     for path in sorted(ROOT.glob("runs/*/search.pt")):
         with suppress(ValueError, FileNotFoundError):

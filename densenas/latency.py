@@ -83,16 +83,18 @@ def measure(
 
     An op is one entry however often the space uses it: the fastest of `rounds` timings, since what else a machine does
     only adds. Each round has another order, so that a drift favours none. Each timing is appended to `log` as a JSON
-    line; a killed measurement goes on behind the last whole line of the same conditions and host. A skip costs
-    nothing, a derived network drops it; with `skip_reg` it is charged a tenth of its layer's first op, as in Mult-Adds.
+    line; a killed measurement goes on behind the last whole line of the same conditions and host.
+    A skip costs nothing, a derived network drops it; with `skip_reg` it is charged a tenth of its
+    layer's first op, as in Mult-Adds.
     Raises ValueError or, where the log cannot be written, OSError with one sentence.
     """
-    for name, count in {"num_classes": num_classes, "batch_size": batch_size, "rounds": rounds}.items():
+    counts = {"num_classes": num_classes, "batch_size": batch_size}
+    for name, count in {**counts, "rounds": rounds}.items():
         if count < 1:
             raise ValueError(f"{name} is {count}, at least 1 is needed")
     warn_of_long_spins()
     where = pick_device(device)
-    conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": batch_size, **_conditions(where)}
+    conditions = {"input_size": input_size, **counts, **_conditions(where)}
     mobile = space.net_type == "mbv2"
     head, stack, final = space.layers(input_size)
     if not mobile:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
@@ -102,7 +104,7 @@ def measure(
     rows = [*chain(*head, *stack), final, [stem], [classifier] * mobile]
     layers = sorted({layer for row in rows for layer in row if layer[0] != ops.SKIP})
 
-    # What a machine says about itself is said by all of its kind: the log of another host is never gone on with.
+    # All machines of a kind say the same about themselves: what another host timed is never used.
     here = {**conditions, "host": HOST}
     times = _logged(log, here)
     with writing(log):
@@ -111,10 +113,9 @@ def measure(
             file.write("\n")
             for number, layer in shuffled(layers, rounds, "latency"):
                 if len(times[layer]) <= number:
-                    module = build(layer, space).eval().to(where, memory_format=torch.channels_last)
-                    x = torch.randn(batch_size, layer[1], layer[3], layer[3], device=where)
-                    times[layer].append(milliseconds(module, x.contiguous(memory_format=torch.channels_last)))
-                    file.write(json.dumps({"key": layer, "ms": times[layer][-1], "conditions": here}) + "\n")
+                    times[layer].append(_timed(layer, space, batch_size, where))
+                    line = {"key": layer, "ms": times[layer][-1], "conditions": here}
+                    file.write(json.dumps(line) + "\n")
                     file.flush()
     # A skip is the one op that is not timed.
     ms = defaultdict(float, {layer: min(times[layer]) for layer in layers})
@@ -127,8 +128,15 @@ def measure(
     return CostTable.of(space, "latency", (head, stack, final), ms.__getitem__, *ends, conditions)
 
 
+def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:
+    module = build(layer, space).eval().to(where, memory_format=torch.channels_last)
+    _, channels, _, side, _ = layer
+    x = torch.randn(batch_size, channels, side, side, device=where)
+    return milliseconds(module, x.contiguous(memory_format=torch.channels_last))
+
+
 def _conditions(where: torch.device) -> dict[str, Any]:
-    """What a latency depends on besides the network and its input. Small ones wait for the CPU on a GPU, too."""
+    """What a latency depends on besides network and input; on a GPU small ones wait for the CPU."""
     cpu = processor()
     return {
         "dtype": "float32, ieee",
@@ -141,7 +149,7 @@ def _conditions(where: torch.device) -> dict[str, Any]:
 
 
 def _logged(log: Path, conditions: dict[str, Any]) -> defaultdict[Layer, list[float]]:
-    """Every layer's timings of these conditions; a line that a kill or a power cut left incomplete is passed over."""
+    """Every layer's timings of these conditions; what a kill or a power cut left is passed over."""
     times: defaultdict[Layer, list[float]] = defaultdict(list)
     if not log.exists():
         return times

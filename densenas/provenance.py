@@ -21,7 +21,11 @@ GIT_SECONDS = 20.0  # a repository on a network drive may never answer
 
 
 def environment() -> dict[str, Any]:
-    """Git revision, package versions and hardware of this process; what cannot be known is named so, never an error."""
+    """Git revision, package versions and hardware of this process.
+
+    What cannot be known is said to be unknown, and is never an error.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available()
     return {
         "git": _code(),
         "python": platform.python_version(),
@@ -30,17 +34,17 @@ def environment() -> dict[str, Any]:
             "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
-            "deterministic": not torch.cuda.is_available() or torch.are_deterministic_algorithms_enabled(),
+            "deterministic": deterministic,
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
 
 
 def _code() -> dict[str, Any]:
-    """Revision and dirty flag of the checkout that holds the package; "unknown" and None where git knows none.
+    """Revision and dirty flag of the checkout that holds the package, else "unknown" and None.
 
-    An installed package and an unpacked archive have no revision, also where a repository lies around them: the
-    version among the packages says what they are.
+    An installed package and an unpacked archive have no revision, also where a repository lies
+    around them: the version among the packages says what they are.
     """
     unknown = {"revision": "unknown", "dirty": None}
     top = _git("rev-parse", "--show-toplevel")
@@ -58,15 +62,20 @@ def _code() -> dict[str, Any]:
 
 
 def _git(*command: str) -> str | None:
-    """What git answers in the package's folder; None where it fails, does not answer or is not installed."""
+    """What git answers in the package's folder; None where it fails, is silent or not installed."""
     # GIT_DIR and the like would lead to another repository.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         result = subprocess.run(
-            ["git", "-C", str(PACKAGE.parent), *command], env={**variables, "GIT_OPTIONAL_LOCKS": "0"},
-            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="surrogateescape",
-            timeout=GIT_SECONDS, check=True,
-        )  # fmt: skip
+            ["git", "-C", str(PACKAGE.parent), *command],
+            env={**variables, "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=GIT_SECONDS,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
@@ -83,7 +92,7 @@ def _version(package: str) -> str:
 
 
 def processor() -> str:
-    """The CPU's model, or what else tells it from others: its designer's and its parts' numbers, its architecture."""
+    """The CPU's model, or what else tells it from others: architecture, implementer and parts."""
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -97,5 +106,6 @@ def processor() -> str:
         return ", ".join(models)
     name = platform.processor() or platform.machine() or "unknown"
     if parts := values("CPU part"):  # ARM
-        name = f"{name}, implementer {', '.join(values('CPU implementer'))}, part {', '.join(parts)}"
+        implementers = ", ".join(values("CPU implementer"))
+        name = f"{name}, implementer {implementers}, part {', '.join(parts)}"
     return name

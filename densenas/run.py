@@ -36,7 +36,7 @@ _HELD: dict[Path, int] = {}  # locks of runs that this process holds, and their 
 
 
 def _leave_to_parent() -> None:
-    """A fork shares its parent's locks: kept open by a decoding worker, they would outlive a killed parent."""
+    """A fork shares its parent's locks: a decoding worker would keep those of a killed parent."""
     for lock in _HELD.values():
         os.close(lock)
     _HELD.clear()
@@ -216,7 +216,8 @@ class Run:
 
     def __init__(self, name: str) -> None:
         if not isinstance(name, str):
-            raise ValueError(f"run name {name!r} is no text: papermill's -r gives a name as text, -p a number")
+            how = "papermill takes it as text with -r, as a number with -p"
+            raise ValueError(f"run name {name!r} is no text: {how}")
         if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name == OVERVIEW:
             usable = "at most 100 letters, digits, '.', '_', '-', none of '.' and '-' first"
             raise ValueError(f"run name {name[:120]!r} is not usable as a folder name: use {usable}")
@@ -237,22 +238,25 @@ class Run:
         return path
 
     def images(self, image_size: int | None = None) -> tuple[int, int]:
-        """Side in pixels and number of classes of the prepared images; ValueError where another side is asked for."""
+        """Side in pixels and number of classes of the prepared images.
+
+        ValueError where another side is asked for, FileNotFoundError before 01-data has run.
+        """
         path = self.need(self.work / "data.json", "01-data")
         with naming(f"{path} is damaged, run 01-data again"):
             prepared = _Prepared.model_validate(read_json(path, "run 01-data again"))
         if image_size not in (None, prepared.image_size):
+            are = f"the images of run '{self.name}' were prepared with {prepared.image_size} pixels"
             raise ValueError(
-                f"image_size is {image_size}, but the images of run '{self.name}' were prepared with"
-                f" {prepared.image_size} pixels: leave it out, or run 01-data again"
+                f"image_size is {image_size}, but {are}: leave it out, or run 01-data again"
             )
         return prepared.image_size, len(prepared.classes)
 
     def costs(self, space: str | Path | None = None) -> CostTable:
         """The table that 02-cost kept.
 
-        ValueError where it is damaged, made for other images than the prepared ones, or for another space than asked
-        for; None is the table's own.
+        ValueError where it is damaged, made for other images than the prepared ones, or for another
+        space than asked for; None is the table's own.
         """
         path = self.need(self.reports / "cost.json", "02-cost")
         again = f"run 02-cost of run '{self.name}' again"
@@ -264,18 +268,18 @@ class Run:
             raise ValueError(f"{path} does not say for which images it holds: {again}")
         priced = table.conditions["input_size"], table.conditions["num_classes"]
         if (self.work / "data.json").exists() and priced != self.images():
-            size, classes = self.images()
-            have = f"the prepared ones have {size} in {classes}"
-            raise ValueError(f"{path} prices images of {priced[0]} pixels in {priced[1]} classes, {have}: {again}")
+            found = "{} pixels in {} classes".format(*priced)
+            have = "the prepared ones have {} in {}".format(*self.images())
+            raise ValueError(f"{path} prices images of {found}, {have}: {again}")
         return table
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """One process at a time works on a run: a second one says so and waits until the first has ended.
 
-        The lock is the kernel's and goes with its process, however that ends. Inside, the same process may enter
-        again. Several that train together take it once, by their first. Raises OSError with one sentence where the
-        run's folder cannot be written.
+        The lock is the kernel's and goes with its process, however that ends. Inside, the same
+        process may enter again. Several that train together take it once, by their first. Raises
+        OSError with one sentence where the run's folder cannot be written.
         """
         path = self.work / ".lock"
         if path in _HELD:
@@ -283,7 +287,8 @@ class Run:
             return
 
         def say(holder: str) -> None:
-            print(f"run '{self.name}' is at work in process {holder or '?'}: waiting for it", flush=True)
+            at_work = f"run '{self.name}' is at work in process {holder or '?'}"
+            print(f"{at_work}: waiting for it", flush=True)
 
         with _locked(path, say) as lock:
             with suppress(OSError):  # a full disk keeps the name out, not the lock
@@ -318,7 +323,8 @@ class Run:
             try:
                 kept = [row for row in self.history().to_dict("records") if row["stage"] != stage]
             except ValueError:
-                print("history.csv was damaged and is written anew; other stages' rows come when these run again")
+                others = "rows of other stages come back when these run again"
+                print(f"history.csv was damaged and is written anew: {others}", flush=True)
                 kept = []
             history = pd.DataFrame(kept + [{"stage": stage, **row} for row in rows])
             # Search before retraining, whichever was run last.
@@ -326,7 +332,10 @@ class Run:
             write_text(self.reports / "history.csv", history.to_csv(index=False))
 
     def history(self, stage: str | None = None) -> pd.DataFrame:
-        """history.csv, or the rows of one stage with only the columns that it fills; ValueError where it is damaged."""
+        """history.csv, or the rows of one stage with only the columns that it fills.
+
+        ValueError where it is damaged.
+        """
         path = self.reports / "history.csv"
         if not path.exists():
             return pd.DataFrame()
@@ -338,7 +347,8 @@ class Run:
             sound = False
         if not sound:
             again = f"delete it and run 03-search and 05-retrain of run '{self.name}' again"
-            raise ValueError(f"{path} is damaged: {again}, they go on from their checkpoints and write it anew")
+            how = "they go on from their checkpoints and write it anew"
+            raise ValueError(f"{path} is damaged: {again}, {how}")
         if stage is None or not len(history):
             return history
         return history[history["stage"] == stage].dropna(axis=1, how="all").reset_index(drop=True)
@@ -358,7 +368,7 @@ class Run:
 
 @contextmanager
 def _locked(path: Path, say: Callable[[str], None] | None = None) -> Iterator[int]:
-    """Holds the kernel's lock on a file, after waiting for whoever has it, whom `say` is told; gives a descriptor."""
+    """Holds the kernel's lock on a file; where it has to wait, `say` is told what the file says."""
     with writing(path):
         lock = _lock(path, say)
     owner = os.getpid()
@@ -380,7 +390,7 @@ def _lock(path: Path, say: Callable[[str], None] | None) -> int:
             if say:
                 say(os.pread(lock, 100, 0).decode(errors="replace"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        # While this waited, the folder may have been deleted, and another process have begun with a new one.
+        # While this waited, the folder may have been deleted, and another process made a new one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 return lock
@@ -390,7 +400,8 @@ def _lock(path: Path, say: Callable[[str], None] | None) -> int:
 def pick_device(device: str = "auto") -> torch.device:
     """`auto` is a CUDA device, or else the CPU; raises ValueError for a device that is not there."""
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one for each process of `launch` and torchrun
+        # One for each process of `launch` and torchrun.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = "cpu" if device == "auto" else device
     try:
         where = torch.device(device)

@@ -18,7 +18,7 @@ from densenas.architecture import Architecture, Block
 from densenas.config import PACKAGE, RetrainRecipe, SearchRecipe, Strict, naming, read_yaml, refuse
 
 PRESETS = ("mbv2", "resnet", "bottleneck", "cifar_mbv2", "cifar_resnet", "digits")
-# Far beyond every network that is trained, and near enough that nothing computed from a space takes for ever.
+# Far beyond all that is trained, and near enough that nothing computed from a space takes for ever.
 BLOCKS = 128
 LAYERS = 64  # of a block
 SEQUENCES = 200_000  # of ops that the stacks of a space can become; mbv2 has 3,371
@@ -65,7 +65,9 @@ class SearchSpace(Strict):
             raise FileNotFoundError(f"no search space '{space}': neither a YAML file nor one of {', '.join(PRESETS)}")
         settings = read_yaml(path)
         with naming(f"search space {path.name}"):
-            return cls.model_validate({"name": path.stem, **settings})
+            loaded = cls.model_validate({"name": path.stem, **settings})
+            loaded.refuse_endless()
+        return loaded
 
     @field_validator("head_ops", "stack_ops")
     @classmethod
@@ -87,9 +89,6 @@ class SearchSpace(Strict):
         refuse(ops.SKIP in self.head_ops, "head_ops holds skip_connect, which cannot change width or map")
         bare = any(self.num_layers) and not self.stack_ops
         refuse(bare, "stack_ops is empty, but num_layers asks for stacked layers")
-        if self.count_sequences() > SEQUENCES:
-            what = f"num_layers with {len(self.stack_ops)} stack_ops allow {self.count_sequences():.3g} sequences of ops"
-            raise ValueError(f"{what}, a search can weigh {SEQUENCES:,}: fewer layers or fewer ops are needed")
         with naming("head_ops and stack_ops"):
             resnet = ops.family((*self.head_ops, *self.stack_ops)) == "res"
         wrong = f"block 0 is {self.chs[0]} wide, but a ResNet stem leaves init_dim = {self.init_dim}"
@@ -168,7 +167,8 @@ class SearchSpace(Strict):
     def maps(self, input_size: int) -> list[int]:
         """Side of every block's map for a square input of `input_size` pixels; ValueError where one would vanish."""
         if not isinstance(input_size, Integral) or input_size > PIXELS:
-            raise ValueError(f"input size is {input_size!r}, expected whole pixels, at most {PIXELS}")
+            expected = f"expected whole pixels, at most {PIXELS}"
+            raise ValueError(f"input size is {input_size!r}, {expected}")
         sizes = [math.ceil(input_size / 2)]
         for block in range(1, self.num_blocks):
             i = self.incoming(block)[0]
@@ -237,7 +237,17 @@ class SearchSpace(Strict):
     def count_sequences(self) -> int:
         """Number of op sequences, skips dropped, that the stacks of all blocks can become."""
         convolutions = len(set(self.stack_ops) - {ops.SKIP})
-        return sum(
-            sum(convolutions**kept for kept in range(0 if ops.SKIP in self.stack_ops else layers, layers + 1))
-            for layers in self.num_layers
-        )
+        total = 0
+        for layers in self.num_layers:
+            fewest = 0 if ops.SKIP in self.stack_ops else layers
+            total += sum(convolutions**kept for kept in range(fewest, layers + 1))
+        return total
+
+    def refuse_endless(self) -> None:
+        """ValueError where stacks can become more sequences than a derivation can weigh in time."""
+        if self.count_sequences() > SEQUENCES:
+            count = f"{self.count_sequences():.3g} sequences of ops"
+            most = f"at most {SEQUENCES:,} can be weighed: take fewer layers or ops"
+            raise ValueError(
+                f"num_layers and the {len(self.stack_ops)} stack_ops allow {count}, {most}"
+            )

@@ -1,7 +1,5 @@
 import multiprocessing
 import os
-import resource
-from contextlib import contextmanager
 
 # Tiny networks gain nothing from threads, and lose much once another process wants a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,19 +33,3 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def run(root):
     return Run("made-up")
-
-
-@pytest.fixture
-def full_disk():
-    """Within it no file can grow beyond so many bytes, as on a disk that has no more left."""
-
-    @contextmanager
-    def limited(size):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limited

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import refused
+from helpers import full_disk, refused
 from test_search import ARCH, DATA, RETRAIN, SEARCH, TABLE, checkpoint, identical
 from torch import nn
 
@@ -340,7 +340,7 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_named(root):
         train(root, "search")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(root, full_disk):
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(root):
     train(root, "search", epochs=2)
     path = root / "runs/made-up/search.pt"
     recipe = SEARCH.model_copy(update={"epochs": 2})

@@ -4,7 +4,7 @@
 import onnxruntime
 import pytest
 import torch
-from helpers import refused
+from helpers import full_disk, refused
 from test_architecture import TINY
 from test_search import ARCH
 
@@ -61,7 +61,7 @@ def test_a_network_that_cannot_leave_is_named_in_a_sentence(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_full_disk_is_said_in_a_sentence(tmp_path, full_disk):
+def test_a_full_disk_is_said_in_a_sentence(tmp_path):
     sentence = r"cannot be written \(File too large\); .*: '.*model\.pt2'"
     with full_disk(2000), refused(OSError, sentence):
         export(TINY.build(3), tmp_path, 32)

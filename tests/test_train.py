@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import refused
+from helpers import full_disk, refused
 from test_search import ARCH, DATA, RETRAIN
 from torch import nn
 
@@ -60,7 +60,7 @@ def test_exports_of_an_earlier_network_do_not_stay_beside_another(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "weights.pt"]
 
 
-def test_a_full_disk_is_said_in_a_sentence_and_leaves_what_was_there(tmp_path, full_disk):
+def test_a_full_disk_is_said_in_a_sentence_and_leaves_what_was_there(tmp_path):
     save_network(tmp_path, str(ARCH), network(str(ARCH), 3))
     before = (tmp_path / "weights.pt").read_bytes()
     sentence = r"cannot be written \(File too large\); .*: '.*weights\.pt'"
