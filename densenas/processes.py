@@ -39,11 +39,8 @@ def check_devices(device: str, devices: int) -> None:
         raise ValueError(f"devices is {devices!r}, expected at least 1")
     if devices > 1 and ":" in device:
         raise ValueError(f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda")
-    kind = pick_device(device).type
-    if kind == "meta":
-        raise ValueError("device 'meta' computes nothing: expected auto, cpu or cuda")
     most, what = len(os.sched_getaffinity(0)), "processor cores"
-    if kind == "cuda":
+    if pick_device(device).type == "cuda":
         most, what = torch.cuda.device_count(), "GPUs"
     if devices > most:
         raise ValueError(f"devices is {devices}, expected at least 1 and at most {most}, the {what} of this machine")
