@@ -30,7 +30,7 @@ import densenas
 from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint
 from densenas.config import RetrainRecipe, SearchRecipe, writing
 from densenas.loading import Batches, rank_and_world, seed_of
-from densenas.processes import Interruption, together
+from densenas.processes import STOPPED, Interruption, together
 from densenas.run import Run, RunConfig, pick_device, progress
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -394,6 +394,8 @@ def main() -> None:
         function(name, **parameters)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Lattice
 from densenas.loading import seed_of
+from densenas.processes import STOPPED
 from densenas.run import EvidenceConfig, Run, RunConfig
 from densenas.search import RECIPES, Search, load_search, priced_space, search
 from densenas.space import SearchSpace
@@ -345,6 +346,8 @@ def main() -> None:
             study.trained(job)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from densenas.run import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
 GOES_ON = "goes on from the last checkpoint, with any number of devices"
+STOPPED = f"stopped; the same command {GOES_ON}"
 # Errors that say themselves what to do; to call again would not mend them.
 TOLD = ("ValueError", "FileNotFoundError", "FloatingPointError", "OSError")
 

@@ -398,3 +398,15 @@ def test_a_command_line_that_cannot_be_says_what_can(arguments, code, sentence, 
         engine.main()
     said = capsys.readouterr().err + str(ended.value)
     assert sentence in said and (ended.value.code == code or code == 1)
+
+
+def test_ctrl_c_on_the_command_line_is_one_sentence(monkeypatch):
+    def stopped(name, **parameters):
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("densenas.search.search_run", stopped)
+    monkeypatch.setattr(sys, "argv", ["engine", "digits", "03-search", str(ROOT / "data/configs/digits.yml")])
+    with pytest.raises(SystemExit) as ended:
+        engine.main()
+    assert str(ended.value).startswith("stopped; the same command goes on from the last checkpoint")
