@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from densenas import ops
 from densenas.config import DATA, literal, naming, read_text, refuse, write_text
+from densenas.weights import fill, read_state
 
 # Far beyond any published network; a number with some zeros too many must not allocate for ever.
 WIDEST = 100_000  # channels
@@ -243,62 +244,3 @@ def _read_net_config(path: Path) -> Architecture:
         if stated not in (None, arch.net_type):
             raise ValueError(f"net_type is {stated[:80]}, but the ops are {arch.net_type}")
     return arch
-
-
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """A stored state dict, on the CPU.
-
-    Raises FileNotFoundError or ValueError with one sentence for anything else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}, the weights of its network")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged or foreign file makes the unpickler raise nearly anything
-        raise ValueError(f"{path} is damaged or holds more than weights, it was not read") from None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path}: expected a state dict, found a {type(state).__name__}")
-    for key, value in state.items():
-        if not isinstance(key, str):
-            found = f"{key!r} is not the name of an entry"
-            raise ValueError(f"{path}: expected a state dict, but {found}")
-        if not isinstance(value, Tensor):
-            found = f"found a {type(value).__name__} as {key[:80]!r}"
-            raise ValueError(f"{path}: expected a state dict with nothing but tensors, {found}")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            other = "is no plain tensor, but sparse, quantized or empty"
-            raise ValueError(f"{path}: {key[:80]!r} {other}")
-    return state
-
-
-def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
-    """Gives a network the weights read from `path`, in any floating-point precision.
-
-    Raises ValueError naming the entry where they do not fit `what` the network was built from, or
-    are not finite.
-    """
-    expected = net.state_dict()
-    absent = [key for key in expected if key not in state]
-    # Weights of PyTorch before 0.4.1 count no batches.
-    missing = [key for key in absent if not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    if missing:
-        raise ValueError(f"{path} does not fit {what}: it lacks {_some(missing)}")
-    if unexpected:
-        raise ValueError(f"{path} does not fit {what}: there is no place for {_some(unexpected)}")
-    for key, value in state.items():
-        wanted = expected[key]
-        if value.shape != wanted.shape:
-            shapes = f"the shape {tuple(value.shape)}, expected {tuple(wanted.shape)}"
-            raise ValueError(f"{path} does not fit {what}: {key!r} has {shapes}")
-        if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
-            kinds = f"{value.dtype}, expected {wanted.dtype}"
-            raise ValueError(f"{path} does not fit {what}: {key!r} holds {kinds}")
-        if not value.to(wanted.dtype).isfinite().all():
-            raise ValueError(f"{path}: {key!r} holds numbers that are not finite")
-    net.load_state_dict(state)
-
-
-def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return f"{keys[0][:80]!r}{more}"

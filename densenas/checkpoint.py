@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from densenas.config import atomic
-
+from densenas.weights import read_saved
 
 
 def previous_of(path: Path) -> Path:
@@ -50,24 +49,19 @@ def keep_previous(path: Path) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A whole checkpoint, on the CPU, `configuration` as a mapping.
 
-    Raises ValueError with one sentence where it is damaged.
+    Raises ValueError with one sentence where it is damaged or holds values that are not finite.
     """
+    checkpoint = read_saved(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch itself would read flipped bits as weights.
-            broken = archive.testzip()
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["configuration"] = dict(json.loads(checkpoint["configuration"]))
-    except (MemoryError, PermissionError):
-        raise
-    except Exception:  # every kind of damage has an error of its own
-        broken = path.name
-    if broken:
-        raise ValueError(f"{path} is damaged or no checkpoint of a training")
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(f"{path} is damaged or no checkpoint of a training") from None
+    if name := first_not_finite(checkpoint):
+        raise ValueError(f"{path} holds values that are not finite ({name})")
     return checkpoint
 
 
-def digest(configuration: Mapping[str, Any]) -> str:
+def digest(configuration: Any) -> str:
     """Tells one training from every other: two with the same digest end with the same bytes."""
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
@@ -94,7 +88,7 @@ def load_checkpoint(path: Path, configuration: Mapping[str, Any], parts: Mapping
                 path.replace(path.with_suffix(".old"))
                 previous.unlink(missing_ok=True)
                 break
-            _fill(parts, checkpoint, path)
+            restore(parts, checkpoint, path)
             return checkpoint
         except ValueError as error:
             path.replace(path.with_suffix(".damaged"))
@@ -103,7 +97,7 @@ def load_checkpoint(path: Path, configuration: Mapping[str, Any], parts: Mapping
                 previous.replace(path)
                 onward = "going on from the checkpoint before it"
             print(f"{error}, it is kept as {path.with_suffix('.damaged').name}: {onward}")
-    _fill(parts, fresh, path)
+    restore(parts, fresh, path)
     return None
 
 
@@ -113,7 +107,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
 
 
-def _fill(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path) -> None:
+def restore(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path) -> None:
     """Gives every part its state; ValueError with one sentence where the state is not that of such parts."""
     for name, part in parts.items():
         try:
@@ -125,8 +119,6 @@ def _fill(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path) -
                 _check_shapes(part)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
             raise ValueError(f"{path} does not hold what such a training keeps as '{name}'") from None
-    if name := first_not_finite(parts):
-        raise ValueError(f"{path} holds values that are not finite ({name})")
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
@@ -137,13 +129,12 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError
 
 
-def first_not_finite(parts: Mapping[str, Any]) -> str | None:
-    """The name of a tensor in these parts' states that holds inf or nan; None where all are finite."""
+def first_not_finite(state: Mapping[str, Any]) -> str | None:
+    """The name of a tensor in a nested state that holds inf or nan; None where all are finite."""
     groups: dict[Any, dict[str, Tensor]] = defaultdict(dict)
-    for name, part in parts.items():
-        for key, tensor in _tensors(part.state_dict(), name):
-            if tensor.is_floating_point() and tensor.numel():
-                groups[tensor.device, tensor.dtype][key] = tensor
+    for name, tensor in _tensors(state):
+        if tensor.is_floating_point() and tensor.numel():
+            groups[tensor.device, tensor.dtype][name] = tensor
     for tensors in groups.values():
         # One wait for the device a group, not one a tensor.
         largest = torch.stack(torch._foreach_norm([*tensors.values()], math.inf))
@@ -152,13 +143,13 @@ def first_not_finite(parts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(state: Any, *way: object) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested dictionaries and lists, with the way there as its name."""
     if isinstance(state, Tensor):
-        yield name, state
+        yield ".".join(map(str, way)), state
     elif isinstance(state, Mapping):
         for key, value in state.items():
-            yield from _tensors(value, f"{name}.{key}")
+            yield from _tensors(value, *way, key)
     elif isinstance(state, list | tuple):
         for index, value in enumerate(state):
-            yield from _tensors(value, f"{name}.{index}")
+            yield from _tensors(value, *way, index)

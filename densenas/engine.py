@@ -2,7 +2,7 @@
 
 All random numbers of a step are a function of (seed, epoch, pass, step), and so are its images: what a checkpoint
 needs besides weights is only where it was written, and a run that goes on from one ends with the same bytes.
-`torchrun … -m densenas.engine RUN STAGE` runs a stage on several machines, `launch` on several devices of this one.
+`torchrun … -m densenas.engine RUN STAGE` runs a stage on several machines.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ import densenas
 from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint
 from densenas.config import RetrainRecipe, SearchRecipe, writing
 from densenas.loading import Batches, rank_and_world, seed_of
-from densenas.processes import Interruption, check_devices, launch, together
+from densenas.processes import STOPPED, Interruption, together
 from densenas.run import Run, RunConfig, pick_device, progress
-
-__all__ = ["check_devices", "launch", "together"]  # of densenas.processes, and all below
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
@@ -134,7 +132,7 @@ class Training:
 
     def check_finite(self) -> None:
         """Raises FloatingPointError where a step has spoilt the state: what is saved can be gone on from."""
-        if name := first_not_finite(self.parts):
+        if name := first_not_finite(self._state()):
             raise self.not_finite(name)
 
     def not_finite(self, what: str) -> FloatingPointError:
@@ -142,13 +140,16 @@ class Training:
         kept = f"{self.path.name} is from before it" if self.path.exists() else "there is no checkpoint yet"
         return FloatingPointError(f"{where} ({kept}); lower lr and rerun")
 
+    def _state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
     def overdue(self) -> bool:
         return time.monotonic() - self.saved > CHECKPOINT_SECONDS
 
     def save(self) -> None:
         """Keeps a checkpoint; that of the best epoch first: a kill between the two repeats the epoch."""
         if self.rank == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state = self._state()
             if self.position.history and not self.position.row and self.position.is_best():
                 save_checkpoint(self.path.with_suffix(".best.pt"), self.configuration, **state)
             keep_previous(self.path)
@@ -220,8 +221,6 @@ def fit(
     """
     keep_freed_memory()
     warn_of_long_spins()
-    for one in passes(epochs - 1):
-        check_share(one.batches.batch_size)
     with alone(run), Interruption(stage) as interruption:
         training = Training(run, stage, configuration, parts)
         training.resume()
@@ -268,23 +267,26 @@ def alone(run: Run) -> AbstractContextManager[None]:
     return run.alone() if rank_and_world()[0] == 0 else nullcontext()
 
 
-def check_share(batch_size: int) -> None:
-    """Raises ValueError where a process would get one image of each batch, of which batch norm learns nothing."""
-    world = rank_and_world()[1]
-    if batch_size < 2 * world:
-        devices = f"{world} devices" if world > 1 else "1 device"
-        wrong = f"batch_size {batch_size} on {devices} is less than the two images a process that batch norm needs"
-        raise ValueError(f"{wrong}: set batch_size to at least {2 * world} or lower devices")
+def check_training(seed: Any, batch_size: int, splits: Mapping[str, int]) -> None:
+    """Raises ValueError with one sentence where there can be no training with this seed and batches.
 
-
-def check_batch(batch_size: int, images: int, split: str) -> None:
-    """Raises ValueError with one sentence where no batch of a split can be shared by the processes that train."""
+    `splits` are the numbers of images by name. Batch norm learns nothing of a single image, so each
+    of the processes that train needs two of every batch.
+    """
+    if type(seed) is not int:
+        raise ValueError(f"seed is {seed!r}, expected a whole number")
+    for split, images in splits.items():
+        if batch_size > images:
+            few = f"{split} has {images:,} images: set batch_size to at most that"
+            raise ValueError(f"batch_size is {batch_size:,}, but {few}")
     world = rank_and_world()[1]
-    if batch_size > images:
-        raise ValueError(f"batch_size is {batch_size}, but {split} has {images} images: set batch_size to at most that")
+    devices = f"{world} devices" if world > 1 else "1 device"
     if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world} devices")
-    check_share(batch_size)
+        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {devices}")
+    if batch_size < 2 * world:
+        few = "is less than the two images a process that batch norm needs"
+        wrong = f"batch_size {batch_size} on {devices} {few}"
+        raise ValueError(f"{wrong}: set batch_size to at least {2 * world} or lower devices")
 
 
 def descend(
@@ -392,6 +394,8 @@ def main() -> None:
         function(name, **parameters)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 
 from densenas.architecture import Architecture
 from densenas.baselines import WITHIN, designs, hand_made
-from densenas.config import naming, override, read_json, write_text
+from densenas.checkpoint import digest
+from densenas.config import RetrainRecipe, SearchRecipe, naming, override, read_json, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Lattice
 from densenas.loading import seed_of
+from densenas.processes import STOPPED
 from densenas.run import EvidenceConfig, Run, RunConfig
 from densenas.search import RECIPES, Search, load_search, priced_space, search
 from densenas.space import SearchSpace
@@ -150,10 +151,17 @@ class Study:
                     words.append(_without(design, target))
         return " ".join(words)
 
+    @cached_property
+    def search_recipe(self) -> SearchRecipe:
+        return override(self.recipes.search, **self.search or {})
+
+    @cached_property
+    def retrain_recipe(self) -> RetrainRecipe:
+        return override(self.recipes.retrain, **self.retrain or {})
+
     def _search(self, job: Job) -> Search:
-        recipe = override(self.recipes.search, **self.search or {})
         how = {"seed": job.number, "precision": self.precision, "device": self.device}
-        return search(self.folder(job), self.data, self.table, recipe, job.target, **how)
+        return search(self.folder(job), self.data, self.table, self.search_recipe, job.target, **how)
 
     def searched(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""
@@ -168,9 +176,9 @@ class Study:
 
     def _search_settings(self, job: Job) -> str:
         """A digest of what decides a search."""
-        recipe = override(self.recipes.search, **self.search or {})
         costs = self.table.nested(), self.table.space.model_dump(exclude={*RECIPES})
-        return _digest(costs, recipe.model_dump(), job.target, job.number, self.precision, self.data.digest)
+        recipe = self.search_recipe.model_dump()
+        return digest([costs, recipe, job.target, job.number, self.precision, self.data.digest])
 
     def _found(self, job: Job) -> dict[str, Any] | None:
         """What the search of a job has found, if it is done."""
@@ -192,8 +200,8 @@ class Study:
 
     def _training_settings(self, arch: Architecture | None, seed: int) -> str:
         """A digest of what decides a training and its result."""
-        recipe = override(self.recipes.retrain, **self.retrain or {})
-        return _digest(str(arch), recipe.model_dump(), seed, self.precision, self.data.digest)
+        recipe = self.retrain_recipe.model_dump()
+        return digest([str(arch), recipe, seed, self.precision, self.data.digest])
 
     def trained(self, job: Job) -> None:
         """Trains a network from scratch on train and val, tests it once, and keeps the result."""
@@ -203,8 +211,8 @@ class Study:
             result["left_out"] = _without(design, job.target)
             print(result["left_out"])
         else:
-            recipe = override(self.recipes.retrain, **self.retrain or {})
-            net, history = retrain(self.folder(job), self.data, arch, recipe, seed, self.precision, self.device)
+            how = {"seed": seed, "precision": self.precision, "device": self.device}
+            net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, **how)
             tested = evaluate(net, self.data, device=self.device)
             size, classes = self.data.image_size, len(self.data.classes)
             result |= {
@@ -259,10 +267,6 @@ class Study:
 
 def _without(design: str, target: float) -> str:
     return f"{design} is left out at {target:g} M Mult-Adds: no width of it costs that within {WITHIN:.0%}."
-
-
-def _digest(*settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _kept(path: Path, settings: str) -> dict[str, Any] | None:
@@ -342,6 +346,8 @@ def main() -> None:
             study.trained(job)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

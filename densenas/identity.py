@@ -27,8 +27,7 @@ FOUND = (
 
 
 def search_digest(run: Run) -> str | None:
-    """That of the run's present search; None where it is not here, as in a fresh clone.
-    """
+    """That of the run's present search; None where it is not here, as in a fresh clone."""
     path = run.work / "search.pt"
     if not path.exists():
         return None

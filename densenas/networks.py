@@ -18,16 +18,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from densenas.architecture import (
-    Architecture,
-    DerivedNet,
-    fill,
-    load_published,
-    read_state,
-    save_published,
-)
-from densenas.config import atomic, read_text, write_text
+from densenas.architecture import Architecture, DerivedNet, load_published, save_published
+from densenas.config import atomic, read_text, shown, write_text
 from densenas.run import Run
+from densenas.weights import fill, read_state
 
 # Not those for detection, segmentation, video or optical flow, nor quantized ones.
 CLASSIFIERS = frozenset(torchvision.models.list_models(module=torchvision.models))
@@ -46,23 +40,13 @@ def network(model: str, num_classes: int) -> nn.Module:
         return torchvision.models.get_model(model, num_classes=num_classes)
     if model in torchvision.models.list_models():
         other = "is one of torchvision's, but not for classification of single images"
-        raise ValueError(f"{_shown(model)} {other}")
+        raise ValueError(f"model {shown(model)} {other}")
     try:
         return Architecture.read(model).build(num_classes)
     except KeyError:
         kinds = "DenseNAS-A, -B or -C, a torchvision classifier, a net_config"
         known = f"{kinds} or package.module:function"
-        raise ValueError(f"no network '{_short(model)}', expected {known}") from None
-
-
-def _shown(model: str) -> str:
-    return f"model '{_short(model)}'"
-
-
-def _short(model: str) -> str:
-    """A network in an error's one line, however long its net_config."""
-    text = " ".join(model.split())
-    return text if len(text) <= 80 else text[:79] + "…"
+        raise ValueError(f"no network {shown(' '.join(model.split()))}, expected {known}") from None
 
 
 def is_code(model: str) -> bool:
@@ -76,18 +60,18 @@ def _network_of_function(model: str, num_classes: int) -> nn.Module:
     try:
         function = pkgutil.resolve_name(model)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{_shown(model)} cannot be imported: {reason(error)}") from None
+        raise ValueError(f"model {shown(model)} cannot be imported: {reason(error)}") from None
     if not callable(function):
         kind = type(function).__name__
-        raise ValueError(f"{_shown(model)} is a {kind}, expected a function of num_classes")
+        raise ValueError(f"model {shown(model)} is a {kind}, expected a function of num_classes")
     try:
         net = function(num_classes=num_classes)
     except (Exception, SystemExit) as error:
-        call = f"{_shown(model)} called with num_classes={num_classes}"
+        call = f"model {shown(model)} called with num_classes={num_classes}"
         raise ValueError(f"{call}: {reason(error)}") from None
     if not isinstance(net, nn.Module):
         kind = type(net).__name__
-        raise ValueError(f"{_shown(model)} returns a {kind}, expected a torch.nn.Module")
+        raise ValueError(f"model {shown(model)} returns a {kind}, expected a torch.nn.Module")
     return net
 
 
@@ -144,7 +128,7 @@ def check_network(model: str, num_classes: int, image_size: int) -> None:
     if wrong is None:
         return
     images = f"{image_size}×{image_size} pixels and {num_classes} classes"
-    wrong = f"{_shown(model)} cannot be trained on images of {images}: {wrong}"
+    wrong = f"model {shown(model)} cannot be trained on images of {images}: {wrong}"
     # What torchvision's classifiers were made for.
     if not is_code(model) and _why_untrainable(model, num_classes, 224) is None:
         wrong += "; it can with 224 pixels"

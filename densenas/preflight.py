@@ -21,11 +21,11 @@ from densenas.config import DATA, ROOT, naming
 from densenas.cost import CostTable
 from densenas.data import listing
 from densenas.derivation import Lattice
-from densenas.engine import check_devices
+from densenas.networks import check_network, load_network, source_of
 from densenas.pack import Item, fingerprint
+from densenas.processes import check_devices
 from densenas.run import Run, RunConfig
 from densenas.space import SearchSpace
-from densenas.train import check_network, load_network, source_of
 
 DOWNLOADED = 10  # classes of every set that torchvision downloads
 NETWORK_FILES = ("net_config", "model", "weights.pt")  # what `load_network` reads; exports may lie beside them

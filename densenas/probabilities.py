@@ -75,6 +75,6 @@ class Trace(list[Probabilities]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         entries = [Probabilities(**entry) for entry in state["entries"]]
-        if any(entry.shapes() != self[0].shapes() for entry in entries if self):
+        if not entries or any(entry.shapes() != self[0].shapes() for entry in entries):
             raise ValueError("probabilities of another space")
         self[:] = entries

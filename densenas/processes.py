@@ -27,6 +27,7 @@ from densenas.run import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
 GOES_ON = "goes on from the last checkpoint, with any number of devices"
+STOPPED = f"stopped; the same command {GOES_ON}"
 # Errors that say themselves what to do; to call again would not mend them.
 TOLD = ("ValueError", "FileNotFoundError", "FloatingPointError", "OSError")
 
@@ -39,11 +40,8 @@ def check_devices(device: str, devices: int) -> None:
         raise ValueError(f"devices is {devices!r}, expected at least 1")
     if devices > 1 and ":" in device:
         raise ValueError(f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda")
-    kind = pick_device(device).type
-    if kind == "meta":
-        raise ValueError("device 'meta' computes nothing: expected auto, cpu or cuda")
     most, what = len(os.sched_getaffinity(0)), "processor cores"
-    if kind == "cuda":
+    if pick_device(device).type == "cuda":
         most, what = torch.cuda.device_count(), "GPUs"
     if devices > most:
         raise ValueError(f"devices is {devices}, expected at least 1 and at most {most}, the {what} of this machine")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenas.architecture import save_published
-from densenas.checkpoint import digest, read_checkpoint
+from densenas.checkpoint import digest, read_checkpoint, restore
 from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Candidate, Lattice
 from densenas.engine import (
-    Pass, alone, check_batch, computing_on, cosine, descend, fit, fused_sgd, rank_and_world,
+    Pass, Position, alone, check_training, computing_on, cosine, descend, fit, fused_sgd,
 )  # fmt: skip
-from densenas.loading import Batches
+from densenas.loading import Batches, rank_and_world
 from densenas.probabilities import Probabilities, Trace
 from densenas.run import Run
 from densenas.space import SearchSpace
 from densenas.supernet import Choice, SuperNet
-
 
 RECIPES = ("name", "source", "search", "retrain")  # of a space: what it costs does not depend on them
 
@@ -153,14 +152,15 @@ def search(
     precision: str = "fp32",
     device: str = "auto",
     deterministic: bool = False,
+    started: Callable[[], None] = lambda: None,
 ) -> Search:
     """Trains the supernet of `table.space` on `data` and learns its architecture parameters.
 
     Without `target_cost` (in the table's unit) the architecture step has the paper's loss; with it the expected cost
     is brought there, and what is derived costs that much within 3 %. Until `arch_start_epoch` weights alone are
     trained; from then on each epoch is a pass over val that updates alpha and beta, then a pass over train that updates
-    weights. A killed search goes on when called again (`fit`). Raises ValueError where there can be no such search,
-    see `check_search`.
+    weights. A killed search goes on when called again (`fit`). `started` is called when nothing was refused, before the
+    first step. Raises ValueError where there can be no such search, see `check_search`.
     """
     with computing_on(device, precision, deterministic) as where:
         check_search(data, table, recipe, target_cost, seed)
@@ -197,6 +197,7 @@ def search(
         parts = {"net": net, "trace": trace} | {name: getattr(trainer, name) for name in ("sgd", "adam", "schedule")}
         if trainer.target:
             parts["target"] = trainer.target
+        started()
         history = fit(run, "search", configuration, parts, recipe.epochs, passes, finish)
     return Search(net, table, json.loads(json.dumps(configuration)), history, trace)
 
@@ -213,16 +214,13 @@ def check_search(
         priced = table.conditions.get(name, found)
         if priced != found:
             raise ValueError(f"the costs are for {name} {priced}, the images have {found}: run 02-cost again")
-    if type(seed) is not int:
-        raise ValueError(f"seed is {seed!r}, expected a whole number")
     if target_cost is not None:
         number = isinstance(target_cost, int | float) and not isinstance(target_cost, bool)
         if not number or not math.isfinite(target_cost) or target_cost <= 0:
             expected = f"a positive number of {table.unit}, or None for the paper's loss"
             raise ValueError(f"target_cost is {target_cost!r}, expected {expected}")
         Lattice(table).at(target_cost)  # refuses what cannot be reached
-    for name in ("val", "train"):
-        check_batch(recipe.batch_size, len(data.splits[name]), name)
+    check_training(seed, recipe.batch_size, {name: len(data.splits[name]) for name in ("val", "train")})
 
 
 def priced_space(table: CostTable, space: str | None) -> SearchSpace:
@@ -264,13 +262,14 @@ def search_run(
     with alone(run):
         table, data = run.costs(), load(run)
         recipe = override(priced_space(table, space).search, **shortened)
-        with computing_on(device, precision, deterministic):
-            check_search(data, table, recipe, target_cost, seed)
-        rank, world = rank_and_world()
-        if rank == 0:
-            asked = {"space": space or table.space.name, **shortened, "target_cost": target_cost, "devices": world}
-            run.record_provenance("03-search", **asked, **how, recipe=recipe.model_dump(mode="json"))
-        search(run, data, table, recipe, target_cost, **how)
+
+        def started() -> None:
+            rank, world = rank_and_world()
+            if rank == 0:
+                asked = {"space": space or table.space.name, **shortened, "target_cost": target_cost, "devices": world}
+                run.record_provenance("03-search", **asked, **how, recipe=recipe.model_dump(mode="json"))
+
+        search(run, data, table, recipe, target_cost, **how, started=started)
 
 
 def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
@@ -281,26 +280,33 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     """
     path = run.need(run.work / "search.pt", "03-search")
     again = "run 03-search again"
+    net = SuperNet(table.space, num_classes)
+    trace, position = Trace([Probabilities.of(net)]), Position()
     try:
         checkpoint = read_checkpoint(path)
+        other = _changed(checkpoint, table, num_classes)
+        if other is None:
+            restore({"net": net, "trace": trace, "position": position}, checkpoint, path)
+            net.temperature = checkpoint["configuration"]["recipe"]["softmax_temp"]
     except ValueError as error:
         raise ValueError(f"{error}: {again}, it goes on from the checkpoint before") from None
-    configuration, trace = checkpoint["configuration"], Trace()
-    try:
-        searched = SearchSpace(**configuration["space"])
-        costs = [configuration["cost"], searched.model_dump(exclude={*RECIPES})]
-        if costs != [json.loads(json.dumps(table.nested())), table.space.model_dump(exclude={*RECIPES})]:
-            raise ValueError(f"run '{run.name}' has other costs now than it was searched with: {again}")
-        net = SuperNet(table.space, num_classes)
-        net.temperature = configuration["recipe"]["softmax_temp"]
-        if checkpoint["net"]["classifier.weight"].shape != net.classifier.weight.shape:
-            raise ValueError(f"run '{run.name}' has another number of classes now than it was searched with: {again}")
-        net.load_state_dict(checkpoint["net"])
-        trace.load_state_dict(checkpoint["trace"])
-        history = checkpoint["position"]["history"]
-    except (KeyError, TypeError, AttributeError, RuntimeError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} does not hold a search of space {table.space.name}: {again}") from None
-    return Search(net, table, configuration, history, trace)
+    if other is not None:
+        raise ValueError(f"run '{run.name}' has {other} now than it was searched with: {again}")
+    return Search(net, table, checkpoint["configuration"], position.history, trace)
+
+
+def _changed(checkpoint: Mapping[str, Any], table: CostTable, num_classes: int) -> str | None:
+    """What the run has another of since its search, in words; None where it has the same."""
+    configuration = checkpoint["configuration"]
+    space = {name: value for name, value in configuration["space"].items() if name not in RECIPES}
+    present = table.space.model_dump(mode="json", exclude={*RECIPES})
+    if [space, configuration["cost"]] != [present, json.loads(json.dumps(table.nested()))]:
+        return "other costs"
+    if len(checkpoint["net"]["classifier.weight"]) != num_classes:
+        return "another number of classes"
+    return None
 
 
 def finished_search(run: Run) -> Search:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,33 +14,12 @@ from densenas import identity
 from densenas.architecture import Architecture
 from densenas.config import RetrainRecipe, override
 from densenas.data import ImageData, load
-from densenas.engine import Pass, computing_on, cosine, descend, fit, fused_sgd, rank_and_world
-from densenas.loading import Batches
-from densenas.networks import (
-    check_network,
-    code_digest,
-    is_code,
-    load_network,
-    model_folder,
-    network,
-    save_network,
-    source_of,
-)
+from densenas.engine import (
+    Pass, alone, check_training, computing_on, cosine, descend, fit, fused_sgd,
+)  # fmt: skip
+from densenas.loading import Batches, rank_and_world
+from densenas.networks import check_network, code_digest, is_code, network, save_network
 from densenas.run import Run, progress
-
-# Networks by name and in folders are offered from here too.
-__all__ = [
-    "check_network",
-    "evaluate",
-    "load_network",
-    "model_folder",
-    "network",
-    "retrain",
-    "retrain_run",
-    "save_network",
-    "size",
-    "source_of",
-]
 
 
 def size(net: nn.Module, input_size: int) -> dict[str, float]:
@@ -72,10 +50,7 @@ def retrain(
     ValueError with one sentence.
     """
     images = len(data.train) + len(data.val)
-    if recipe.batch_size > images:
-        batch = f"batch_size of the retraining is {recipe.batch_size:,}"
-        only = f"there are only {images:,} training images (train and val together)"
-        raise ValueError(f"{batch}, but {only}")
+    check_training(seed, recipe.batch_size, {"train with val": images})
     with computing_on(device, precision, deterministic) as where:
         check_network(str(model), len(data.classes), data.image_size)
         configuration = {
@@ -125,7 +100,7 @@ def retrain_run(
     """
     run = Run(name)
     rank, world = rank_and_world()
-    with run.alone() if rank == 0 else nullcontext():
+    with alone(run):
         found = identity.derived(run)  # refuses what an earlier search left
         model = net_config or found["net_config"]
         shortened = {"epochs": epochs, "batch_size": batch_size}
@@ -168,6 +143,8 @@ def evaluate(
             if told != classes:
                 apart = f"the network tells {told} classes apart"
                 raise ValueError(f"{apart}, the data set has {classes}")
+            if not logits.isfinite().all():
+                raise ValueError(f"what the network makes of {split} is not finite: its weights are spoilt")
             parts.append((logits, labels))
     scores, truth = map(torch.cat, zip(*parts, strict=True))
     best = scores.topk(min(5, classes), dim=1).indices

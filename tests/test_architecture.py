@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from densenas import Architecture, load_published
 from densenas.architecture import Block
-from densenas.train import save_network
+from densenas.networks import save_network
 
 
 @st.composite
@@ -324,6 +324,14 @@ def test_a_whole_pickled_network_is_refused(published):
 def test_weights_that_are_no_weights(content, published):
     (published / "weights.pt").write_bytes(content)
     with refused(ValueError, r"weights\.pt"):
+        load_published(published)
+
+
+def test_flipped_bits_are_not_read_as_weights(published):
+    content = bytearray((published / "weights.pt").read_bytes())
+    content[len(content) // 2] ^= 64
+    (published / "weights.pt").write_bytes(content)
+    with refused(ValueError, r"weights\.pt is damaged"):
         load_published(published)
 
 

@@ -21,7 +21,9 @@ from torch import nn
 from densenas import CostTable, SearchSpace, SuperNet, data, engine
 from densenas.architecture import DerivedNet
 from densenas.config import ROOT
-from densenas.engine import Position, launch
+from densenas.engine import Position
+from densenas.loading import rank_and_world
+from densenas.processes import check_devices, launch
 from densenas.run import Run
 from densenas.search import search
 from densenas.train import retrain
@@ -35,7 +37,7 @@ def train(root, stage, epochs=6, checkpoint_seconds=0.0, die_at=None, pause=0.0)
 
     def counting(position, *values):
         calls.append(values)
-        if die_at == (engine.rank_and_world()[0], len(calls)):
+        if die_at == (rank_and_world()[0], len(calls)):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(pause)
         add(position, *values)
@@ -130,12 +132,12 @@ def test_a_mistake_in_a_process_is_told_as_it_is(root):
 
 def train_apart(roots, stage):
     """Each process on a machine with a disk of its own."""
-    train(roots[engine.rank_and_world()[0]], stage)
+    train(roots[rank_and_world()[0]], stage)
 
 
 def train_unlike(root):
     """Each process with a recipe of its own, as machines would have that measured costs of their own."""
-    train(root, "search", epochs=6 + engine.rank_and_world()[0])
+    train(root, "search", epochs=6 + rank_and_world()[0])
 
 
 def test_machines_that_do_not_share_their_checkpoints_are_told(tmp_path):
@@ -242,13 +244,13 @@ def train_with_batches_of(root, batch_size):
 )
 def test_devices_that_are_not_here_are_refused_before_anything_runs(device, devices, sentence):
     with refused(ValueError, sentence):
-        engine.check_devices(device, devices)
+        check_devices(device, devices)
 
 
 def meet(path):
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
-    Path(path, f"{engine.rank_and_world()[0]}").write_text(str(total.item()))
+    Path(path, f"{rank_and_world()[0]}").write_text(str(total.item()))
 
 
 def test_processes_meet_on_a_machine_whose_own_name_nobody_knows(tmp_path):
@@ -256,7 +258,7 @@ def test_processes_meet_on_a_machine_whose_own_name_nobody_knows(tmp_path):
     alone = ["unshare", "--user", "--map-root-user", "--uts"]
     if subprocess.run([*alone, "hostname", "nobody-knows"], capture_output=True).returncode:
         pytest.skip("this system lets nobody change a name for one process")
-    code = f"from densenas.engine import launch; from test_engine import meet; launch(meet, 2, {str(tmp_path)!r})"
+    code = f"from densenas.processes import launch; from test_engine import meet; launch(meet, 2, {str(tmp_path)!r})"
     script = tmp_path / "meeting.py"
     script.write_text(f"if __name__ == '__main__':\n    {code}\n")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -396,3 +398,15 @@ def test_a_command_line_that_cannot_be_says_what_can(arguments, code, sentence, 
         engine.main()
     said = capsys.readouterr().err + str(ended.value)
     assert sentence in said and (ended.value.code == code or code == 1)
+
+
+def test_ctrl_c_on_the_command_line_is_one_sentence(monkeypatch):
+    def stopped(name, **parameters):
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("densenas.search.search_run", stopped)
+    monkeypatch.setattr(sys, "argv", ["engine", "digits", "03-search", str(ROOT / "data/configs/digits.yml")])
+    with pytest.raises(SystemExit) as ended:
+        engine.main()
+    assert str(ended.value).startswith("stopped; the same command goes on from the last checkpoint")

@@ -323,3 +323,15 @@ def test_a_cluster_trains_any_part_of_a_study(tmp_path):
     finally:
         for folder in (run.reports, run.work):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_ctrl_c_on_a_job_of_a_study_is_one_sentence(tmp_path, monkeypatch):
+    def stopped(study, job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "searched", stopped)
+    configuration = str(ROOT / "data/configs/evidence-digits.yml")
+    monkeypatch.setattr(sys, "argv", ["evidence", configuration, "made-up", "search", "DenseNAS_1_0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value).startswith("stopped; the same command goes on from the last checkpoint")

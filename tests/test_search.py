@@ -572,3 +572,33 @@ def test_loading_a_damaged_search_names_the_file_and_the_way_out(content, run):
         path.write_bytes(content)
     with refused(ValueError, r"search\.pt (is damaged|does not hold a search of space made up).*: run 03-search again"):
         load_search(run, TABLE, 3)
+
+
+def remade(path, change):
+    checkpoint = torch.load(path)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def test_a_search_of_another_version_or_with_spoilt_weights_is_refused_in_a_sentence(run):
+    search(run, DATA, TABLE, SEARCH)
+    path = run.work / "search.pt"
+    whole = path.read_bytes()
+
+    def older(checkpoint):
+        configuration = json.loads(checkpoint["configuration"])
+        del configuration["space"]["init_dim"]
+        checkpoint["configuration"] = json.dumps(configuration)
+
+    remade(path, older)
+    with refused(ValueError, r"has other costs now than it was searched with: run 03-search again"):
+        load_search(run, TABLE, 3)
+    for change, sentence in (
+        (lambda c: c["net"]["classifier.bias"].fill_(math.nan), r"holds values that are not finite \(net\.classifier"),
+        (lambda c: c["trace"]["entries"].clear(), r"does not hold what such a training keeps as 'trace'"),
+        (lambda c: c["position"].update(history=5), r"does not hold what such a training keeps as 'position'"),
+    ):
+        path.write_bytes(whole)
+        remade(path, change)
+        with refused(ValueError, rf"search\.pt {sentence}.*: run 03-search again"):
+            load_search(run, TABLE, 3)

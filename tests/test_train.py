@@ -12,18 +12,15 @@ from torch import nn
 
 from densenas import Architecture, CostTable, SearchSpace
 from densenas.identity import describe, search_digest
-from densenas.train import (
+from densenas.networks import (
     check_network,
-    evaluate,
     load_network,
     model_folder,
     network,
-    retrain,
-    retrain_run,
     save_network,
-    size,
     source_of,
 )
+from densenas.train import evaluate, retrain, retrain_run, size
 
 
 def small_network(num_classes):
@@ -301,7 +298,7 @@ def test_nothing_is_made_where_the_network_cannot_be_trained(run):
 def test_a_batch_larger_than_the_set(run):
     recipe = RETRAIN.model_copy(update={"batch_size": 1024})
     with refused(
-        ValueError, r"batch_size of the retraining is 1,024, but there are only 40 training images"
+        ValueError, r"batch_size is 1,024, but train with val has 40 images: set batch_size to at most that"
     ):
         retrain(run, DATA, ARCH, recipe)
 
@@ -437,7 +434,7 @@ def test_what_was_trained_is_recorded_with_how_it_went(model, derived_run):
         ({"net_config": "garbage"}, "no network 'garbage'"),
         ({"net_config": "vit_b_32"}, "cannot be trained on images of 16×16"),
         ({"epochs": 0}, "epochs"),
-        ({"batch_size": 4096}, "batch_size of the retraining is 4,096"),
+        ({"batch_size": 4096}, "batch_size is 4,096, but train with val has 40 images"),
         ({"device": "gpu"}, "device 'gpu'"),
         ({"precision": "fp8"}, "precision 'fp8'"),
     ],
@@ -477,3 +474,16 @@ def test_a_damaged_architecture_is_named(text, pattern, derived_run):
 def test_classes_that_do_not_match():
     with refused(ValueError, "the network tells 7 classes apart, the data set has 3"):
         evaluate(ARCH.build(7), DATA)
+
+
+@pytest.mark.parametrize("seed", ["7", 7.0, True, None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed, run):
+    with refused(ValueError, r"seed is .*, expected a whole number"):
+        retrain(run, DATA, ARCH, RETRAIN, seed)
+
+
+def test_a_network_whose_outputs_are_not_finite_has_no_accuracy():
+    net = ARCH.build(3)
+    net.input_block[1].running_var.fill_(-1.0)
+    with refused(ValueError, r"what the network makes of test is not finite: its weights are spoilt"):
+        evaluate(net, DATA, device="cpu")
