@@ -220,9 +220,8 @@ class CostTable:
             if space and space != record.space:
                 version = "another version of " if space.name == record.space.name else ""
                 raise ValueError(f"it prices {version}space {record.space.name}, asked for was {space.name}")
-        with naming(f"{path}: conditions"):
-            CONDITIONS[record.kind].model_validate(record.conditions)
-        with naming(str(path)):
+            with naming("conditions"):
+                CONDITIONS[record.kind].model_validate(record.conditions)
             return cls(record.space, record.kind, *_parts(record.table), record.conditions)
 
     def total(self, arch: str | Architecture) -> float:

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def identify(run: str = "", configuration: str = "", usual: str = "digits") -> t
 def checked(path: Path) -> tuple[RunConfig, dict[str, str]]:
     """A configuration that passes `preflight`, and what that returns; every sentence names the file."""
     config = RunConfig.load(path)
-    with _setting(str(path)):
+    with naming(str(path)):
         return config, preflight(config)
 
 
@@ -72,7 +71,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
     size = config.image_size or space.input_size
     data, retrain = config.data, config.retrain
     source = data.dataset, data.source, data.num_classes, data.val_fraction, config.seed
-    with _setting("data"):
+    with naming("data"):
         items = listing(*source, download=False)
     if items is None:
         named = data.num_classes
@@ -86,10 +85,10 @@ def preflight(config: RunConfig) -> dict[str, str]:
             with naming(setting):
                 lattice.at(target)
     if retrain.net_config is not None:
-        with _setting("retrain.net_config"):
+        with naming("retrain.net_config"):
             check_network(retrain.net_config, classes, size)
     if config.evaluate.model is not None:
-        with _setting("evaluate.model"):
+        with naming("evaluate.model"):
             _check_trained(config.evaluate.model, classes, size, retrain.net_config)
     code = _code(retrain.net_config)
     return {
@@ -103,18 +102,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
 def check_machine(config: RunConfig) -> None:
     """ValueError where this machine lacks the devices that the stages compute on."""
     for section, training in {"search": config.search, "retrain": config.retrain}.items():
-        with _setting(section):
+        with naming(section):
             check_devices(config.device, training.devices)
-
-
-@contextmanager
-def _setting(name: str) -> Iterator[None]:
-    """Errors say which setting of the configuration they come from."""
-    try:
-        with naming(name):
-            yield
-    except OSError as error:
-        raise FileNotFoundError(f"{name}: {error}") from None
 
 
 def _check_batches(config: RunConfig, space: SearchSpace, train: int, val: int) -> None:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from densenas.baselines import WITHIN
 from densenas.config import (
-    HOST, ROOT, Augment, Dataset, Strict, atomic, naming, override, read_json, read_yaml, refuse,
-    write_text, writing,
+    HOST, ROOT, Augment, Dataset, Epochs, Images, Strict, atomic, naming, override, read_json,
+    read_yaml, write_text, writing,
 )  # fmt: skip
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
@@ -72,8 +72,8 @@ class CostConfig(Strict):
 
 
 class TrainingConfig(Strict):
-    epochs: int | None = Field(None, ge=1, le=100_000)
-    batch_size: int | None = Field(None, ge=2)
+    epochs: Epochs | None = None
+    batch_size: Images | None = None
     devices: int = Field(1, ge=1)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
@@ -156,8 +156,7 @@ class RunConfig(Strict):
         settings = read_yaml(Path(path))
         with naming(str(path)):
             config = cls.model_validate(settings)
-            space = SearchSpace.load(config.space)
-            config.fit(space)
+            config.fit(SearchSpace.load(config.space))
         return config
 
     def fit(self, space: SearchSpace) -> None:
@@ -285,7 +284,7 @@ class Run:
         def say(holder: str) -> None:
             print(f"run '{self.name}' is at work in process {holder or '?'}: waiting for it", flush=True)
 
-        with _locked(path, say) as lock:
+        with locked(path, say) as lock:
             with suppress(OSError):  # a full disk keeps the name out, not the lock
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{os.getpid()} on {HOST}".encode(), 0)
@@ -298,7 +297,7 @@ class Run:
     @contextmanager
     def _updating(self) -> Iterator[None]:
         """Two stages that end at once must not lose each other's entries."""
-        with _locked(self.work / ".entries.lock"):
+        with locked(self.work / ".entries.lock"):
             yield
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -357,8 +356,11 @@ class Run:
 
 
 @contextmanager
-def _locked(path: Path, say: Callable[[str], None] | None = None) -> Iterator[int]:
-    """Holds the kernel's lock on a file, after waiting for whoever has it, whom `say` is told; gives a descriptor."""
+def locked(path: Path, say: Callable[[str], None] | None = None) -> Iterator[int]:
+    """Holds the kernel's lock on a file, after waiting for whoever has it, whom `say` is told; gives a descriptor.
+
+    The lock goes with its process, however that ends.
+    """
     with writing(path):
         lock = _lock(path, say)
     owner = os.getpid()
