@@ -86,6 +86,14 @@ def _handle(handler: Callable[[int, Any], None]) -> None:
             signal.signal(number, handler)
 
 
+def check_writable(root: Path, name: str) -> None:
+    """PermissionError with one sentence where the run could not keep what it makes."""
+    for folder in (root / ".snakemake", root / "runs" / name, root / "reports" / name):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise PermissionError(f"{nearest} cannot be written, results belong there: see DENSENAS_ROOT")
+
+
 def keep_caches(folder: Path) -> None:
     """Where HOME cannot be written, this is where Snakemake, matplotlib and Jupyter keep what they would keep there."""
     if not os.access(Path.home(), os.W_OK):
@@ -115,6 +123,7 @@ def main() -> None:
         if not shutil.which("setpriv"):
             raise ValueError("setpriv is missing, which ends stages with their pipeline: install util-linux")
         path = path if Path.cwd() == ROOT else path.absolute()
+        check_writable(ROOT, name)
         keep_caches(ROOT / "runs" / ".caches")
         with locked(ROOT / "runs" / ".lock", say_wait):
             if run_snakemake(ROOT, name, path, [target] if target else []):

@@ -70,6 +70,13 @@ class CostConfig(Strict):
     networks: int = Field(0, ge=0, le=10_000)
     rounds: int = Field(12, ge=1, le=10_000)
 
+    @field_validator("networks")
+    @classmethod
+    def _can_be_ranked(cls, networks: int) -> int:
+        if networks == 1:
+            raise ValueError("a rank correlation needs at least 2 networks, 0 measures none")
+        return networks
+
 
 class TrainingConfig(Strict):
     epochs: Epochs | None = None
