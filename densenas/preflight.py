@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -93,7 +92,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
     code = _code(retrain.net_config)
     return {
         "01-data": _images(data.dataset, chain(*items.values())) if items else "",
-        "02-cost": _digest(space.model_dump_json().encode()),
+        "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
         "05-retrain": code,
         "06-evaluate": code + _trained(config.evaluate.model),
     }
@@ -133,8 +132,13 @@ def _check_trained(folder: str, classes: int, size: int, net_config: str | None)
         raise ValueError(f"the network in '{folder}' tells {told} classes apart, the data set has {classes}")
 
 
-def _digest(*contents: bytes) -> str:
-    return hashlib.sha256(json.dumps([hashlib.sha256(content).hexdigest() for content in contents]).encode()).hexdigest()
+def _digest(files: Iterable[Path]) -> str:
+    """Of their contents, in this order; a file that is not there counts as empty."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def _images(dataset: str, items: Iterable[Item]) -> str:
@@ -144,10 +148,7 @@ def _images(dataset: str, items: Iterable[Item]) -> str:
 
 def _trained(folder: str | None) -> str:
     """Of the files of a trained network; empty without a folder."""
-    if folder is None:
-        return ""
-    files = [Path(folder, name) for name in NETWORK_FILES]
-    return _digest(*[path.read_bytes() if path.is_file() else b"" for path in files])
+    return _digest(Path(folder, name) for name in NETWORK_FILES) if folder else ""
 
 
 def _code(model: str | None) -> str:
@@ -158,8 +159,8 @@ def _code(model: str | None) -> str:
     package = source.parent
     while (package.parent / "__init__.py").is_file():
         package = package.parent
-    files = sorted(package.rglob("*.py")) if (source.parent / "__init__.py").is_file() else [source]
-    return _digest(*[path.read_bytes() for path in files])
+    whole = (source.parent / "__init__.py").is_file()
+    return _digest(sorted(package.rglob("*.py")) if whole else [source])
 
 
 def main() -> None:
