@@ -68,14 +68,11 @@ STAGE = (
 )
 
 
-def verbatim(value):
-    """A parameter that may hold braces: Snakemake seeks wildcards in text, not in a function's value."""
-    return lambda wildcards: value
-
-
 def as_yaml(stage):
     """A stage's parameters; where JSON writes 1e-05, papermill would read a string."""
-    return verbatim(yaml.safe_dump(PARAMETERS[stage], default_flow_style=True, width=10**6).strip())
+    parameters = yaml.safe_dump(PARAMETERS[stage], default_flow_style=True, width=10**6).strip()
+    # They may hold braces: Snakemake seeks wildcards in text, not in a function's value.
+    return lambda wildcards: parameters
 
 
 def print_last_words(logs):
@@ -130,14 +127,14 @@ for stage, needs in NEEDS.items():
 if STUDY := PARAMETERS.get("09-evidence"):
     from densenas.evidence import SEARCHED, Study
 
-    RESULT = f"runs/{RUN}/evidence/{{job}}/result.json"
+    FOLDER = f"runs/{RUN}/evidence/{{job}}"
     STEP = f"{PYTHON} densenas.evidence {shlex.quote(CONFIGURATION)} {RUN}"
     HOW = [STUDY["precision"], STUDY["device"]]
 
     rule evidence:
         input:
             notebook=f"{NOTEBOOKS}/09-evidence.ipynb",
-            results=expand(RESULT, job=Study(**STUDY).jobs()),
+            results=expand(f"{FOLDER}/result.json", job=Study(**STUDY).jobs()),
         output:
             notebook=f"reports/{RUN}/09-evidence.ipynb",
             done=touch(f"runs/{RUN}/09-evidence.done"),
@@ -169,9 +166,12 @@ if STUDY := PARAMETERS.get("09-evidence"):
     rule trained:
         input:
             f"runs/{RUN}/02-cost.done",
-            lambda job: [RESULT.replace("result", "searched").format(**job)] if job.job.startswith(SEARCHED) else [],
+            branch(
+                lambda wildcards: wildcards.job.startswith(SEARCHED),
+                then=f"{FOLDER}/searched.json",
+            ),
         output:
-            RESULT,
+            f"{FOLDER}/result.json",
         params:
             retrain=STUDY["retrain"],
             how=HOW,

@@ -120,7 +120,7 @@ def refuse(wrong: bool, sentence: str) -> None:
 
 @contextmanager
 def naming(where: str, link: str = ": ") -> Iterator[None]:
-    """Around what may raise ValueError, pydantic's included: it says in one sentence where, and what."""
+    """Around what may raise ValueError, pydantic's included, or OSError: it says in one sentence where, and what."""
     try:
         yield
     except ValidationError as error:
@@ -131,6 +131,8 @@ def naming(where: str, link: str = ": ") -> Iterator[None]:
         raise ValueError(f"{where}: {_sentence(first)}") from None
     except ValueError as error:
         raise ValueError(f"{where}{link}{error}") from None
+    except OSError as error:
+        raise type(error)(f"{where}{link}{error}") from None
 
 
 def _sentence(error: ErrorDetails) -> str:
@@ -144,9 +146,10 @@ def _sentence(error: ErrorDetails) -> str:
     if not setting:
         return reason
     given = error["input"]
-    exponent = isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given, re.I)
-    if error["type"] == "float_type" and exponent:
-        reason += "; YAML takes 1e-4 for text, write 1.0e-4"
+    if isinstance(given, dict):  # a whole section, of which the reason names the settings
+        return f"{setting}: {reason}"
+    if error["type"] == "float_type" and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", str(given), re.I):
+        reason += "; YAML takes 1e-4 and 1.0e4 for text, write 1.0e-4 and 1.0e+4"
     return f"{setting}: {reason} (got {shown(given)})"
 
 
@@ -331,7 +334,7 @@ def _lives(process: str) -> bool:
     except (ProcessLookupError, OverflowError, ValueError):
         return False
     except PermissionError:
-        return True
+        pass  # another user's
     return True
 
 

@@ -230,9 +230,8 @@ class CostTable:
                 if space.name == record.space.name:
                     priced = f"another version of {priced}"
                 raise ValueError(f"it prices {priced}, asked for was {space.name}")
-        with naming(f"{path}: conditions"):
-            CONDITIONS[record.kind].model_validate(record.conditions)
-        with naming(str(path)):
+            with naming("conditions"):
+                CONDITIONS[record.kind].model_validate(record.conditions)
             return cls(record.space, record.kind, *_parts(record.table), record.conditions)
 
     def total(self, arch: str | Architecture) -> float:

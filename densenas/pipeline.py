@@ -6,17 +6,17 @@ RUN, CONFIG and CORES come from the environment, where no shell reads them.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+SNAKEFILE = Path(__file__).absolute().parent.parent / "Snakefile"
 GOES_ON = "the same command goes on from the last checkpoint"
 STOPPED = f"stopped; {GOES_ON}"
 # Errors that say what is wrong in a sentence; any other is a fault of the program.
@@ -47,27 +47,15 @@ def _sentence(path: Path, text: str) -> str:
     return f"{path.stem}: {last} (where: {path})"
 
 
-@contextmanager
-def one_pipeline(root: Path) -> Iterator[None]:
-    """One pipeline at a time: a second one says so and waits for the first, also for one whose terminal is gone.
-
-    The lock is the kernel's and goes with its process, where Snakemake's own would stay behind after a kill -9.
-    """
-    path = root / "runs" / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another make is at work here: waiting for it to end", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def say_wait(_: str) -> None:
+    print("another make is at work here: waiting for it to end", flush=True)
 
 
-def run_snakemake(snakefile: Path, root: Path, name: str, configuration: Path, targets: list[str]) -> int:
+def run_snakemake(root: Path, name: str, configuration: Path, targets: list[str]) -> int:
     """Runs the Snakefile's rules and returns the exit status; KeyboardInterrupt where a signal has ended it."""
     command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "snakemake"]
-    command += ["--snakefile", str(snakefile), "--nolock", "--rerun-incomplete"]
+    # A lock of Snakemake's own would stay behind after a kill -9.
+    command += ["--snakefile", str(SNAKEFILE), "--nolock", "--rerun-incomplete"]
     command += ["--cores", os.environ.get("CORES") or str(len(os.sched_getaffinity(0)))]
     command += ["--quiet", "host", "reason", "progress"]
     # The dot before a relative path: Snakemake reads values as YAML, and cannot where one starts with #.
@@ -98,6 +86,14 @@ def _handle(handler: Callable[[int, Any], None]) -> None:
             signal.signal(number, handler)
 
 
+def check_writable(root: Path, name: str) -> None:
+    """PermissionError with one sentence where the run could not keep what it makes."""
+    for folder in (root / ".snakemake", root / "runs" / name, root / "reports" / name):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise PermissionError(f"{nearest} cannot be written, results belong there: see DENSENAS_ROOT")
+
+
 def keep_caches(folder: Path) -> None:
     """Where HOME cannot be written, this is where Snakemake, matplotlib and Jupyter keep what they would keep there."""
     if not os.access(Path.home(), os.W_OK):
@@ -113,20 +109,24 @@ def main() -> None:
     try:
         _handle(signal.default_int_handler)
         # Seconds, in which a signal is heard already.
-        from densenas.config import PACKAGE, ROOT
+        from densenas.config import ROOT
         from densenas.preflight import identify
         from densenas.report import tell
-        from densenas.run import Run, RunConfig
+        from densenas.run import Run, RunConfig, locked
 
+        if not SNAKEFILE.is_file():
+            lacks = "is not there, an installed package is no pipeline: clone the repository"
+            raise FileNotFoundError(f"{SNAKEFILE} {lacks}")
         name, path = identify(os.environ.get("RUN", ""), os.environ.get("CONFIG", ""), usual)
         if target and not RunConfig.load(path).evidence:
             raise ValueError(f"{path} has no section 'evidence': targets, seeds and networks of the study")
         if not shutil.which("setpriv"):
             raise ValueError("setpriv is missing, which ends stages with their pipeline: install util-linux")
         path = path if Path.cwd() == ROOT else path.absolute()
+        check_writable(ROOT, name)
         keep_caches(ROOT / "runs" / ".caches")
-        with one_pipeline(ROOT):
-            if run_snakemake(PACKAGE.parent / "Snakefile", ROOT, name, path, [target] if target else []):
+        with locked(ROOT / "runs" / ".lock", say_wait):
+            if run_snakemake(ROOT, name, path, [target] if target else []):
                 sys.exit(1)
         tell(Run(name))
     except (ValueError, OSError) as error:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -57,7 +55,7 @@ def identify(run: str = "", configuration: str = "", usual: str = "digits") -> t
 def checked(path: Path) -> tuple[RunConfig, dict[str, str]]:
     """A configuration that passes `preflight`, and what that returns; every sentence names the file."""
     config = RunConfig.load(path)
-    with _setting(str(path)):
+    with naming(str(path)):
         return config, preflight(config)
 
 
@@ -72,7 +70,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
     size = config.image_size or space.input_size
     data, retrain = config.data, config.retrain
     source = data.dataset, data.source, data.num_classes, data.val_fraction, config.seed
-    with _setting("data"):
+    with naming("data"):
         items = listing(*source, download=False)
     if items is None:
         named = data.num_classes
@@ -86,15 +84,15 @@ def preflight(config: RunConfig) -> dict[str, str]:
             with naming(setting):
                 lattice.at(target)
     if retrain.net_config is not None:
-        with _setting("retrain.net_config"):
+        with naming("retrain.net_config"):
             check_network(retrain.net_config, classes, size)
     if config.evaluate.model is not None:
-        with _setting("evaluate.model"):
+        with naming("evaluate.model"):
             _check_trained(config.evaluate.model, classes, size, retrain.net_config)
     code = _code(retrain.net_config)
     return {
         "01-data": _images(data.dataset, chain(*items.values())) if items else "",
-        "02-cost": _digest(space.model_dump_json().encode()),
+        "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
         "05-retrain": code,
         "06-evaluate": code + _trained(config.evaluate.model),
     }
@@ -103,18 +101,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
 def check_machine(config: RunConfig) -> None:
     """ValueError where this machine lacks the devices that the stages compute on."""
     for section, training in {"search": config.search, "retrain": config.retrain}.items():
-        with _setting(section):
+        with naming(section):
             check_devices(config.device, training.devices)
-
-
-@contextmanager
-def _setting(name: str) -> Iterator[None]:
-    """Errors say which setting of the configuration they come from."""
-    try:
-        with naming(name):
-            yield
-    except OSError as error:
-        raise FileNotFoundError(f"{name}: {error}") from None
 
 
 def _check_batches(config: RunConfig, space: SearchSpace, train: int, val: int) -> None:
@@ -144,8 +132,13 @@ def _check_trained(folder: str, classes: int, size: int, net_config: str | None)
         raise ValueError(f"the network in '{folder}' tells {told} classes apart, the data set has {classes}")
 
 
-def _digest(*contents: bytes) -> str:
-    return hashlib.sha256(json.dumps([hashlib.sha256(content).hexdigest() for content in contents]).encode()).hexdigest()
+def _digest(files: Iterable[Path]) -> str:
+    """Of their contents, in this order; a file that is not there counts as empty."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def _images(dataset: str, items: Iterable[Item]) -> str:
@@ -155,10 +148,7 @@ def _images(dataset: str, items: Iterable[Item]) -> str:
 
 def _trained(folder: str | None) -> str:
     """Of the files of a trained network; empty without a folder."""
-    if folder is None:
-        return ""
-    files = [Path(folder, name) for name in NETWORK_FILES]
-    return _digest(*[path.read_bytes() if path.is_file() else b"" for path in files])
+    return _digest(Path(folder, name) for name in NETWORK_FILES) if folder else ""
 
 
 def _code(model: str | None) -> str:
@@ -169,8 +159,8 @@ def _code(model: str | None) -> str:
     package = source.parent
     while (package.parent / "__init__.py").is_file():
         package = package.parent
-    files = sorted(package.rglob("*.py")) if (source.parent / "__init__.py").is_file() else [source]
-    return _digest(*[path.read_bytes() for path in files])
+    whole = (source.parent / "__init__.py").is_file()
+    return _digest(sorted(package.rglob("*.py")) if whole else [source])
 
 
 def main() -> None:

@@ -97,18 +97,24 @@ def write_overview() -> str:
     return "reports/index.html"
 
 
+def _sections(run: Run, name: str, stages: dict[str, str]) -> dict[str, Any]:
+    """A file of the report folder; FileNotFoundError where a stage has not written its section."""
+    content = run.read_json(name)
+    for section, stage in stages.items():
+        if section not in content:
+            lacks = f"has no '{section}' in {name} yet"
+            raise FileNotFoundError(f"run '{run.name}' {lacks}: run {stage} first")
+    return content
+
+
 def evaluation(run: Run) -> dict[str, Any]:
     """What a report says of an evaluated run: metrics.json, what was derived, and what was tested.
 
     Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not
     run again.
     """
-    metrics = run.read_json("metrics.json")
     stages = {"data": "01-data", "search": "03-search", "evaluate": "06-evaluate"}
-    for section, stage in stages.items():
-        if section not in metrics:
-            lacks = f"has no '{section}' in metrics.json yet"
-            raise FileNotFoundError(f"run '{run.name}' {lacks}: run {stage} first")
+    metrics = _sections(run, "metrics.json", stages)
     found, test = derived(run), metrics["evaluate"]
     return {
         **metrics,
@@ -124,10 +130,7 @@ def write_report(run: Run) -> str:
     """Writes index.html from the run's files; returns its path relative to the repository."""
     content = evaluation(run)
     captions, folder = run.read_json("figures/captions.json"), run.reports / "figures"
-    provenance = run.read_json("provenance.json")
-    if "03-search" not in provenance:
-        lacks = "has no '03-search' in provenance.json yet"
-        raise FileNotFoundError(f"run '{run.name}' {lacks}: run 03-search first")
+    provenance = _sections(run, "provenance.json", {"03-search": "03-search"})
     sources = {
         name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in captions
     }
@@ -153,15 +156,21 @@ def write_study(run: Run) -> str:
     clean = TagRemovePreprocessor(remove_all_outputs_tags={"work"})
     exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[clean])
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
-    made = run.read_json("provenance.json")["09-evidence"]
+    made = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
+    metrics = _sections(run, "metrics.json", {"data": "01-data"})
     content = {
-        "run": run.name, "data": run.read_json("metrics.json")["data"], "body": body,
-        "parameters": yaml.safe_dump(made["parameters"]), "environment": made,
-    }  # fmt: skip
-    write_text(run.reports / "evidence.html", TEMPLATES.get_template("study.html.j2").render(content))
+        "run": run.name,
+        "data": metrics["data"],
+        "body": body,
+        "parameters": yaml.safe_dump(made["parameters"]),
+        "environment": made,
+    }
+    page = TEMPLATES.get_template("study.html.j2").render(content)
+    write_text(run.reports / "evidence.html", page)
     # Where the README has a place for this study, its figure and result stand there.
-    quoted = TEMPLATES.get_template("study.md.j2").render(run.read_json("metrics.json"), run=run.name, made=made)
-    readme, place = ROOT / "README.md", rf"(<!-- {re.escape(run.name)} -->).*?(?=<!-- end -->)"
+    quoted = TEMPLATES.get_template("study.md.j2").render(metrics, run=run.name, made=made)
+    readme = ROOT / "README.md"
+    place = rf"(<!-- {re.escape(run.name)} -->).*?(?=<!-- end -->)"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart
         text = re.sub(place, lambda match: f"{match[1]}\n{quoted}\n", read_text(readme), flags=re.DOTALL)
         write_text(readme, text)

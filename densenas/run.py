@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from densenas.baselines import WITHIN
 from densenas.config import (
-    HOST, ROOT, Augment, Dataset, Strict, atomic, naming, override, read_json, read_yaml, refuse,
-    write_text, writing,
+    HOST, ROOT, Augment, Dataset, Epochs, Images, Strict, atomic, naming, override, read_json,
+    read_yaml, write_text, writing,
 )  # fmt: skip
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
@@ -70,10 +70,17 @@ class CostConfig(Strict):
     networks: int = Field(0, ge=0, le=10_000)
     rounds: int = Field(12, ge=1, le=10_000)
 
+    @field_validator("networks")
+    @classmethod
+    def _can_be_ranked(cls, networks: int) -> int:
+        if networks == 1:
+            raise ValueError("a rank correlation needs at least 2 networks, 0 measures none")
+        return networks
+
 
 class TrainingConfig(Strict):
-    epochs: int | None = Field(None, ge=1, le=100_000)
-    batch_size: int | None = Field(None, ge=2)
+    epochs: Epochs | None = None
+    batch_size: Images | None = None
     devices: int = Field(1, ge=1)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
@@ -156,8 +163,7 @@ class RunConfig(Strict):
         settings = read_yaml(Path(path))
         with naming(str(path)):
             config = cls.model_validate(settings)
-            space = SearchSpace.load(config.space)
-            config.fit(space)
+            config.fit(SearchSpace.load(config.space))
         return config
 
     def fit(self, space: SearchSpace) -> None:
@@ -243,12 +249,14 @@ class Run:
         ValueError where another side is asked for, FileNotFoundError before 01-data has run.
         """
         path = self.need(self.work / "data.json", "01-data")
-        with naming(f"{path} is damaged, run 01-data again"):
-            prepared = _Prepared.model_validate(read_json(path, "run 01-data again"))
+        again = "run 01-data again"
+        content = read_json(path, again)
+        with naming(f"{path} is damaged, {again}"):
+            prepared = _Prepared.model_validate(content)
         if image_size not in (None, prepared.image_size):
             are = f"the images of run '{self.name}' were prepared with {prepared.image_size} pixels"
             raise ValueError(
-                f"image_size is {image_size}, but {are}: leave it out, or run 01-data again"
+                f"image_size is {image_size}, but {are}: leave it out, or {again}"
             )
         return prepared.image_size, len(prepared.classes)
 
@@ -290,7 +298,7 @@ class Run:
             at_work = f"run '{self.name}' is at work in process {holder or '?'}"
             print(f"{at_work}: waiting for it", flush=True)
 
-        with _locked(path, say) as lock:
+        with locked(path, say) as lock:
             with suppress(OSError):  # a full disk keeps the name out, not the lock
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{os.getpid()} on {HOST}".encode(), 0)
@@ -303,7 +311,7 @@ class Run:
     @contextmanager
     def _updating(self) -> Iterator[None]:
         """Two stages that end at once must not lose each other's entries."""
-        with _locked(self.work / ".entries.lock"):
+        with locked(self.work / ".entries.lock"):
             yield
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -367,8 +375,11 @@ class Run:
 
 
 @contextmanager
-def _locked(path: Path, say: Callable[[str], None] | None = None) -> Iterator[int]:
-    """Holds the kernel's lock on a file; where it has to wait, `say` is told what the file says."""
+def locked(path: Path, say: Callable[[str], None] | None = None) -> Iterator[int]:
+    """Holds the kernel's lock on a file, after waiting for whoever has it, whom `say` is told; gives a descriptor.
+
+    The lock goes with its process, however that ends.
+    """
     with writing(path):
         lock = _lock(path, say)
     owner = os.getpid()

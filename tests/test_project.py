@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from papermill import inspect_notebook
 from torchvision.io import write_png
 
-from densenas import Architecture, report
+from densenas import Architecture, pipeline, report
 from densenas.architecture import save_published
 from densenas.config import PACKAGE, ROOT
 from densenas.pipeline import STOPPED, last_words
@@ -81,7 +81,7 @@ def test_a_configuration_sets_parameters_that_the_notebooks_have(path):
 @pytest.mark.parametrize(
     ("line", "wrong", "sentence"),
     [
-        ("space: digits", "space: digit", r"no search space 'digit'.*mbv2"),
+        ("space: digits", "space: digit", r"run\.yml: no search space 'digit'.*mbv2"),
         ("space: digits", "spcae: digits", r"no setting 'spcae'"),
         ("dataset: digits", "datset: digits", r"no setting 'data\.datset'"),
         ("dataset: digits", "dataset: digts", r"data\.dataset.*'digits'.*digts"),
@@ -96,6 +96,7 @@ def test_a_configuration_sets_parameters_that_the_notebooks_have(path):
             r"search\.target_cost is 0\.01 million.*networks of space digits.*have",
         ),
         ("target_cost: 1.0", "target_cost: 400", r"search\.target_cost is 400 million.*at 32 pixels have"),
+        ("networks: 30", "networks: 1", r"cost\.networks: .*at least 2 networks"),
         ("networks: 30", "kind: joules", r"cost\.kind.*mult_adds.*latency.*joules"),
         ("seed: 0", "seed: true", r"seed: .*integer.*True"),
         ("seed: 0", "device: gpu", r"device: expected auto, cpu, cuda or one GPU.*gpu"),
@@ -115,15 +116,6 @@ def test_a_wrong_configuration_is_refused_in_one_sentence(tmp_path, line, wrong,
     assert re.search(sentence, str(refused.value)) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../elsewhere", "", "a/b", ".hidden", "-x", "[a]", "a b", "x; touch f", "{x}", "x" * 101, "index.html", "x\n"],
-)
-def test_a_run_name_cannot_leave_its_folder(name):
-    with refused(ValueError, "not usable as a folder name"):
-        Run(name)
-
-
 def test_a_run_is_named_by_its_file_unless_by_the_user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("mine.yml", "a b.yml", "007.yml"):
@@ -139,6 +131,26 @@ def test_a_run_is_named_by_its_file_unless_by_the_user(tmp_path, monkeypatch):
         identify("x")
     with refused(FileNotFoundError, r"there is no configuration 'nowhere\.yml'"):
         identify("x", "nowhere.yml")
+
+
+def test_an_installed_package_says_that_it_is_no_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "SNAKEFILE", tmp_path / "Snakefile")
+    monkeypatch.setattr(sys, "argv", ["pipeline"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.raises(SystemExit, match="Snakefile is not there, an installed package is no pipeline: clone"):
+        pipeline.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("place", [".snakemake", "runs", "reports", "reports/mine"])
+def test_a_place_that_cannot_be_written_is_refused_beforehand(place, tmp_path):
+    pipeline.check_writable(tmp_path / "not there yet", "mine")
+    pipeline.check_writable(tmp_path, "mine")
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
+    with refused(PermissionError, rf"{tmp_path}/{place} cannot be written, results belong there"):
+        pipeline.check_writable(tmp_path, "mine")
 
 
 def test_make_never_reads_a_name_as_a_command(tmp_path):
@@ -395,10 +407,7 @@ def test_a_damaged_run_does_not_stop_the_report_of_another(reported, capsys):
     assert re.search(r"left out of the overview: run name 'my copy'", said)
 
 
-def test_the_overview_lists_every_evaluated_run(tmp_path, monkeypatch):
-    for module in ("run", "report"):
-        monkeypatch.setattr(f"densenas.{module}.ROOT", tmp_path)
-    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "digits")
+def test_the_overview_lists_every_evaluated_run(reported, tmp_path):
     shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "second")
     unfinished = tmp_path / "reports" / "unfinished"
     unfinished.mkdir()
