@@ -16,12 +16,13 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from densenas.config import Augment, Dataset, Strict, read_json, refuse, write_text
+from densenas.config import Augment, Dataset, Strict, read_json, write_text
 from densenas.folders import named
 from densenas.loading import transform
 from densenas.pack import Item, Packed, read_manifest, verify, write_pack
 from densenas.run import DataConfig, Run
-from densenas.sources import read_source, root_of
+from densenas.sources import CLASSES, read_source, root_of
+from densenas.store import sha256
 
 TEST_FRACTION = 0.2  # where a data set brings no test split of its own
 SPLITS = ("train", "val", "test")
@@ -129,7 +130,7 @@ def prepare(
         kept["digest"] = hashlib.sha256(json.dumps([kept, quality, rows]).encode()).hexdigest()
         data = _data(folder, **kept, mean=[0.0], std=[1.0])
         kept["mean"], kept["std"] = _statistics(data)
-        kept["manifest"] = _hash(folder / "manifest.csv")
+        kept["manifest"] = sha256(folder / "manifest.csv")
         write_text(run.work / "data.json", json.dumps(kept, indent=1))
     return replace(data, mean=kept["mean"], std=kept["std"])
 
@@ -144,10 +145,12 @@ def listing(
 ) -> dict[str, list[Item]] | None:
     """What `prepare` would pack, by split, with all that it would refuse; no image file is opened.
 
-    Without `download` it is None where a set of torchvision's is not there yet.
+    Without `download` it is None where a set of torchvision's is not there yet; of that only
+    `num_classes` is checked.
     """
     found = read_source(dataset, source, download)
     if found is None:
+        _classes(sorted(CLASSES[dataset]), num_classes)
         return None
     return _split(found[0], dataset, num_classes, val_fraction, seed)
 
@@ -161,7 +164,7 @@ def load(run: Run) -> ImageData:
         kept = _Kept.model_validate(content)
     except ValidationError:
         raise ValueError(f"{path} is damaged or of another version: {remedy}") from None
-    if _hash(run.need(folder / "manifest.csv", "01-data")) != kept.manifest:
+    if sha256(run.need(folder / "manifest.csv", "01-data")) != kept.manifest:
         raise ValueError(f"the pack '{folder}' is not the one that {path} describes: {remedy}")
     return _data(folder, **kept.model_dump(exclude={"manifest"}))
 
@@ -241,25 +244,24 @@ def _split(
     return parts
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
     """The classes to keep, in sorted order."""
     if isinstance(wanted, int):
-        expected = f"expected 2 to {len(found)}, the classes of the data set"
-        refuse(not 2 <= wanted <= len(found), f"num_classes is {wanted}, {expected}")
+        if not 2 <= wanted <= len(found):
+            expected = f"expected 2 to {len(found)}, the classes of the data set"
+            raise ValueError(f"num_classes is {wanted}, {expected}")
         return found[:wanted]
     classes = found
     if wanted is not None:
         classes = sorted(unicodedata.normalize("NFC", name) for name in wanted)
-    refuse(len(set(classes)) < len(classes), "num_classes names a class twice")
-    for name in classes:
-        refuse(name not in found, f"num_classes names '{name}', which is not a class of the data set")
-    have = f"only the class '{classes[0]}' is there" if classes else "num_classes names no class"
-    refuse(len(classes) < 2, f"{have}, at least 2 are needed")
+    if len(set(classes)) < len(classes):
+        raise ValueError("num_classes names a class twice")
+    foreign = [name for name in classes if name not in found]
+    if foreign:
+        raise ValueError(f"num_classes names {named(foreign)}, which is not a class of the data set")
+    if len(classes) < 2:
+        have = f"only the class '{classes[0]}' is there" if classes else "num_classes names no class"
+        raise ValueError(f"{have}, at least 2 are needed")
     return classes
 
 

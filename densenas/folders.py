@@ -33,6 +33,9 @@ FILLERS = {"set", "data", "dataset", "split", "folder", "images", "imgs"}
 SERVICE = {
     "@eadir",
     "@__thumb",
+    "@recently-snapshot",
+    "@sharebin",
+    "@tmp",
     "@recycle",
     "#recycle",
     "#snapshot",
@@ -65,7 +68,7 @@ def read_folder(root: Path) -> tuple[list[Item], list[str]]:
     or a folder cannot be read.
     """
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"source '{shown(str(root))}' is not a folder")
+        raise FileNotFoundError(f"source {str(root)!r} is not a folder")
     walk = Walk(root)
     top = Folder(str(root), os.path.realpath(root))
     walk.enter(top)
@@ -118,7 +121,7 @@ class Walk:
             self.left_out[f"{folder.name}/ (a link back)"] += 1
             return False
         raise ValueError(
-            f"'{before}' and '{shown(folder.path)}' are one and the same folder:"
+            f"{before!r} and {folder.path!r} are one and the same folder:"
             f" its images would count twice, remove one of the two"
         )
 
@@ -128,8 +131,7 @@ class Walk:
             with os.scandir(folder.path) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
-            where = shown(folder.path)
-            raise ValueError(f"folder '{where}' cannot be read: {error.strerror}") from None
+            raise ValueError(f"folder {folder.path!r} cannot be read: {error.strerror}") from None
         folders, files = [], []
         for entry in entries:
             link = entry.is_symlink()
@@ -142,7 +144,7 @@ class Walk:
             elif entry.name[0] == ".":
                 self.left_out["hidden file"] += 1
             elif link and not os.path.exists(entry.path) and _ending(entry) not in ENDINGS:
-                raise ValueError(f"the link '{shown(entry.path)}' leads nowhere: mend or remove it")
+                raise ValueError(f"the link {entry.path!r} leads nowhere: mend or remove it")
             else:
                 files.append(entry)
         return folders, files
@@ -159,28 +161,30 @@ class Walk:
         before = len(self.items)
         waiting = [folder]
         while waiting:
-            folders, files = self.entries(waiting.pop())
+            folder = waiting.pop()
+            folders, files = self.entries(folder)
             for inner in folders:
                 if inner.name.casefold() in SPLITS:
                     above = os.path.dirname(inner.path)
                     raise ValueError(
-                        f"'{shown(inner.path)}' looks like a split, but lies in class '{label}':"
-                        f" did you mean source: {shown(above)}? A class of that name needs another"
+                        f"{inner.path!r} looks like a split, but lies in class '{label}':"
+                        f" did you mean source: {above}? A class of that name needs another"
                     )
                 if self.enter(inner):
                     waiting.append(inner)
             for file in files:
-                self._read_file(file, label, part)
+                self._read_file(file, folder.real, label, part)
         return len(self.items) - before
 
-    def _read_file(self, file: os.DirEntry, label: str, part: str | None) -> None:
+    def _read_file(self, file: os.DirEntry, real: str, label: str, part: str | None) -> None:
         ending = _ending(file)
         if ending not in ENDINGS:
             self.left_out[ending or file.name] += 1
         elif file.is_file(follow_symlinks=False) or _is_image_link(file):
             # Composed, or one name would have another hash on a file system that decomposes it.
             key = unicodedata.normalize("NFC", file.path[self.start :])
-            self.items.append(Item(key, label, part, Path(file.path)))
+            # Where it really is, or a link set to another folder could pass for the same source.
+            self.items.append(Item(key, label, part, Path(real, file.name)))
         else:
             self.left_out[f"{ending} that is no regular file"] += 1
 
@@ -247,7 +251,7 @@ def _refuse_split_names(above: Folder, folders: list[Folder]) -> None:
         names = [*near]
     if names:
         raise ValueError(
-            f"{named(names)} in '{shown(above.path)}' would be a class, but looks like a split:"
+            f"{named(names)} in {above.path!r} would be a class, but looks like a split:"
             f" splits are train, val and test, side by side in source; rename a class of that name"
         )
 
@@ -258,8 +262,7 @@ def _read_classes(walk: Walk, above: Folder, folders: list[Folder], part: str | 
     empty = []
     for folder in folders:
         if UNPRINTABLE.search(folder.name):
-            where = shown(folder.path)
-            raise ValueError(f"the class folder '{where}' has no printable name: rename it")
+            raise ValueError(f"the class folder {folder.path!r} has no printable name: rename it")
         label = unicodedata.normalize("NFC", folder.name)
         if label in names:
             raise ValueError(
@@ -272,12 +275,11 @@ def _read_classes(walk: Walk, above: Folder, folders: list[Folder], part: str | 
         if not walk.read_class(folder, label, part):
             empty.append(label)
     endings = ", ".join(sorted(ENDINGS))
-    where = shown(above.path)
     if len(empty) == len(names):
-        raise ValueError(f"'{where}' holds no class folders with images ({endings})")
+        raise ValueError(f"{above.path!r} holds no class folders with images ({endings})")
     if empty:
         raise ValueError(
-            f"no image in the class folder {named(empty)} of '{where}' ({endings}):"
+            f"no image in the class folder {named(empty)} of {above.path!r} ({endings}):"
             f" a class without images cannot be learned, remove its folder or fill it"
         )
 
@@ -286,10 +288,10 @@ def _refuse_twins(items: list[Item]) -> None:
     """Sorted items with one name in two spellings would be one image in the pack."""
     for k in range(1, len(items)):
         if items[k].key == items[k - 1].key:
-            twins = items[k - 1].content.name, items[k].content.name
+            twins = str(items[k - 1].content), str(items[k].content)
             raise ValueError(
-                f"the files {twins[0]!a} and {twins[1]!a} are one name in two Unicode spellings"
-                f" ('{items[k].key}'): rename or remove one"
+                f"the files {twins[0]!a} and {twins[1]!a} are one name in two Unicode spellings:"
+                f" rename or remove one"
             )
 
 
@@ -303,18 +305,13 @@ def _alike(classes: set[str]) -> list[str]:
 
 
 def _counted(left_out: Counter[str]) -> str:
-    kinds = [f"{count} × {shown(what)}" for what, count in sorted(left_out.items())]
+    kinds = [f"{count} × {repr(what)[1:-1]}" for what, count in sorted(left_out.items())]
     more = f" and {len(kinds) - 20} other kinds" if len(kinds) > 20 else ""
     return ", ".join(kinds[:20]) + more
 
 
 def named(names: Iterable[str]) -> str:
-    """Names in quotes, of many only the first ten."""
-    quoted = [f"'{shown(name)}'" for name in names]
+    """Names in quotes and on one line whatever is in them, of many only the first ten."""
+    quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - 10} more" if len(quoted) > 10 else ""
     return ", ".join(quoted[:10]) + more
-
-
-def shown(name: str) -> str:
-    """A name as it can be printed on one line, also where its bytes are no UTF-8."""
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], name)

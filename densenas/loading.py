@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,10 +53,7 @@ def transform(augment: str | None, size: int) -> v2.Transform:
 
 def free_shared_memory() -> int:
     """Bytes that are left of what workers send their images through: 64 MB in a Docker container."""
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return sys.maxsize  # a system without that folder has no such limit
+    return shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
 
 
 def seed_of(*position: object) -> int:
@@ -185,6 +181,11 @@ class Batches:
                 except ValueError as error:  # from a worker with its whole traceback
                     reason = str(error).splitlines()[-1].removeprefix("ValueError: ")
                     raise ValueError(reason) from None
+                except RuntimeError as error:  # of PyTorch, where a worker is gone
+                    raise RuntimeError(
+                        "a process that decodes images was killed, as where memory or /dev/shm is"
+                        f" full: the same call goes on ({str(error).splitlines()[0]})"
+                    ) from None
             yield images, send(self.labels[mine[step]], self.device)
 
     def _shares(self, wanted: int, here: int) -> tuple[int, int]:

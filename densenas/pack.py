@@ -31,7 +31,7 @@ from densenas.config import atomic, write_text
 from densenas.decoding import ELONGATION, decode, middle
 from densenas.run import progress
 from densenas.store import (
-    MEND, SUMS, commit, environment, intact_files, name_of, open_lmdb, read_sums,
+    MEND, SUMS, TABLES, commit, environment, is_intact, name_of, open_lmdb, read_sums,
     reason_of, resume, sha256,
 )  # fmt: skip
 
@@ -39,7 +39,6 @@ CORES = len(os.sched_getaffinity(0))
 CHUNK = 64  # images a commit: what a kill can cost
 BYTES = 1 << 29  # of one image file; 100 million pixels of 16 bits, not compressed, have as many
 JPEG_SIDE = 65_500  # pixels, the longest side of a JPEG
-TABLES = {"about.json", "manifest.csv"}  # beside the LMDBs
 COLUMNS = ["split", "class", "label", "key", "bytes", "digest"]
 NAMED = 10  # images that an error names one by one
 CHANGED = "changed while it was packed"
@@ -117,11 +116,11 @@ def write_pack(
 ) -> None:
     """Packs every image as it is or, given `shorter`, once resized to that side as JPEG.
 
-    Works in `<folder>.partial`, which takes the place of `folder` at the end. What a killed run
-    left there and what `folder` holds is taken over, image by image, where the source is still the
-    same and nothing is damaged. Raises ValueError with one sentence: without `skip_broken` at the
-    end, naming the broken images (the others stay packed for the rerun); where the source changes
-    meanwhile; where `folder` cannot be written, as on a full disk (what is packed stays).
+    Works in `<folder>.partial`, which takes the place of `folder` once it is whole. What a killed
+    run left there and what an intact `folder` holds is taken over, image by image, where the source
+    is still the same. Raises ValueError with one sentence: without `skip_broken` at the end, naming
+    the broken images (the others stay packed for the rerun); where the source changes meanwhile;
+    where `folder` cannot be written, as on a full disk (what is packed stays).
     """
     if shorter is not None and shorter * ELONGATION > JPEG_SIDE:
         most = JPEG_SIDE // ELONGATION
@@ -135,6 +134,8 @@ def write_pack(
         reason = reason_of(error)
         if partial.is_dir() and shutil.disk_usage(partial).free < 1e6:
             reason = "No space left on device"  # LMDB may call that an input/output error
+        elif getattr(error, "filename", None):
+            reason += f" ('{error.filename}')"
         sentence = f"the pack '{folder}' cannot be written: {reason}"
         if partial.is_dir():
             sentence += f"; what is packed stays in '{partial}', the same call goes on from there"
@@ -150,27 +151,16 @@ def _write(
         twice = Counter(key for _, _, key in rows).most_common(1)[0][0]
         raise ValueError(f"two images have the same name '{twice}'")
     plan = hashlib.sha256(json.dumps([rows, [*origins.values()]]).encode()).hexdigest()
-    names = {f"{split}.lmdb" for split in splits}
-    former = folder.with_name(folder.name + ".former")
-    if former.exists() and not folder.exists():
-        former.rename(folder)  # a kill came between the two renames below
-    shutil.rmtree(former, ignore_errors=True)
-    intact = intact_files(folder)
-    if intact >= {*names, *TABLES}:
+    if is_intact(folder):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if about["plan"] == plan:
-            broken = about["broken"]
-            again = [item for items in splits.values() for item in items if item.key in broken]
-            if not any(encoder.can_read(item, origins[item.key]) for item in again):
-                _report(broken, len(rows), skip_broken, folder)
-                return
+        again = [item for part in splits.values() for item in part if item.key in about["broken"]]
+        if about["plan"] == plan and not any(encoder.can_read(item, origins) for item in again):
+            _report(about["broken"], len(rows), skip_broken, folder)
+            return
+        encoder.packed = [environment(path) for path in sorted(folder.glob("*.lmdb"))]
     elif folder.exists():
         print(f"the pack '{folder}' is damaged or of an earlier version: it is packed anew")
     partial.mkdir(parents=True, exist_ok=True)
-    for path in partial.iterdir():
-        if path.name not in names:
-            path.unlink()
-    encoder.packed = [environment(folder / name) for name in sorted(intact - TABLES)]
     broken: dict[str, str] = {}
     with progress(len(rows), "packing") as bar:
         for split, items in splits.items():
@@ -179,12 +169,11 @@ def _write(
     write_text(partial / "about.json", json.dumps(about))
     _report(broken, len(rows), skip_broken, folder if skip_broken else partial)
     _write_manifest(partial, [row for row in rows if row[2] not in broken])
-    sums = [f"{sha256(partial / name)}  {name}\n" for name in sorted({*names, *TABLES})]
-    write_text(partial / SUMS, "".join(sums))
+    names = sorted({*TABLES, *(f"{split}.lmdb" for split in splits)})
+    write_text(partial / SUMS, "".join(f"{sha256(partial / name)}  {name}\n" for name in names))
     if folder.exists():
-        folder.rename(former)
+        shutil.rmtree(folder)  # a kill here costs nothing, all of it is in the other one
     partial.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def _report(broken: dict[str, str], count: int, skip_broken: bool, place: Path) -> None:
@@ -206,8 +195,7 @@ def _named(reasons: dict[str, str]) -> str:
     """The first of some images, each with its reason, in one line whatever the files are called."""
     named = []
     for key, reason in sorted(reasons.items())[:NAMED]:
-        printable = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in key)
-        named.append(f"{printable} ({reason})")
+        named.append(f"{repr(key)[1:-1]} ({reason})")
     if len(reasons) > NAMED:
         named.append(f"and {len(reasons) - NAMED} more")
     return "; ".join(named)
@@ -224,8 +212,8 @@ class Encoder:
     def origin(self, item: Item) -> str:
         return f"{item.origin()}/{self.shorter}/{self.quality if self.shorter else None}"
 
-    def can_read(self, item: Item, origin: str) -> bool:
-        return not isinstance(self.entry(item, origin), str)
+    def can_read(self, item: Item, origins: dict[str, str]) -> bool:
+        return not isinstance(self.entry(item, origins[item.key]), str)
 
     def entry(self, item: Item, origin: str) -> tuple[bytes, bytes] | str:
         """The bytes and the row of an image; or the reason, where it cannot be read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +28,12 @@ IMAGENETTE = {
     "n03445777",
     "n03888257",
 }
+# Of the sets that may have to be downloaded first.
+CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "fashion_mnist": datasets.FashionMNIST.classes,
+    "imagenette": IMAGENETTE,
+}
 
 
 def read_source(
@@ -38,6 +45,8 @@ def read_source(
     FileNotFoundError with one sentence where it cannot be had, or what its folders hold is unclear.
     """
     if dataset == "digits":
+        if source:
+            raise ValueError("data set 'digits' has no source: leave it out, or set dataset: folder")
         return _digits(), []
     if dataset == "folder":
         if not source:
@@ -46,6 +55,8 @@ def read_source(
             )
         return read_folder(root_of(source))
     root = root_of(source) if source else Run("downloads").work / dataset
+    if os.path.lexists(root) and not os.path.isdir(root):
+        raise FileNotFoundError(f"source {str(root)!r} is not a folder")
     if dataset == "imagenette":
         return _imagenette(root, download)
     items = _published(dataset, root, download)
@@ -103,16 +114,23 @@ def _imagenette(root: Path, download: bool) -> tuple[list[Item], list[str]] | No
         if not download:
             return None
         _download_imagenette(folder)
-    items, notes = read_folder(folder)
-    tested = {item.label for item in items if item.part == "test"}
-    trained = {item.label for item in items if item.part != "test"}
-    for split, classes in (("train", trained), ("val", tested)):
-        missing = sorted(IMAGENETTE - classes)
+    again = "delete the folder, and the whole set will be downloaded"
+    try:
+        items, notes = read_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"imagenette in '{folder}' is incomplete, {error}; {again}") from None
+    for split, count in (("train", 9469), ("val", 3925)):
+        found = Counter(item.label for item in items if (item.part == "test") == (split == "val"))
+        missing = sorted(IMAGENETTE - found.keys())
         if missing:
             raise ValueError(
-                f"imagenette in '{folder}' is incomplete, {split} lacks {named(missing)}:"
-                f" delete the folder, and the whole set will be downloaded"
+                f"imagenette in '{folder}' is incomplete, {split} lacks {named(missing)}: {again}"
             )
+        foreign = sorted(found.keys() - IMAGENETTE)
+        if foreign:
+            raise ValueError(f"{named(foreign)} in '{folder}' is no class of imagenette: {again}")
+        if found.total() != count:
+            notes.append(f"imagenette has {count:,} images in {split}, here are {found.total():,}")
     return items, notes
 
 

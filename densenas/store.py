@@ -11,7 +11,7 @@ from threading import Lock
 import lmdb
 
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
-OPENED = 12  # LMDBs that stay open
+TABLES = {"about.json", "manifest.csv"}  # beside the LMDBs
 MEND = "run 01-data again, it packs anew what is missing"
 
 
@@ -40,13 +40,12 @@ def read_sums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
-def intact_files(folder: Path) -> set[str]:
-    """The names of a finished pack's files that are as they were written."""
-    return {
-        name
-        for name, digest in read_sums(folder).items()
-        if (folder / name).is_file() and sha256(folder / name) == digest
-    }
+def is_intact(folder: Path) -> bool:
+    """Whether this is a finished pack whose files are all as they were written."""
+    sums = read_sums(folder)
+    if not sums.keys() >= TABLES:
+        return False
+    return all((folder / name).is_file() and sha256(folder / name) == sums[name] for name in sums)
 
 
 def open_lmdb(path: Path, readonly: bool = True) -> lmdb.Environment:
@@ -105,7 +104,15 @@ def commit(
 # The version (inode, size, time) of each file that is open, and its LMDB.
 _OPENED: dict[Path, tuple[tuple[int, int, int], lmdb.Environment]] = {}
 _OPENING = Lock()
-os.register_at_fork(after_in_child=_OPENED.clear)  # a child must not use its parent's
+
+
+def _close_all() -> None:
+    """Closed and not only forgotten: a traceback that somebody keeps may still refer to one."""
+    while _OPENED:
+        _OPENED.popitem()[1][1].close()
+
+
+os.register_at_fork(after_in_child=_close_all)  # a child must not use its parent's
 
 
 def environment(path: Path) -> lmdb.Environment:
@@ -117,14 +124,10 @@ def environment(path: Path) -> lmdb.Environment:
         with _OPENING:
             status = path.stat()
             version = status.st_ino, status.st_size, status.st_mtime_ns
-            opened = _OPENED.pop(path, None)
-            env = opened[1] if opened and opened[0] == version else None
-            del opened  # closed before it is opened anew
-            if env is None:
-                env = open_lmdb(path)
-            _OPENED[path] = version, env
-            if len(_OPENED) > OPENED:
-                del _OPENED[next(iter(_OPENED))]  # used longest ago
+            if path in _OPENED and _OPENED[path][0] != version:
+                _OPENED.pop(path)[1].close()
+            if path not in _OPENED:
+                _OPENED[path] = version, open_lmdb(path)
+            return _OPENED[path][1]
     except (OSError, lmdb.Error) as error:
         raise ValueError(f"'{path}' cannot be read ({reason_of(error)}): {MEND}") from None
-    return env

@@ -19,7 +19,7 @@ from torchvision.io import write_jpeg, write_png
 from densenas.data import Split, _assign, listing, load, prepare
 from densenas.pack import Item, read_manifest
 from densenas.run import Run
-from densenas.sources import IMAGENETTE
+from densenas.sources import CLASSES, IMAGENETTE
 
 FIELDS = ("images", "labels")
 DIGITS_DIGEST = "4fb44bfb3fb135f8dd1abb10044b772f39e6366126ad33c1e67696d725825d1f"
@@ -368,6 +368,7 @@ def test_oblong_images_are_cropped_around_the_centre(run, tmp_path):
         ({"num_classes": []}, r"num_classes.*at least 2|at least 2.*class"),
         ({"num_classes": ["1", "1"]}, r"at least 2|twice"),
         ({"num_classes": ["1", "1", "2"]}, r"twice"),
+        ({"source": "my-images"}, r"data set 'digits' has no source: leave it out, or set dataset: folder"),
         ({"dataset": "folder"}, r"data set 'folder' needs source"),
         ({"dataset": "folder", "source": ""}, r"data set 'folder' needs source"),
     ],
@@ -383,6 +384,18 @@ def test_source_that_is_no_folder(name, run, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with refused(FileNotFoundError, r"source '.*/(nowhere|a file|loop|nul|n{300}|two).*' is not a folder"):
         prepare(run, "folder", str(tmp_path / name))
+    if name in ("a file", "loop"):  # or else there may be a download to it
+        with refused(FileNotFoundError, r"source '.*/(a file|loop)' is not a folder"):
+            listing("cifar10", str(tmp_path / name), None, 0.2, 0, download=False)
+
+
+@pytest.mark.parametrize("dataset", CLASSES)
+@pytest.mark.parametrize("wanted", [1, 11, ["cat"], ["unicorn", "dragon"]])
+def test_classes_of_a_set_that_is_not_downloaded_yet(dataset, wanted, root):
+    known = sorted(CLASSES[dataset])
+    assert listing(dataset, None, known[:2], 0.2, 0, download=False) is None
+    with refused(ValueError, r"num_classes is 1?1, expected 2 to 10|num_classes names '.*', which is not a class|least 2"):
+        listing(dataset, None, wanted, 0.2, 0, download=False)
 
 
 @pytest.mark.parametrize("below", ["", "train", "class"])
@@ -561,6 +574,20 @@ def test_half_an_imagenette(run, tmp_path):
     imagenette(tmp_path / "imagenette2-320", names)
     shutil.rmtree(tmp_path / "imagenette2-320/val")
     with refused(ValueError, rf"imagenette in '.*' is incomplete, val lacks '{names[0]}', "):
+        prepare(run, "imagenette", str(tmp_path))
+    shutil.rmtree(tmp_path / "imagenette2-320/train")
+    with refused(ValueError, r"imagenette in '.*' is incomplete, .*holds no class folders.*; delete the folder"):
+        prepare(run, "imagenette", str(tmp_path))
+
+
+def test_another_imagenette(run, tmp_path, capsys):
+    imagenette(tmp_path / "imagenette2-320", IMAGENETTE)
+    listing("imagenette", str(tmp_path), None, 0.2, 0)
+    prepare(run, "imagenette", str(tmp_path), num_classes=2, image_size=16)
+    said = "imagenette has 9,469 images in train, here are 100; imagenette has 3,925 images in val, here are 40"
+    assert said in capsys.readouterr().out
+    imagenette(tmp_path / "imagenette2-320", ["n99999999"])
+    with refused(ValueError, r"'n99999999' in '.*' is no class of imagenette: delete the folder"):
         prepare(run, "imagenette", str(tmp_path))
 
 

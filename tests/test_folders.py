@@ -9,7 +9,7 @@ from helpers import refused
 
 from densenas.folders import read_folder
 
-SERVICES = ("@eaDir", "__MACOSX", ".thumbnails", "$RECYCLE.BIN", "lost+found")
+SERVICES = ("@eaDir", "__MACOSX", ".thumbnails", "$RECYCLE.BIN", "lost+found", "@Recently-Snapshot")
 
 
 @pytest.fixture
@@ -167,6 +167,13 @@ def test_a_link_that_leads_nowhere(link, target, source):
         read_folder(source)
 
 
+def test_images_are_where_the_links_lead(source, tmp_path):
+    """A link that is set to another folder is another source, although every name stays the same."""
+    touch(tmp_path / "A", "cat", "dog")
+    (source / "now").symlink_to(tmp_path / "A")
+    assert {item.content.parent.parent for item in read_folder(source / "now")[0]} == {tmp_path / "A"}
+
+
 def test_a_split_that_links_to_its_source(source):
     touch(source, *splits("test"))
     (source / "train").symlink_to(".")
@@ -195,7 +202,14 @@ def spelled(name):
 
 def test_one_name_in_two_spellings(source):
     touch(source, "dog", *(f"cat/{name}.png" for name in spelled("bébé")))
-    with refused(ValueError, r"the files 'be\\u0301be\\u0301.png' and 'b\\xe9b\\xe9.png' are one name in two Unicode"):
+    said = r"the files '.*cat/be\\u0301be\\u0301.png' and '.*cat/b\\xe9b\\xe9.png' are one name in two Unicode"
+    with refused(ValueError, said):
+        read_folder(source)
+
+
+def test_one_folder_in_two_spellings(source):
+    touch(source, "dog", *(f"cat/{name}/a.png" for name in spelled("é")))
+    with refused(ValueError, r"'.*cat/\S+/a.png' and '.*cat/\S+/a.png' are one name in two Unicode spellings"):
         read_folder(source)
 
 

@@ -1,6 +1,8 @@
 """Batches against a naive loop, from memory and from a pack: the same for any start, workers and processes."""
 
 import dataclasses
+import os
+import signal
 from collections import Counter
 
 import pytest
@@ -12,7 +14,7 @@ from torchvision.transforms import v2
 
 from densenas import data as data_module
 from densenas.data import ImageData, Split, prepare
-from densenas.loading import Batches, RandomResizedCrop, transform
+from densenas.loading import Batches, RandomResizedCrop, free_shared_memory, transform
 from densenas.run import Run
 
 CPU = torch.device("cpu")
@@ -172,6 +174,17 @@ def test_an_image_damaged_since_is_named_in_one_line(workers, packed, monkeypatc
     monkeypatch.setattr("densenas.pack.decode", damaged)
     with refused(ValueError, r"image \d+ of '.*train\.lmdb' cannot be read \(is empty\): run 01-data again"):
         passed(packed, 8, seed=1, workers=workers)
+
+
+def test_no_shared_memory_that_can_be_written_is_none(monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert free_shared_memory() == 0
+
+
+def test_a_killed_worker_is_one_sentence(packed, monkeypatch):
+    monkeypatch.setattr("densenas.pack.decode", lambda encoded: os.kill(os.getpid(), signal.SIGKILL))
+    with refused(RuntimeError, r"a process that decodes images was killed, as where memory .*: the same call goes on"):
+        passed(packed, 8, seed=1, workers=1)
 
 
 def shifts(image, mirror):

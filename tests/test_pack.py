@@ -272,20 +272,40 @@ def test_a_finished_pack_outlives_a_full_disk(tmp_path, monkeypatch):
     assert verify(tmp_path / "pack") == 9
 
 
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, read):
+def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(tmp_path, read, monkeypatch):
+    """While the old one is removed, or just after."""
     found = items(fill(tmp_path / "set", 5, "a"))
-    write_pack(tmp_path / "pack", {"train": found})
-    (tmp_path / "pack").rename(tmp_path / "pack.former")
-    read.clear()
-    write_pack(tmp_path / "pack", {"train": found})
-    assert not read and verify(tmp_path / "pack") == 5
-    assert not (tmp_path / "pack.former").exists()
+    remove = shutil.rmtree
+
+    def killed(folder):
+        if keep:
+            (folder / "train.lmdb").unlink()
+        else:
+            remove(folder)
+        raise KeyboardInterrupt
+
+    for keep in (True, False):
+        write_pack(tmp_path / "pack", {"train": found[:4]})
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_pack(tmp_path / "pack", {"train": found})
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        read.clear()
+        write_pack(tmp_path / "pack", {"train": found})
+        assert not read and verify(tmp_path / "pack") == 5
+        assert not (tmp_path / "pack.partial").exists()
 
 
 def test_a_target_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with refused(ValueError, r"the pack '.*file/pack' cannot be written: (Not a directory|File exists)"):
         write_pack(tmp_path / "file/pack", {"train": items(fill(tmp_path / "set", 5, "a"))})
+
+
+def test_what_stands_in_the_way_is_named(tmp_path):
+    (tmp_path / "pack.partial/train.lmdb/in the way").mkdir(parents=True)
+    with refused(ValueError, r"cannot be written: Is a directory \('.*pack\.partial/train\.lmdb'\); what is packed"):
+        write_pack(tmp_path / "pack", {"train": items(fill(tmp_path / "set", 2, "a"))})
 
 
 def test_a_pack_on_a_read_only_medium_is_read(run, tmp_path):
@@ -417,8 +437,10 @@ def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
     assert before.train.images.shape[0] == len(before.train)
     DAMAGE[damage](run.work / "data")
     if damage not in ("page", "about", "sums"):  # those are found where the pack is made
-        kind = FileNotFoundError if damage == "manifest lost" else ValueError
-        with refused(kind, r"'.*/data.*' .*: run 01-data again, it packs anew what is missing"):
+        kind, said = ValueError, r"'.*/data.*' .*: run 01-data (again, it packs anew|of run 'made-up' again)"
+        if damage == "manifest lost":
+            kind, said = FileNotFoundError, r"run 'made-up' has no manifest\.csv yet: run 01-data first"
+        with refused(kind, said):
             load(run)
     after = prepare(run, "folder", str(folder), image_size=16)
     assert after.digest == before.digest and verify(run.work / "data") == 40
