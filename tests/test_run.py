@@ -295,7 +295,7 @@ def test_a_run_name_cannot_leave_its_folder(name):
 
 @pytest.mark.parametrize("name", [7, None])
 def test_a_run_name_is_text(name):
-    with refused(ValueError, f"run name {name} is no text: papermill's -r gives a name as text"):
+    with refused(ValueError, f"run name {name} is no text: papermill takes it as text with -r"):
         Run(name)
 
 

@@ -169,7 +169,7 @@ BROKEN = {
     "temperature nan": (changed("search", "softmax_temp", to=float("nan")), r"search\.softmax_temp: .*finite"),
     "betas": (changed("search", "arch_betas", to=[2, 3]), r"search\.arch_betas\.0: .*less than 1 \(got 2\)"),
     "one beta": (changed("search", "arch_betas", to=[0.5]), r"search\.arch_betas"),
-    "lr_min above lr": (changed("search", "lr_min", to=0.3), r"search: lr_min is 0\.3, more than lr = 0\.2.*to it$"),
+    "lr_min above lr": (changed("search", "lr_min", to=0.3), r"search: lr_min is 0\.3, more than lr = 0\.2, from where the rate falls$"),
     "retrain's lr_min above lr": (changed("retrain", "lr_min", to=0.2), r"retrain: lr_min is 0\.2, more than lr = 0\.1"),
     "width of millions": (changed("chs", 2, to=10**12), r"chs\.2: .*less than or equal to 65536"),
     "input of millions": (changed("input_size", to=10**9), r"input_size: .*less than or equal to 8192"),
