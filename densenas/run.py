@@ -245,12 +245,14 @@ class Run:
     def images(self, image_size: int | None = None) -> tuple[int, int]:
         """Side in pixels and number of classes of the prepared images; ValueError where another side is asked for."""
         path = self.need(self.work / "data.json", "01-data")
-        with naming(f"{path} is damaged, run 01-data again"):
-            prepared = _Prepared.model_validate(read_json(path, "run 01-data again"))
+        again = "run 01-data again"
+        content = read_json(path, again)
+        with naming(f"{path} is damaged, {again}"):
+            prepared = _Prepared.model_validate(content)
         if image_size not in (None, prepared.image_size):
             raise ValueError(
                 f"image_size is {image_size}, but the images of run '{self.name}' were prepared with"
-                f" {prepared.image_size} pixels: leave it out, or run 01-data again"
+                f" {prepared.image_size} pixels: leave it out, or {again}"
             )
         return prepared.image_size, len(prepared.classes)
 

@@ -407,10 +407,7 @@ def test_a_damaged_run_does_not_stop_the_report_of_another(reported, capsys):
     assert re.search(r"left out of the overview: run name 'my copy'", said)
 
 
-def test_the_overview_lists_every_evaluated_run(tmp_path, monkeypatch):
-    for module in ("run", "report"):
-        monkeypatch.setattr(f"densenas.{module}.ROOT", tmp_path)
-    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "digits")
+def test_the_overview_lists_every_evaluated_run(reported, tmp_path):
     shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "second")
     unfinished = tmp_path / "reports" / "unfinished"
     unfinished.mkdir()
