@@ -127,14 +127,10 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 _LARGE = Lock()
-
-
-def _free_large() -> None:
-    global _LARGE
-    _LARGE = Lock()
-
-
-os.register_at_fork(after_in_child=_free_large)  # the thread that held it is not in the child
+# Nobody may hold it at a fork: the thread that would free it is not in the child.
+os.register_at_fork(
+    before=_LARGE.acquire, after_in_parent=_LARGE.release, after_in_child=_LARGE.release
+)
 
 
 def _turn(width: int, height: int) -> AbstractContextManager:

@@ -78,9 +78,9 @@ def read_folder(root: Path) -> tuple[list[Item], list[str]]:
     if not splits:
         _refuse_split_names(top, folders)
         _read_classes(walk, top, folders, None)
-    for folder in folders:
-        if splits and folder not in splits.values():
-            walk.left_out[f"{folder.name}/"] += 1
+    else:
+        beside = [folder for folder in folders if folder not in splits.values()]
+        walk.left_out.update(f"{folder.name}/" for folder in beside)
     for meaning, folder in splits.items():
         part = meaning
         if len(splits) == 1:

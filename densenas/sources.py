@@ -16,24 +16,17 @@ from densenas.folders import named, read_folder
 from densenas.pack import Item
 from densenas.run import Run
 
-IMAGENETTE = {
-    "n01440764",
-    "n02102040",
-    "n02979186",
-    "n03000684",
-    "n03028079",
-    "n03394916",
-    "n03417042",
-    "n03425413",
-    "n03445777",
-    "n03888257",
-}
+IMAGENETTE = set(
+    "n01440764 n02102040 n02979186 n03000684 n03028079"
+    " n03394916 n03417042 n03425413 n03445777 n03888257".split()
+)
 # Of the sets that may have to be downloaded first.
 CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "fashion_mnist": datasets.FashionMNIST.classes,
     "imagenette": IMAGENETTE,
 }
+
 
 
 def read_source(
@@ -46,7 +39,7 @@ def read_source(
     """
     if dataset == "digits":
         if source:
-            raise ValueError("data set 'digits' has no source: leave it out, or set dataset: folder")
+            raise ValueError("data set 'digits' has no source: leave it out or set dataset: folder")
         return _digits(), []
     if dataset == "folder":
         if not source:
@@ -151,8 +144,7 @@ def _download_imagenette(folder: Path) -> None:
 
 
 def _absent(dataset: str, root: Path, error: Exception) -> FileNotFoundError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return FileNotFoundError(
         f"{dataset} is not in '{root}' and could not be downloaded ({reason});"
         f" put it there or set source, and delete what is only half there"

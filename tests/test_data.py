@@ -368,7 +368,7 @@ def test_oblong_images_are_cropped_around_the_centre(run, tmp_path):
         ({"num_classes": []}, r"num_classes.*at least 2|at least 2.*class"),
         ({"num_classes": ["1", "1"]}, r"at least 2|twice"),
         ({"num_classes": ["1", "1", "2"]}, r"twice"),
-        ({"source": "my-images"}, r"data set 'digits' has no source: leave it out, or set dataset: folder"),
+        ({"source": "my-images"}, r"data set 'digits' has no source: leave it out or set dataset: folder"),
         ({"dataset": "folder"}, r"data set 'folder' needs source"),
         ({"dataset": "folder", "source": ""}, r"data set 'folder' needs source"),
     ],
