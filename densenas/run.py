@@ -55,6 +55,14 @@ class DataConfig(Strict):
     augment: Augment | None = None
     skip_broken: bool = False
 
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _is_a_side(cls, pack: Any) -> Any:
+        # Of an image 16 times as long as wide the longer side must fit a JPEG.
+        if pack in (None, "original") or type(pack) is int and 0 < pack <= 4093:
+            return pack
+        raise ValueError("expected 'original' or a shorter side of 1 to 4093 pixels")
+
     @field_validator("num_classes", mode="before")
     @classmethod
     def _names_are_text(cls, classes: Any) -> Any:
