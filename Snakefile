@@ -11,7 +11,7 @@ import yaml
 from densenas.config import ROOT
 from densenas.pipeline import last_words
 from densenas.preflight import check_machine, checked, identify
-from densenas.run import RunConfig
+from densenas.settings import RunConfig
 
 
 def typed(name):

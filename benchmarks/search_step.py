@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import Choice, CostTable, SearchSpace, SuperNet
-from densenas.engine import PRECISIONS, computing_on, keep_freed_memory
+from densenas.device import PRECISIONS, computing_on, keep_freed_memory
 from densenas.run import environment
 from densenas.search import SearchTrainer
 

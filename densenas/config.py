@@ -1,4 +1,4 @@
-"""What a run is told: the recipes that come with a search space, and the YAML file of a run."""
+"""Recipes of search and training, and files of settings: read strictly, written whole."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from densenas.config import Augment, Dataset, Strict, read_json, write_text
 from densenas.folders import named
 from densenas.loading import transform
 from densenas.pack import Item, Packed, read_manifest, verify, write_pack
-from densenas.run import DataConfig, Run
+from densenas.run import Run
+from densenas.settings import DataConfig
 from densenas.sources import CLASSES, read_source, root_of
 from densenas.store import sha256
 

@@ -8,16 +8,14 @@ needs besides weights is only where it was written, and a run that goes on from 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
 import pkgutil
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +24,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import densenas
 from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint
 from densenas.config import RetrainRecipe, SearchRecipe, writing
+from densenas.device import keep_freed_memory, warn_of_long_spins
 from densenas.loading import Batches, rank_and_world, seed_of
 from densenas.processes import STOPPED, Interruption, together
-from densenas.run import Run, RunConfig, pick_device, progress
+from densenas.run import Run, progress
+from densenas.settings import RunConfig
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
 SHARED = "every machine needs the same runs/ and reports/ folders"
 STAGES = {"03-search": "densenas.search:search_run", "05-retrain": "densenas.train:retrain_run"}
@@ -333,44 +331,6 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, lr_min: float, warmup: 
         return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
 
     return LambdaLR(optimizer, factor)
-
-
-def keep_freed_memory() -> None:
-    """glibc would give the activations of every step back to the system, and get them again page by page."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-
-
-def warn_of_long_spins() -> None:
-    """Where PyTorch was imported before this package, its threads wait in the slow way."""
-    if densenas.SPINS_FOR_LONG and torch.get_num_threads() > 1:
-        warnings.warn(
-            "torch was imported before densenas: beside other busy processes this can be many"
-            " times slower; import densenas first, or set GOMP_SPINCOUNT=5000",
-            stacklevel=3,
-        )
-
-
-@contextmanager
-def computing_on(device: str, precision: str, deterministic: bool = False) -> Iterator[torch.device]:
-    """The device to compute on; inside, PyTorch's generators, TF32 and determinism are as a repeatable result needs."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
-    where = pick_device(device)
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    forbidden = torch.are_deterministic_algorithms_enabled()
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-        try:
-            for switch in switches:
-                switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-            torch.use_deterministic_algorithms(deterministic or forbidden)
-            yield where
-        finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
-            torch.use_deterministic_algorithms(forbidden)
 
 
 def main() -> None:

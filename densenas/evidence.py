@@ -27,8 +27,9 @@ from densenas.data import ImageData, load
 from densenas.derivation import Lattice
 from densenas.loading import seed_of
 from densenas.processes import STOPPED
-from densenas.run import EvidenceConfig, Run, RunConfig
+from densenas.run import Run
 from densenas.search import RECIPES, Search, load_search, priced_space, search
+from densenas.settings import EvidenceConfig, RunConfig
 from densenas.space import SearchSpace
 from densenas.supernet import SuperNet
 from densenas.train import evaluate, retrain

@@ -22,9 +22,9 @@ from densenas.architecture import Architecture
 from densenas.config import HOST, Strict, writing
 from densenas.cost import CostTable
 from densenas.derivation import Lattice
-from densenas.engine import computing_on, warn_of_long_spins
+from densenas.device import computing_on, pick_device, warn_of_long_spins
 from densenas.provenance import processor
-from densenas.run import pick_device, progress
+from densenas.run import progress
 from densenas.space import Layer, SearchSpace
 
 SECONDS = 0.01  # of each timing

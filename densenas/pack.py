@@ -31,8 +31,18 @@ from densenas.config import atomic, write_text
 from densenas.decoding import ELONGATION, decode, middle
 from densenas.run import progress
 from densenas.store import (
-    MEND, SUMS, TABLES, commit, environment, is_intact, name_of, open_lmdb, read_sums,
-    reason_of, resume, sha256,
+    MEND,
+    SUMS,
+    TABLES,
+    commit,
+    environment,
+    is_intact,
+    name_of,
+    open_lmdb,
+    read_sums,
+    reason_of,
+    resume,
+    sha256,
 )  # fmt: skip
 
 CORES = len(os.sched_getaffinity(0))

@@ -112,7 +112,8 @@ def main() -> None:
         from densenas.config import ROOT
         from densenas.preflight import identify
         from densenas.report import tell
-        from densenas.run import Run, RunConfig, locked
+        from densenas.run import Run, locked
+        from densenas.settings import RunConfig
 
         if not SNAKEFILE.is_file():
             lacks = "is not there, an installed package is no pipeline: clone the repository"

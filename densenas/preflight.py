@@ -22,7 +22,8 @@ from densenas.derivation import Lattice
 from densenas.networks import check_network, load_network, source_of
 from densenas.pack import Item, fingerprint
 from densenas.processes import check_devices
-from densenas.run import Run, RunConfig
+from densenas.run import Run
+from densenas.settings import RunConfig
 from densenas.space import SearchSpace
 
 DOWNLOADED = 10  # classes of every set that torchvision downloads

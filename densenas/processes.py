@@ -22,8 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, start_processes
 
+from densenas.device import pick_device
 from densenas.loading import rank_and_world
-from densenas.run import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
 GOES_ON = "goes on from the last checkpoint, with any number of devices"

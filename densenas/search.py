@@ -18,8 +18,16 @@ from densenas.config import SearchRecipe, override, write_text
 from densenas.cost import CostTable
 from densenas.data import ImageData, load
 from densenas.derivation import Candidate, Lattice
+from densenas.device import computing_on
 from densenas.engine import (
-    Pass, Position, alone, check_training, computing_on, cosine, descend, fit, fused_sgd,
+    Pass,
+    Position,
+    alone,
+    check_training,
+    cosine,
+    descend,
+    fit,
+    fused_sgd,
 )  # fmt: skip
 from densenas.loading import Batches, rank_and_world
 from densenas.probabilities import Probabilities, Trace

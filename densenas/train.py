@@ -14,8 +14,15 @@ from densenas import identity
 from densenas.architecture import Architecture
 from densenas.config import RetrainRecipe, override
 from densenas.data import ImageData, load
+from densenas.device import computing_on
 from densenas.engine import (
-    Pass, alone, check_training, computing_on, cosine, descend, fit, fused_sgd,
+    Pass,
+    alone,
+    check_training,
+    cosine,
+    descend,
+    fit,
+    fused_sgd,
 )  # fmt: skip
 from densenas.loading import Batches, rank_and_world
 from densenas.networks import check_network, code_digest, is_code, network, save_network

@@ -12,7 +12,7 @@ from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.io import encode_jpeg, encode_png
+from torchvision.io import encode_jpeg
 
 from densenas.decoding import ELONGATION, decode, middle
 from densenas.loading import transform

@@ -18,7 +18,8 @@ from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, re
 from densenas.config import ROOT
 from densenas.derivation import Lattice
 from densenas.evidence import METHODS, Job, PathOf, Study, compared, hand_made, main, repeats, verdict
-from densenas.run import Run, RunConfig
+from densenas.run import Run
+from densenas.settings import RunConfig
 from densenas.supernet import Choice
 
 TARGET = 0.02  # million Mult-Adds

@@ -25,7 +25,8 @@ from densenas.architecture import save_published
 from densenas.config import PACKAGE, ROOT
 from densenas.pipeline import STOPPED, last_words
 from densenas.preflight import check_machine, checked, identify
-from densenas.run import Run, RunConfig
+from densenas.run import Run
+from densenas.settings import RunConfig
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]

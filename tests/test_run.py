@@ -21,8 +21,9 @@ from helpers import SMALL, full_disk, random_table, refused
 import densenas
 from densenas import CostTable, SearchSpace, config, provenance
 from densenas.config import HOST, atomic, write_text
+from densenas.device import pick_device
 from densenas.engine import fit
-from densenas.run import Run, pick_device
+from densenas.run import Run
 
 # ---------------------------------------------------------------- one process at a time
 

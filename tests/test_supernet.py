@@ -578,7 +578,7 @@ def test_junk_is_refused_in_one_sentence_that_names_file_and_entry(name, tmp_pat
 @pytest.mark.parametrize(("text", "shown"), [("1e400", "inf"), ("-0.5", "-0.5"), ("True", "True"), ("'1'", "'1'")])
 def test_an_entry_of_a_published_literal_is_named(text, shown, tmp_path):
     path = tmp_path / "lat_list"
-    stem, *rest = random_table(SMALL, 0).nested()
+    _, *rest = random_table(SMALL, 0).nested()
     path.write_text(f"[{text}, {repr(rest)[1:]}")
     with refused(ValueError, rf"lat_list: .*an entry that is not a finite number of at least 0: stem is {shown}$"):
         CostTable.read(path, SMALL)
