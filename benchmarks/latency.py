@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from densenas import SearchSpace, latency
-from densenas.run import environment
+from densenas.provenance import environment
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 from densenas.data import IMAGENET, ImageData
 from densenas.loading import Batches
 from densenas.pack import CORES, Item, Packed, read_manifest, write_pack
-from densenas.run import environment
+from densenas.provenance import environment
 
 BATCH, SIZE, PASSES = 32, 224, 5
 

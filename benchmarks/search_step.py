@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import Choice, CostTable, SearchSpace, SuperNet
 from densenas.device import PRECISIONS, computing_on, keep_freed_memory
-from densenas.run import environment
+from densenas.provenance import environment
 from densenas.search import SearchTrainer
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,7 @@ from typing import Any
 
 from densenas import CostTable, SearchSpace, SuperNet
 from densenas.derivation import Lattice
-from densenas.run import environment
+from densenas.provenance import environment
 
 ROUNDS = 7
 

@@ -27,7 +27,8 @@ import densenas.run
 from densenas import CostTable, SearchSpace, data, latency, train
 from densenas.config import override
 from densenas.derivation import Lattice
-from densenas.run import Run, environment
+from densenas.provenance import environment
+from densenas.run import Run
 from densenas.search import search
 
 T = TypeVar("T")
