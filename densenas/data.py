@@ -114,25 +114,39 @@ def prepare(
     classes = sorted({item.label for item in parts["train"]})
     with run.alone():
         write_pack(folder, parts, pack if isinstance(pack, int) else None, quality, skip_broken)
-        count = verify(folder)
-        manifest = read_manifest(folder)
-        _refuse_missing(classes, manifest.groupby("split")["class"].agg(set).to_dict())
-        small = 3 * count * image_size**2 <= RESIDENT_BYTES
-        resident = small and pack is None and augment in (None, "weak")
-        kept = {
-            "dataset": dataset,
-            "classes": classes,
-            "image_size": image_size,
-            "pack": pack,
-            "resident": resident,
-            "augment": augment or ("weak" if resident else "random_sized"),
-        }
-        rows = manifest.drop(columns="class").to_numpy().tolist()
-        kept["digest"] = hashlib.sha256(json.dumps([kept, quality, rows]).encode()).hexdigest()
-        data = _data(folder, **kept, mean=[0.0], std=[1.0])
-        kept["mean"], kept["std"] = _statistics(data)
-        kept["manifest"] = sha256(folder / "manifest.csv")
-        write_text(run.work / "data.json", json.dumps(kept, indent=1))
+        verify(folder)
+        return _keep(run, dataset, classes, image_size, pack, augment, quality)
+
+
+def _keep(
+    run: Run,
+    dataset: str,
+    classes: list[str],
+    image_size: int,
+    pack: Literal["original"] | int | None,
+    augment: Augment | None,
+    quality: int,
+) -> ImageData:
+    """Writes data.json, with which `load` finds what the pack holds."""
+    folder = run.work / "data"
+    manifest = read_manifest(folder)
+    _refuse_missing(classes, manifest.groupby("split")["class"].agg(set).to_dict())
+    small = 3 * len(manifest) * image_size**2 <= RESIDENT_BYTES
+    resident = small and pack is None and augment in (None, "weak")
+    kept = {
+        "dataset": dataset,
+        "classes": classes,
+        "image_size": image_size,
+        "pack": pack,
+        "resident": resident,
+        "augment": augment or ("weak" if resident else "random_sized"),
+    }
+    rows = manifest.drop(columns="class").to_numpy().tolist()
+    kept["digest"] = hashlib.sha256(json.dumps([kept, quality, rows]).encode()).hexdigest()
+    data = _data(folder, **kept, mean=[0.0], std=[1.0])
+    kept["mean"], kept["std"] = _statistics(data)
+    kept["manifest"] = sha256(folder / "manifest.csv")
+    write_text(run.work / "data.json", json.dumps(kept, indent=1))
     return replace(data, mean=kept["mean"], std=kept["std"])
 
 
