@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint
-from densenas.config import RetrainRecipe, SearchRecipe, writing
+from densenas.config import DATA, RetrainRecipe, SearchRecipe, writing
 from densenas.device import keep_freed_memory, warn_of_long_spins
 from densenas.loading import Batches, rank_and_world, seed_of
 from densenas.processes import STOPPED, Interruption, together
@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("configuration", nargs="?", help="the run's YAML file, data/configs/RUN.yml unless given")
     asked = parser.parse_args()
     try:
-        config = RunConfig.load(asked.configuration or f"data/configs/{asked.run}.yml")
+        config = RunConfig.load(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
         parameters = config.parameters(asked.run)[asked.stage]
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from densenas.config import atomic, write_text
-from densenas.decoding import ELONGATION, decode, middle
+from densenas.decoding import SHORTER, decode, middle
 from densenas.run import progress
 from densenas.store import (
     MEND,
@@ -48,7 +48,6 @@ from densenas.store import (
 CORES = len(os.sched_getaffinity(0))
 CHUNK = 64  # images a commit: what a kill can cost
 BYTES = 1 << 29  # of one image file; 100 million pixels of 16 bits, not compressed, have as many
-JPEG_SIDE = 65_500  # pixels, the longest side of a JPEG
 COLUMNS = ["split", "class", "label", "key", "bytes", "digest"]
 NAMED = 10  # images that an error names one by one
 CHANGED = "changed while it was packed"
@@ -132,9 +131,8 @@ def write_pack(
     the broken images (the others stay packed for the rerun); where the source changes meanwhile;
     where `folder` cannot be written, as on a full disk (what is packed stays).
     """
-    if shorter is not None and shorter * ELONGATION > JPEG_SIDE:
-        most = JPEG_SIDE // ELONGATION
-        raise ValueError(f"pack is {shorter} pixels, at most {most} are possible")
+    if shorter is not None and shorter > SHORTER:
+        raise ValueError(f"pack is {shorter} pixels, at most {SHORTER} are possible")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality is {quality}, expected 1 to 100")
     partial = folder.with_name(folder.name + ".partial")

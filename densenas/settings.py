@@ -21,6 +21,7 @@ from densenas.config import (
     read_yaml,
 )  # fmt: skip
 from densenas.cost import CostTable
+from densenas.decoding import SHORTER
 from densenas.derivation import Lattice
 from densenas.space import SearchSpace
 
@@ -38,10 +39,9 @@ class DataConfig(Strict):
     @field_validator("pack", mode="before")
     @classmethod
     def _is_a_side(cls, pack: Any) -> Any:
-        # Of an image 16 times as long as wide the longer side must fit a JPEG.
-        if pack in (None, "original") or (type(pack) is int and 0 < pack <= 4093):
+        if pack in (None, "original") or (type(pack) is int and 0 < pack <= SHORTER):
             return pack
-        raise ValueError("expected 'original' or a shorter side of 1 to 4093 pixels")
+        raise ValueError(f"expected 'original' or a shorter side of 1 to {SHORTER} pixels")
 
     @field_validator("num_classes", mode="before")
     @classmethod
