@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from densenas.config import ROOT
+from densenas.files import root
 from densenas.pipeline import last_words
 from densenas.preflight import check_machine, checked, identify
 from densenas.settings import RunConfig
@@ -26,6 +26,7 @@ def typed(name):
     return value
 
 
+ROOT = root()
 try:
     # Everything that can be refused is refused here, before anything runs, in one sentence.
     RUN, configuration = identify(typed("run"), typed("configuration"))

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from densenas.data import IMAGENET, ImageData
-from densenas.loading import Batches
-from densenas.pack import CORES, Item, Packed, read_manifest, write_pack
-from densenas.provenance import environment
+from densenas.images.data import IMAGENET, ImageData
+from densenas.images.loading import Batches
+from densenas.images.pack import CORES, Item, Packed, read_manifest, write_pack
+from densenas.runs.provenance import environment
 
 BATCH, SIZE, PASSES = 32, 224, 5
 
@@ -62,7 +62,9 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
@@ -78,7 +80,11 @@ def main() -> None:
         packs = {"original": Path(work, "original"), "256": Path(work, "256")}
         copying, packing = [], {name: [] for name in packs}
         for number in range(3):
-            copying.append(seconds(subprocess.run, ["cp", "-r", options.folder, f"{work}/copy{number}"], check=True))
+            copying.append(
+                seconds(
+                    subprocess.run, ["cp", "-r", options.folder, f"{work}/copy{number}"], check=True
+                )
+            )
             for name, shorter in (("original", None), ("256", 256)):
                 place = packs[name] if number == 0 else Path(work, f"{name}{number}")
                 packing[name].append(seconds(write_pack, place, {"train": items}, shorter))
@@ -90,9 +96,15 @@ def main() -> None:
         ways = {
             "ImageFolder with PIL": (len(items), lambda epoch: loader),
             "ours, original bytes": (delivered, batches[0].epoch),
-            "decoder, original bytes": (len(items), lambda epoch: map(splits[0].read, range(len(items)))),
+            "decoder, original bytes": (
+                len(items),
+                lambda epoch: map(splits[0].read, range(len(items))),
+            ),
             "ours, pack of 256": (delivered, batches[1].epoch),
-            "decoder, pack of 256": (len(items), lambda epoch: map(splits[1].read, range(len(items)))),
+            "decoder, pack of 256": (
+                len(items),
+                lambda epoch: map(splits[1].read, range(len(items))),
+            ),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(options.rounds + 1):
@@ -107,21 +119,33 @@ def main() -> None:
         "pack of 256 over the decoder": ("ours, pack of 256", "decoder, pack of 256"),
     }
     ratios = {
-        name: summary([above / below for above, below in zip(rates[ours], rates[theirs], strict=True)])
+        name: summary(
+            [above / below for above, below in zip(rates[ours], rates[theirs], strict=True)]
+        )
         for name, (ours, theirs) in pairs.items()
     }
     result = {
-        "images": len(items), "megabytes": megabytes, "rounds": options.rounds, "passes_a_round": PASSES,
+        "images": len(items),
+        "megabytes": megabytes,
+        "rounds": options.rounds,
+        "passes_a_round": PASSES,
         "batch_size": BATCH,
-        "images_per_second_and_core": {name: summary(values) for name, values in rates.items()}, "ratios": ratios,
-        "packing_mb_per_second": {name: megabytes / median(times) for name, times in packing.items()},
-        "packing_threads": CORES, "cp_mb_per_second": megabytes / median(copying), "pillow": PIL.__version__,
+        "images_per_second_and_core": {name: summary(values) for name, values in rates.items()},
+        "ratios": ratios,
+        "packing_mb_per_second": {
+            name: megabytes / median(times) for name, times in packing.items()
+        },
+        "packing_threads": CORES,
+        "cp_mb_per_second": megabytes / median(copying),
+        "pillow": PIL.__version__,
         **environment(),
-    }  # fmt: skip
+    }
     path = Path(__file__).parent / "results" / "loading-cpu.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for name, values in result["images_per_second_and_core"].items():
-        print(f"{name:<26}{values['median']:>8.1f} images/s ({values['min']:.1f} to {values['max']:.1f})")
+        print(
+            f"{name:<26}{values['median']:>8.1f} images/s ({values['min']:.1f} to {values['max']:.1f})"
+        )
     for name, values in ratios.items():
         print(f"{name:<33}{values['median']:>6.2f} ({values['min']:.2f} to {values['max']:.2f})")
     speeds = {**result["packing_mb_per_second"], "cp -r": result["cp_mb_per_second"]}

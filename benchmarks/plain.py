@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densenas import Choice, CostTable, SuperNet, ops
-from densenas.config import SearchRecipe
+from densenas import Choice, CostTable, SuperNet
+from densenas.method import ops
+from densenas.recipes import SearchRecipe
 
 
 class MixedOp(nn.Module):
@@ -39,9 +40,16 @@ class MBConv(ops.MBConv):
 class Plain(nn.Module):
     """A copy of a supernet, with a forward pass, a cost and two kinds of step of its own."""
 
-    def __init__(self, net: SuperNet, table: CostTable, recipe: SearchRecipe, precision: str = "fp32") -> None:
+    def __init__(
+        self, net: SuperNet, table: CostTable, recipe: SearchRecipe, precision: str = "fp32"
+    ) -> None:
         super().__init__()
-        self.net, self.table, self.recipe, self.precision = copy.deepcopy(net), table, recipe, precision
+        self.net, self.table, self.recipe, self.precision = (
+            copy.deepcopy(net),
+            table,
+            recipe,
+            precision,
+        )
         self.net.to(memory_format=torch.contiguous_format)
         for module in self.net.modules():
             if isinstance(module, ops.MBConv):
@@ -50,17 +58,26 @@ class Plain(nn.Module):
         decay, arch_decay = recipe.weight_decay, recipe.arch_weight_decay
         weights, arch = self.net.weight_parameters(), self.net.arch_parameters()
         self.sgd = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=decay)
-        self.adam = torch.optim.Adam(arch, recipe.arch_lr, recipe.arch_betas, weight_decay=arch_decay)
+        self.adam = torch.optim.Adam(
+            arch, recipe.arch_lr, recipe.arch_betas, weight_decay=arch_decay
+        )
 
     def p(self, i: int, j: int) -> Tensor:
         """Probability of the edge from block i to node j."""
-        return torch.softmax(self.net.beta[i] / self.net.temperature, dim=0)[self.space.outgoing(i).index(j)]
+        return torch.softmax(self.net.beta[i] / self.net.temperature, dim=0)[
+            self.space.outgoing(i).index(j)
+        ]
 
-    def wrap(self, candidates: nn.ModuleList, choice: list[list[list[int]]], part: str) -> nn.ModuleList:
+    def wrap(
+        self, candidates: nn.ModuleList, choice: list[list[list[int]]], part: str
+    ) -> nn.ModuleList:
         """The sampled candidates of all layers, in new modules."""
         layers = (getattr(block, part) for block in candidates)
         return nn.ModuleList(
-            nn.ModuleList(MixedOp([layer[index] for index in row]) for layer, row in zip(block, rows, strict=True))
+            nn.ModuleList(
+                MixedOp([layer[index] for index in row])
+                for layer, row in zip(block, rows, strict=True)
+            )
             for block, rows in zip(layers, choice, strict=True)
         )
 
@@ -71,10 +88,17 @@ class Plain(nn.Module):
         for j in range(1, self.last):
             x = 0
             for edge, i in enumerate(self.space.incoming(j)):
-                weights = torch.softmax(self.net.alpha_head[j - 1][edge][choice.head[j - 1][edge]], dim=0)
+                weights = torch.softmax(
+                    self.net.alpha_head[j - 1][edge][choice.head[j - 1][edge]], dim=0
+                )
                 x = x + self.p(i, j) * heads[j - 1][edge](outputs[i], weights)
             for layer, mixed in enumerate(stacks[j - 1]):
-                x = mixed(x, torch.softmax(self.net.alpha_stack[j - 1][layer][choice.stack[j - 1][layer]], dim=0))
+                x = mixed(
+                    x,
+                    torch.softmax(
+                        self.net.alpha_stack[j - 1][layer][choice.stack[j - 1][layer]], dim=0
+                    ),
+                )
             outputs.append(x)
         incoming = self.space.incoming(self.last)
         shares = torch.softmax(torch.stack([self.p(i, self.last) for i in incoming]), dim=0)
@@ -96,13 +120,24 @@ class Plain(nn.Module):
             edge = self.space.incoming(j).index(i)
             if j == self.last:
                 return self.table.final[edge]
-            head = layer(self.net.alpha_head[j - 1][edge], self.table.head[j - 1][edge], choice.head[j - 1][edge])
-            rows = zip(self.net.alpha_stack[j - 1], self.table.stack[j - 1], choice.stack[j - 1], strict=False)
+            head = layer(
+                self.net.alpha_head[j - 1][edge],
+                self.table.head[j - 1][edge],
+                choice.head[j - 1][edge],
+            )
+            rows = zip(
+                self.net.alpha_stack[j - 1],
+                self.table.stack[j - 1],
+                choice.stack[j - 1],
+                strict=False,
+            )
             return head + sum(layer(*row) for row in rows)
 
         def onward(i: int) -> Tensor:
             if i not in known:
-                known[i] = sum(self.p(i, j) * (entering(i, j) + onward(j)) for j in self.space.outgoing(i))
+                known[i] = sum(
+                    self.p(i, j) * (entering(i, j) + onward(j)) for j in self.space.outgoing(i)
+                )
             return known[i]
 
         return self.table.stem + onward(0) + self.table.classifier
@@ -123,12 +158,19 @@ class Plain(nn.Module):
     def arch_step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         choice = self.net.sample(2)
         loss, top1 = self.classify(images, labels, choice)
-        penalty = self.recipe.sub_loss_factor * torch.log(self.cost(choice)) / math.log(self.recipe.log_base)
+        penalty = (
+            self.recipe.sub_loss_factor
+            * torch.log(self.cost(choice))
+            / math.log(self.recipe.log_base)
+        )
         self.adam.zero_grad()
         (loss + penalty).backward()
         sampled = [
             (alpha[row], active)
-            for alphas, rows in ((self.net.alpha_head, choice.head), (self.net.alpha_stack, choice.stack))
+            for alphas, rows in (
+                (self.net.alpha_head, choice.head),
+                (self.net.alpha_stack, choice.stack),
+            )
             for alpha, block in zip(alphas, rows, strict=True)
             for row, active in enumerate(block)
         ]

@@ -36,18 +36,32 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import Choice, CostTable, SearchSpace, SuperNet
-from densenas.device import PRECISIONS, computing_on, keep_freed_memory
-from densenas.provenance import environment
+from densenas.runs.provenance import environment
 from densenas.search import SearchTrainer
+from densenas.training.device import PRECISIONS, computing_on, keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 100
 SIZES = {"mbv2": 224, "resnet": 224, "cifar_mbv2": 32}
-BATCHES = {"cpu": {"mbv2": 8, "resnet": 4, "cifar_mbv2": 64}, "cuda": {"mbv2": 128, "resnet": 128, "cifar_mbv2": 512}}
-IMAGES = 1281167 // 10  # the paper's search set: 100 of ImageNet's 1000 classes, 80 % for weights, 20 % for alpha, beta
+BATCHES = {
+    "cpu": {"mbv2": 8, "resnet": 4, "cifar_mbv2": 64},
+    "cuda": {"mbv2": 128, "resnet": 128, "cifar_mbv2": 512},
+}
+IMAGES = (
+    1281167 // 10
+)  # the paper's search set: 100 of ImageNet's 1000 classes, 80 % for weights, 20 % for alpha, beta
 QUIET = 0.15  # cores that others may use in a round
 SAMPLED = {"weight": 1, "architecture": 2}  # candidates of a mixed layer
-COLUMNS = ["Space", "Step", "Batch", "Ours, images/s", "Plain, images/s", "Ours / plain", "Peak memory, GiB", "Limit"]
+COLUMNS = [
+    "Space",
+    "Step",
+    "Batch",
+    "Ours, images/s",
+    "Plain, images/s",
+    "Ours / plain",
+    "Peak memory, GiB",
+    "Limit",
+]
 
 
 def cover(space: SearchSpace, count: int) -> list[Choice]:
@@ -58,7 +72,10 @@ def cover(space: SearchSpace, count: int) -> list[Choice]:
 
     return [
         Choice(
-            [[rows(first, len(space.head_ops)) for _ in space.incoming(j)] for j in range(1, space.num_blocks)],
+            [
+                [rows(first, len(space.head_ops)) for _ in space.incoming(j)]
+                for j in range(1, space.num_blocks)
+            ],
             [[rows(first, len(space.stack_ops)) for _ in range(n)] for n in space.num_layers[1:]],
         )
         for first in range(0, max(len(space.head_ops), len(space.stack_ops)), count)
@@ -82,15 +99,24 @@ def stepper(
     size = SIZES[name]
     torch.manual_seed(0)
     net, table = SuperNet(space, CLASSES).to(device), CostTable.mult_adds(space, size, CLASSES)
-    images, labels = torch.randn(batch, 3, size, size, device=device), torch.randint(CLASSES, (batch,), device=device)
+    images, labels = (
+        torch.randn(batch, 3, size, size, device=device),
+        torch.randint(CLASSES, (batch,), device=device),
+    )
     if which == "ours":
         keep_freed_memory()
         images = images.contiguous(memory_format=torch.channels_last)
         trainer = SearchTrainer(
-            net.to(memory_format=torch.channels_last), table, space.search, 10**6, precision=precision
+            net.to(memory_format=torch.channels_last),
+            table,
+            space.search,
+            10**6,
+            precision=precision,
         )
     else:
-        del os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]  # densenas has set it; the first convolution is yet to come
+        del os.environ[
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+        ]  # densenas has set it; the first convolution is yet to come
         trainer = Plain(net, table, space.search, precision)
     net = trainer.net
     step, fixed = {
@@ -148,7 +174,9 @@ def speeds(precision: str) -> tuple[float, float]:
         )
 
 
-def least(name: str, kind: str, batch: int, precision: str, choices: list[Choice]) -> tuple[float, float]:
+def least(
+    name: str, kind: str, batch: int, precision: str, choices: list[Choice]
+) -> tuple[float, float]:
     """Multiply-adds and bytes of a step, means over the choices; nothing is computed, shapes suffice."""
     space = SearchSpace.load(name)
     elements = 0
@@ -184,7 +212,9 @@ def compare(name: str, kind: str, batch: int, precision: str, rounds: int) -> di
     pipes, processes = {}, []
     for which in ("ours", "plain"):
         pipes[which], end = context.Pipe()
-        processes.append(context.Process(target=serve, args=(end, which, name, kind, batch, precision)))
+        processes.append(
+            context.Process(target=serve, args=(end, which, name, kind, batch, precision))
+        )
         processes[-1].start()
         end.close()
 
@@ -211,19 +241,37 @@ def compare(name: str, kind: str, batch: int, precision: str, rounds: int) -> di
     mult_adds, moved = least(name, kind, batch, precision, choices)
     rate, bandwidth = speeds(precision)
     limit = max(mult_adds / rate, moved / bandwidth)
-    row = {"space": name, "step": kind, "input_size": SIZES[name], "batch_size": batch, "precision": precision}
-    row |= {"n": rounds, "ratio_median": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+    row = {
+        "space": name,
+        "step": kind,
+        "input_size": SIZES[name],
+        "batch_size": batch,
+        "precision": precision,
+    }
+    row |= {
+        "n": rounds,
+        "ratio_median": median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
     for which in pipes:
         row[which] = {
-            "images_per_second": batch / median(seconds[which]), "seconds_median": median(seconds[which]),
-            "seconds_min": min(seconds[which]), "seconds_max": max(seconds[which]),
-            "first_step_seconds": first[which], "peak_memory_gib": memory[which],
-        }  # fmt: skip
+            "images_per_second": batch / median(seconds[which]),
+            "seconds_median": median(seconds[which]),
+            "seconds_min": min(seconds[which]),
+            "seconds_max": max(seconds[which]),
+            "first_step_seconds": first[which],
+            "peak_memory_gib": memory[which],
+        }
     return row | {
-        "mult_adds": mult_adds, "least_bytes": moved, "mult_adds_per_second": rate, "bytes_per_second": bandwidth,
-        "limit_seconds": limit, "share_of_limit": limit / median(seconds["ours"]),
+        "mult_adds": mult_adds,
+        "least_bytes": moved,
+        "mult_adds_per_second": rate,
+        "bytes_per_second": bandwidth,
+        "limit_seconds": limit,
+        "share_of_limit": limit / median(seconds["ours"]),
         "foreign_cores": loudest(done[-1]),
-    }  # fmt: skip
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -242,23 +290,34 @@ def table(rows: list[dict[str, Any]]) -> str:
 def projected(name: str, weight: dict[str, Any], architecture: dict[str, Any]) -> str:
     """How long the paper's whole search of a space takes at the speed of its two rows."""
     recipe = SearchSpace.load(name).search
-    passes = (weight, 0.8 * recipe.epochs), (architecture, 0.2 * (recipe.epochs - recipe.arch_start_epoch))
+    passes = (
+        (weight, 0.8 * recipe.epochs),
+        (architecture, 0.2 * (recipe.epochs - recipe.arch_start_epoch)),
+    )
     hours = sum(IMAGES * share / row["ours"]["images_per_second"] for row, share in passes) / 3600
     return f"{name}: the whole search of {recipe.epochs} epochs would take {hours:.0f} hours (published: 64 GPU hours)"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--spaces", nargs="+", choices=SIZES, default=[*SIZES])
     parser.add_argument("--steps", nargs="+", choices=SAMPLED, default=[*SAMPLED])
     parser.add_argument("--batch", type=int, help="images a step; default: by space and device")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
-    parser.add_argument("--table", action="store_true", help="print the table of the results on this device and end")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results on this device and end"
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = RESULTS / f"search_step-{device}-{options.precision}.json"
-    rows = {(r["space"], r["step"]): r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    rows = (
+        {(r["space"], r["step"]): r for r in json.loads(path.read_text())["rows"]}
+        if path.exists()
+        else {}
+    )
     for name in [] if options.table else options.spaces:
         for kind in options.steps:
             batch = options.batch or BATCHES[device][name]

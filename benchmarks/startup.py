@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any
 
 from densenas import CostTable, SearchSpace, SuperNet
-from densenas.derivation import Lattice
-from densenas.provenance import environment
+from densenas.method.derivation import Lattice
+from densenas.runs.provenance import environment
 
 ROUNDS = 7
 
@@ -40,7 +40,11 @@ def main() -> None:
     rows = []
     for what, wanted, seconds in (
         ("import densenas, beyond torch", 2.0, lambda: importing("densenas") - importing("torch")),
-        ("Mult-Adds table of mbv2", 0.5, lambda: timed(lambda: CostTable.mult_adds(SearchSpace.load("mbv2")))),
+        (
+            "Mult-Adds table of mbv2",
+            0.5,
+            lambda: timed(lambda: CostTable.mult_adds(SearchSpace.load("mbv2"))),
+        ),
         ("building the mbv2 supernet", 3.0, lambda: timed(lambda: SuperNet(space, 100))),
         ("derive", 0.05, lambda: timed(net.derive)),
         ("derive at 300 M Mult-Adds", 1.0, lambda: timed(lambda: Lattice(table).at(300))),

@@ -13,6 +13,7 @@ benchmarks/results/targets-cpu.json.
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,12 +24,12 @@ from typing import TypeVar
 
 import pandas as pd
 
-import densenas.run
-from densenas import CostTable, SearchSpace, data, latency, train
-from densenas.config import override
-from densenas.derivation import Lattice
-from densenas.provenance import environment
-from densenas.run import Run
+from densenas import CostTable, SearchSpace, latency, train
+from densenas.images import data
+from densenas.method.derivation import Lattice
+from densenas.recipes import override
+from densenas.runs.provenance import environment
+from densenas.runs.run import Run
 from densenas.search import search
 
 T = TypeVar("T")
@@ -43,29 +44,46 @@ def fresh(function: Callable[..., T], *arguments: object) -> T:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=128)
     options = parser.parse_args()
     space = SearchSpace.load("digits")
-    recipe = override(space.search, epochs=options.epochs, arch_start_epoch=0, batch_size=options.batch_size)
+    recipe = override(
+        space.search, epochs=options.epochs, arch_start_epoch=0, batch_size=options.batch_size
+    )
     rows, where = [], environment()
     with tempfile.TemporaryDirectory() as folder:
-        densenas.run.ROOT = Path(folder)
+        os.environ["DENSENAS_ROOT"] = str(Path(folder))
         images = data.prepare(Run("data"), "digits")
         size, classes = images.image_size, len(images.classes)
-        milliseconds = fresh(latency.measure, space, size, classes, Path(folder) / "latency.jsonl", 1, "cpu")
+        milliseconds = fresh(
+            latency.measure, space, size, classes, Path(folder) / "latency.jsonl", 1, "cpu"
+        )
         agreement = latency.agreement(fresh(latency.judge, milliseconds, 30, "cpu"))
-        for table in (CostTable.mult_adds(space, size, classes), milliseconds.scaled(agreement["factor"])):
+        for table in (
+            CostTable.mult_adds(space, size, classes),
+            milliseconds.scaled(agreement["factor"]),
+        ):
             found = []
             for share in SHARES:
                 target = Lattice(table).quantile(share)
                 for seed in range(options.seeds):
                     run = Run(f"{table.kind}-{share}-{seed}")
                     result = search(run, images, table, recipe, target, seed, device="cpu")
-                    row = {"kind": table.kind, "percentile": 100 * share, "seed": seed, "target": target}
-                    row |= {"expected": result.history[-1]["expected_cost"], "derived": result.best.cost}
+                    row = {
+                        "kind": table.kind,
+                        "percentile": 100 * share,
+                        "seed": seed,
+                        "target": target,
+                    }
+                    row |= {
+                        "expected": result.history[-1]["expected_cost"],
+                        "derived": result.best.cost,
+                    }
                     found.append(result.best.architecture)
                     rows.append(row)
                     print(row, flush=True)
@@ -74,9 +92,14 @@ def main() -> None:
                 known = Lattice(table).sample(30, 0, even=True)  # what `judge` looked at
                 networks = found + [one.architecture for one in known]
                 measured = fresh(latency.whole, networks, table.conditions, "cpu", 12)
-                slower = median(now / one.cost for now, one in zip(measured[len(found) :], known, strict=True))
+                slower = median(
+                    now / one.cost for now, one in zip(measured[len(found) :], known, strict=True)
+                )
             else:
-                measured = [train.size(architecture.build(classes), size)["mult_adds_m"] for architecture in found]
+                measured = [
+                    train.size(architecture.build(classes), size)["mult_adds_m"]
+                    for architecture in found
+                ]
             for row, value in zip(rows[-len(found) :], measured, strict=False):
                 row |= {"measured": value, "steady": value / slower}
     frame = pd.DataFrame(rows)

@@ -18,9 +18,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # Read before the first convolution.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
-from densenas.architecture import Architecture, load_published
-from densenas.cost import CostTable
-from densenas.space import SearchSpace
-from densenas.supernet import Choice, SuperNet
+from densenas.method.architecture import Architecture, load_published
+from densenas.method.cost import CostTable
+from densenas.method.space import SearchSpace
+from densenas.method.supernet import Choice, SuperNet
 
 __all__ = ["Architecture", "Choice", "CostTable", "SearchSpace", "SuperNet", "load_published"]

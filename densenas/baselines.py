@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
-from densenas.architecture import Architecture, Block
-from densenas.space import SearchSpace
+from densenas.method.architecture import Architecture, Block
+from densenas.method.space import SearchSpace
 
 WITHIN = 0.05  # of the target, as a share: what random and hand-made networks may cost
 # Layers of each stage; widths and strides of the stages are those of the original networks.
 DESIGNS = {
-    "mbconv_k3_t6": {"MobileNetV2": (1, 2, 3, 4, 3, 3, 1), "MobileNetV2, one layer a stage": (1,) * 7},
+    "mbconv_k3_t6": {
+        "MobileNetV2": (1, 2, 3, 4, 3, 3, 1),
+        "MobileNetV2, one layer a stage": (1,) * 7,
+    },
     "basic_block": {"ResNet-18": (2, 2, 2, 2), "ResNet-34": (3, 4, 6, 3)},
     "bottleneck": {"ResNet-50": (3, 4, 6, 3)},
 }
@@ -26,7 +29,9 @@ def designs(space: SearchSpace) -> list[str]:
     return [*DESIGNS[_usual_op(space)]]
 
 
-def hand_made(space: SearchSpace, target: float, input_size: int, num_classes: int) -> dict[str, Architecture]:
+def hand_made(
+    space: SearchSpace, target: float, input_size: int, num_classes: int
+) -> dict[str, Architecture]:
     """MobileNetV2 (Sandler et al., 2018) or ResNets (He et al., 2016), of the one width that costs nearest to `target`.
 
     `target` is in millions of Mult-Adds. Widths are multiples of 4; where none of those costs within 5 % of the
@@ -38,21 +43,27 @@ def hand_made(space: SearchSpace, target: float, input_size: int, num_classes: i
         for multiple in (4, 2, 1):
             drawn = [_drawn(space, layers, 1.02**k, multiple) for k in range(-200, 100)]
             costs = [arch.mult_adds(input_size, num_classes) for arch in drawn]
-            cost, arch = min(zip(costs, drawn, strict=True), key=lambda one: abs(math.log(one[0] / target)))
+            cost, arch = min(
+                zip(costs, drawn, strict=True), key=lambda one: abs(math.log(one[0] / target))
+            )
             if abs(cost / target - 1) <= WITHIN:
                 found[name] = arch
                 break
     return found
 
 
-def _drawn(space: SearchSpace, layers: tuple[int, ...], factor: float, multiple: int) -> Architecture:
+def _drawn(
+    space: SearchSpace, layers: tuple[int, ...], factor: float, multiple: int
+) -> Architecture:
     """The space's hand-made family with so many layers a stage, its widths times a factor, rounded to multiples."""
     mobile, op = space.net_type == "mbv2", _usual_op(space)
     stem, widths = (32, (16, 24, 32, 64, 96, 160, 320)) if mobile else (64, (64, 128, 256, 512))
     halvings = round(math.log2(space.fm_sizes[0] / space.fm_sizes[-1]))
     halving = [s for s in range(len(widths)) if not mobile or s in (1, 2, 3, 5)]
     halving = halving[len(halving) - halvings :] if halvings else []
-    before, *wide = (max(multiple, multiple * round(width * factor / multiple)) for width in (stem, *widths))
+    before, *wide = (
+        max(multiple, multiple * round(width * factor / multiple)) for width in (stem, *widths)
+    )
     blocks = []
     for stage, (count, width) in enumerate(zip(layers, wide, strict=True)):
         head = "mbconv_k3_t1" if mobile and not stage else op

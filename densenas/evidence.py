@@ -18,21 +18,23 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import Tensor, nn
 
-from densenas.architecture import Architecture
 from densenas.baselines import WITHIN, designs, hand_made
-from densenas.checkpoint import digest
-from densenas.config import RetrainRecipe, SearchRecipe, naming, override, read_json, write_text
-from densenas.cost import CostTable
-from densenas.data import ImageData, load
-from densenas.derivation import Lattice
-from densenas.loading import seed_of
-from densenas.processes import STOPPED
-from densenas.run import Run
-from densenas.search import RECIPES, Search, load_search, priced_space, search
+from densenas.files import naming, read_json, write_text
+from densenas.images.data import ImageData, load
+from densenas.images.loading import seed_of
+from densenas.method.architecture import Architecture
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Lattice
+from densenas.method.space import SearchSpace
+from densenas.method.supernet import SuperNet
+from densenas.pricing import RECIPES, priced_space, read_costs
+from densenas.recipes import RetrainRecipe, SearchRecipe, override
+from densenas.runs.run import Run
+from densenas.search import Search, load_search, search
 from densenas.settings import EvidenceConfig, RunConfig
-from densenas.space import SearchSpace
-from densenas.supernet import SuperNet
 from densenas.train import evaluate, retrain
+from densenas.training.checkpoint import digest
+from densenas.training.processes import STOPPED
 
 METHODS = SEARCHED, RANDOM, HAND_MADE = "DenseNAS", "random", "hand-made"
 
@@ -49,9 +51,14 @@ class PathOf(nn.Module):
         layers = [net.stem]
         for (i, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
             routing = net.blocks[j - 1]
-            layers.append(routing.heads[space.incoming(j).index(i)][space.head_ops.index(block.head)])
+            layers.append(
+                routing.heads[space.incoming(j).index(i)][space.head_ops.index(block.head)]
+            )
             # Which of its layers a shorter stack skipped does not show in an architecture: the last ones.
-            layers += [ops[space.stack_ops.index(op)] for ops, op in zip(routing.stack, block.stack, strict=False)]
+            layers += [
+                ops[space.stack_ops.index(op)]
+                for ops, op in zip(routing.stack, block.stack, strict=False)
+            ]
         layers.append(net.final[space.incoming(path[-1]).index(path[-2])])
         self.features, self.classifier = nn.Sequential(*layers), net.classifier
 
@@ -102,9 +109,11 @@ class Study:
 
     @cached_property
     def table(self) -> CostTable:
-        table = Run(self.run).costs()
+        table = read_costs(Run(self.run))
         if table.kind != "mult_adds":
-            raise ValueError(f"run '{self.run}' counts {table.unit}, a study compares at equal Mult-Adds")
+            raise ValueError(
+                f"run '{self.run}' counts {table.unit}, a study compares at equal Mult-Adds"
+            )
         return table
 
     @cached_property
@@ -126,9 +135,20 @@ class Study:
         Known before there are data: a design that no width brings to a target has its jobs, and they say so.
         """
         space = self.table.space if self.space is None else SearchSpace.load(self.space)
-        counts = {SEARCHED: self.seeds, RANDOM: self.networks, HAND_MADE: len(designs(space)) * self.seeds}
-        each = [(method, target, k) for target in self.targets for method in METHODS for k in range(counts[method])]
-        return [Job.parse(str(Job(*one))) for one in each]  # as the command line has them, however targets are written
+        counts = {
+            SEARCHED: self.seeds,
+            RANDOM: self.networks,
+            HAND_MADE: len(designs(space)) * self.seeds,
+        }
+        each = [
+            (method, target, k)
+            for target in self.targets
+            for method in METHODS
+            for k in range(counts[method])
+        ]
+        return [
+            Job.parse(str(Job(*one))) for one in each
+        ]  # as the command line has them, however targets are written
 
     def folder(self, job: Job) -> Run:
         """Where a job keeps its checkpoints and its result."""
@@ -162,7 +182,9 @@ class Study:
 
     def _search(self, job: Job) -> Search:
         how = {"seed": job.number, "precision": self.precision, "device": self.device}
-        return search(self.folder(job), self.data, self.table, self.search_recipe, job.target, **how)
+        return search(
+            self.folder(job), self.data, self.table, self.search_recipe, job.target, **how
+        )
 
     def searched(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""
@@ -188,7 +210,9 @@ class Study:
     def network(self, job: Job) -> tuple[str, Architecture | None, int, float | None]:
         """A job's design by name, its architecture (None: left out), its training's seed, and seconds of search."""
         if job.method == SEARCHED:
-            path = Run(self.run).need(self.folder(job).work / "searched.json", f"the search of {job}")
+            path = Run(self.run).need(
+                self.folder(job).work / "searched.json", f"the search of {job}"
+            )
             found = self._found(job)
             if found is None:
                 raise ValueError(f"{path} does not serve: run the search of {job} again")
@@ -217,12 +241,22 @@ class Study:
             tested = evaluate(net, self.data, device=self.device)
             size, classes = self.data.image_size, len(self.data.classes)
             result |= {
-                "method": job.method, "target": job.target, "number": job.number, "design": design, "seed": seed,
-                "top1": tested["top1"], "loss": tested["loss"], "images": tested["images"],
-                "mult_adds_m": arch.mult_adds(size, classes), "params_m": arch.params(classes),
-                "blocks": len(arch.routing_blocks), "layers": arch.num_layers, "search_seconds": seconds,
-                "train_seconds": sum(row["seconds"] for row in history), "net_config": str(arch),
-            }  # fmt: skip
+                "method": job.method,
+                "target": job.target,
+                "number": job.number,
+                "design": design,
+                "seed": seed,
+                "top1": tested["top1"],
+                "loss": tested["loss"],
+                "images": tested["images"],
+                "mult_adds_m": arch.mult_adds(size, classes),
+                "params_m": arch.params(classes),
+                "blocks": len(arch.routing_blocks),
+                "layers": arch.num_layers,
+                "search_seconds": seconds,
+                "train_seconds": sum(row["seconds"] for row in history),
+                "net_config": str(arch),
+            }
         write_text(self.folder(job).work / "result.json", json.dumps(result, indent=1))
 
     def _result(self, job: Job) -> dict[str, Any] | None:
@@ -254,7 +288,9 @@ class Study:
         drawn = results[results["method"] == RANDOM]
         paths = [PathOf(net, Architecture.parse(text)) for text in drawn["net_config"]]
         one_shot = [evaluate(path, self.data, "val", device=self.device)["top1"] for path in paths]
-        return pd.DataFrame({"target": drawn["target"], "one_shot": one_shot, "retrained": drawn["top1"]})
+        return pd.DataFrame(
+            {"target": drawn["target"], "one_shot": one_shot, "retrained": drawn["top1"]}
+        )
 
     def complete(self) -> pd.DataFrame:
         """Does here and now what is still to do of all jobs; returns `results`."""
@@ -289,9 +325,12 @@ def compared(results: pd.DataFrame) -> pd.DataFrame:
     """Per target and design: n, mean Mult-Adds (millions), and mean, standard deviation and best of top-1 (%)."""
     shares = results.assign(top1=100 * results["top1"])
     return shares.groupby(["target", "design"]).agg(
-        n=("top1", "size"), mult_adds_m=("mult_adds_m", "mean"), mean=("top1", "mean"), std=("top1", "std"),
+        n=("top1", "size"),
+        mult_adds_m=("mult_adds_m", "mean"),
+        mean=("top1", "mean"),
+        std=("top1", "std"),
         best=("top1", "max"),
-    )  # fmt: skip
+    )
 
 
 def verdict(results: pd.DataFrame) -> str:
@@ -299,7 +338,11 @@ def verdict(results: pd.DataFrame) -> str:
     table, said = compared(results), []
     for target, rows in table.groupby(level="target"):
         rows = rows.droplevel("target")
-        ours, random, hand = rows.loc[SEARCHED], rows.loc[RANDOM], rows.drop([SEARCHED, RANDOM])["mean"]
+        ours, random, hand = (
+            rows.loc[SEARCHED],
+            rows.loc[RANDOM],
+            rows.drop([SEARCHED, RANDOM])["mean"],
+        )
         words = (
             f"at {target:g} M Mult-Adds the mean of {ours['n']:.0f} searches is {ours['mean'] - random['mean']:+.1f}"
             f" points from the mean of {random['n']:.0f} random networks, {ours['mean'] - random['best']:+.1f} from the"
@@ -308,7 +351,11 @@ def verdict(results: pd.DataFrame) -> str:
         if not len(hand):
             said.append(f"{words} (no hand-made design costs that)")
             continue
-        which = "the better hand-made design" if len(hand) > 1 else f"the only hand-made design, {hand.index[0]}"
+        which = (
+            "the better hand-made design"
+            if len(hand) > 1
+            else f"the only hand-made design, {hand.index[0]}"
+        )
         said.append(f"{words} and {ours['mean'] - hand.max():+.1f} from {which}")
     return ";\n".join(said) + "."
 
@@ -316,20 +363,28 @@ def verdict(results: pd.DataFrame) -> str:
 def repeats(results: pd.DataFrame) -> str:
     """In words, where several searches or draws came to the same network: each was trained alone, with another seed."""
     words = []
-    for (target, method), rows in results[results["method"] != HAND_MADE].groupby(["target", "method"]):
+    for (target, method), rows in results[results["method"] != HAND_MADE].groupby(
+        ["target", "method"]
+    ):
         different = rows["net_config"].nunique()
         if different < len(rows):
-            words.append(f"At {target:g} M Mult-Adds {len(rows)} {method} networks are {different} different ones.")
+            words.append(
+                f"At {target:g} M Mult-Adds {len(rows)} {method} networks are {different} different ones."
+            )
     return " ".join(words)
 
 
 def main() -> None:
     """One step of one job of a study, as Snakemake and a cluster start it."""
-    parser = argparse.ArgumentParser("python -m densenas.evidence", description="One step of a study's job.")
+    parser = argparse.ArgumentParser(
+        "python -m densenas.evidence", description="One step of a study's job."
+    )
     parser.add_argument("configuration", help="the run's YAML file, with an evidence section")
     parser.add_argument("run", help="name of the run")
     parser.add_argument("step", choices=["search", "train"])
-    parser.add_argument("job", help="method, target and number, like DenseNAS_1_0, random_1_3 or hand-made_1_0")
+    parser.add_argument(
+        "job", help="method, target and number, like DenseNAS_1_0, random_1_3 or hand-made_1_0"
+    )
     asked = parser.parse_args()
     try:
         parameters = RunConfig.load(asked.configuration).parameters(asked.run)
@@ -339,8 +394,14 @@ def main() -> None:
         jobs = {str(job): job for job in study.jobs()}
         job = jobs.get(asked.job)
         if job is None or (asked.step == "search" and job.method != SEARCHED):
-            some = ", ".join(name for name, one in jobs.items() if asked.step == "train" or one.method == SEARCHED)
-            raise ValueError(f"the study of run '{asked.run}' has no job '{asked.job}' to {asked.step}, it has {some}")
+            some = ", ".join(
+                name
+                for name, one in jobs.items()
+                if asked.step == "train" or one.method == SEARCHED
+            )
+            raise ValueError(
+                f"the study of run '{asked.run}' has no job '{asked.job}' to {asked.step}, it has {some}"
+            )
         if asked.step == "search":
             study.searched(job)
         else:

@@ -10,13 +10,14 @@ import torch
 from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, VBox
 
 from densenas import figures
-from densenas.config import ROOT
-from densenas.cost import CostTable
-from densenas.derivation import expected_cost, visit_probabilities
-from densenas.run import Run
+from densenas.files import root
+from densenas.method.cost import CostTable
+from densenas.method.derivation import expected_cost, visit_probabilities
+from densenas.method.space import PRESETS, SearchSpace
+from densenas.method.supernet import best_paths, derive
+from densenas.pricing import read_costs
+from densenas.runs.run import Run
 from densenas.search import Probabilities, Search, load_search
-from densenas.space import PRESETS, SearchSpace
-from densenas.supernet import best_paths, derive
 
 NO_RUN = "none, only sliders"
 
@@ -25,13 +26,15 @@ def undecided(table: CostTable) -> Probabilities:
     """Of a space before its search: every edge of a block and every candidate of a layer is equally probable."""
     beta = torch.full((table.space.num_blocks, table.space.num_blocks + 1), -torch.inf)
     beta[tuple(torch.tensor(table.space.edges).T)] = 0
-    return Probabilities(beta.softmax(1), *(torch.zeros_like(costs).softmax(1) for costs in table.tensors(beta)[:2]))
+    return Probabilities(
+        beta.softmax(1), *(torch.zeros_like(costs).softmax(1) for costs in table.tensors(beta)[:2])
+    )
 
 
 def finished(name: str, space: SearchSpace) -> Search:
     """A run's search; FileNotFoundError before 03-search has run, ValueError where it searched another space."""
     run = Run(name)
-    table = run.costs()
+    table = read_costs(run)
     if table.space != space:
         other = f"space {table.space.name}, not {space.name}"
         if table.space.name == space.name:
@@ -43,9 +46,9 @@ def finished(name: str, space: SearchSpace) -> Search:
 def searched(space: SearchSpace) -> list[str]:
     """Names of the runs that searched this space; one whose costs cannot be read is none of them."""
     names = []
-    for path in sorted(ROOT.glob("runs/*/search.pt")):
+    for path in sorted(root().glob("runs/*/search.pt")):
         with suppress(ValueError, FileNotFoundError):
-            if Run(path.parent.name).costs().space == space:
+            if read_costs(Run(path.parent.name)).space == space:
                 names.append(path.parent.name)
     return names
 
@@ -54,7 +57,11 @@ def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFr
     """Of a block: columns layer, op, probability, cost (in the table's unit); no rows for block 0, the stem."""
     space, rows = table.space, []
     layers = [(f"{i}→{j}", j, space.head_ops) for i, j in space.head_edges]
-    layers += [(f"layer {n + 1}", j, space.stack_ops) for j, count in enumerate(space.num_layers) for n in range(count)]
+    layers += [
+        (f"layer {n + 1}", j, space.stack_ops)
+        for j, count in enumerate(space.num_layers)
+        for n in range(count)
+    ]
     head, stack, *_ = table.tensors(like=moment.p)
     values = ((*a.tolist(), *b.tolist()) for a, b in ((moment.head, moment.stack), (head, stack)))
     for (name, owner, ops), *shares_and_costs in zip(layers, *values, strict=True):
@@ -67,12 +74,19 @@ class Explorer(VBox):
 
     def __init__(self, space: str, num_classes: int, run: str | None = None) -> None:
         self.num_classes, self.following = num_classes, False
-        self.space = Dropdown(options=[*dict.fromkeys((*PRESETS, space))], value=space, description="space")
+        self.space = Dropdown(
+            options=[*dict.fromkeys((*PRESETS, space))], value=space, description="space"
+        )
         self.run, self.block = Dropdown(description="run"), Dropdown(description="block")
         self.epoch = IntSlider(description="epoch")
         self.temperature = FloatSlider(min=0.1, max=5, description="temp. T")
-        self.beta, self.graph, self.style, self.numbers, self.ops = VBox(), *(HTML() for _ in range(4))
-        for step, widget in enumerate((self.space, self.run, self.epoch, self.block, self.temperature)):
+        self.beta, self.graph, self.style, self.numbers, self.ops = (
+            VBox(),
+            *(HTML() for _ in range(4)),
+        )
+        for step, widget in enumerate(
+            (self.space, self.run, self.epoch, self.block, self.temperature)
+        ):
             widget.observe(lambda _, step=step: self.follow(step), "value")
         controls = VBox([self.space, self.run, self.epoch, self.temperature, self.block, self.beta])
         super().__init__([HBox([controls, self.graph]), self.style, self.numbers, self.ops])
@@ -95,7 +109,9 @@ class Explorer(VBox):
         space, svg = SearchSpace.load(self.space.value), io.StringIO()
         self.table = CostTable.mult_adds(space, space.input_size, self.num_classes)
         # Drawn once: from then on a style sheet changes it, in milliseconds.
-        figures.search_space(space, undecided(self.table).p, [0]).savefig(svg, format="svg", bbox_inches="tight")
+        figures.search_space(space, undecided(self.table).p, [0]).savefig(
+            svg, format="svg", bbox_inches="tight"
+        )
         self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
         self.run.options = [NO_RUN, *searched(space)]
         self.block.options = [(f"{i} ({width} channels)", i) for i, width in enumerate(space.chs)]
@@ -118,25 +134,37 @@ class Explorer(VBox):
     def _block(self) -> None:
         i = self.block.value
         edges = {f"β {i}→{j}": float(self.logits[i, j]) for j in self.table.space.outgoing(i)}
-        self.beta.children = [FloatSlider(x, min=-15, max=15, description=name) for name, x in edges.items()]
+        self.beta.children = [
+            FloatSlider(x, min=-15, max=15, description=name) for name, x in edges.items()
+        ]
         for slider in self.beta.children:
             slider.observe(lambda _: self.follow(4), "value")
         frame = candidates(self.table, self.trace[self.epoch.value], i)
-        frame["text"] = frame["probability"].map("{:.0%}: ".format) + frame["cost"].map("{:.3g} M".format)
+        frame["text"] = frame["probability"].map("{:.0%}: ".format) + frame["cost"].map(
+            "{:.3g} M".format
+        )
         table = frame.set_index(["layer", "op"])["text"].unstack(sort=False, fill_value="")
         self.ops.value = table.to_html() if i else ""
 
     def _show(self) -> None:
         space, i, moment = self.table.space, self.block.value, self.trace[self.epoch.value]
-        self.logits[i, space.outgoing(i)] = torch.tensor([slider.value for slider in self.beta.children])
+        self.logits[i, space.outgoing(i)] = torch.tensor(
+            [slider.value for slider in self.beta.children]
+        )
         p = (self.logits / self.temperature.value).softmax(dim=1)
         best, arch = best_paths(space, p, 5), derive(space, p, moment.head, moment.stack)
-        self.style.value = f"<style>.of-{self.model_id} {{{figures.restyled(space, p, best[0][1])}}}</style>"
+        self.style.value = (
+            f"<style>.of-{self.model_id} {{{figures.restyled(space, p, best[0][1])}}}</style>"
+        )
         paths = [(share, "→".join(map(str, path))) for share, path in best]
-        mult_adds = arch.mult_adds(*(self.table.conditions[key] for key in ("input_size", "num_classes")))
+        mult_adds = arch.mult_adds(
+            *(self.table.conditions[key] for key in ("input_size", "num_classes"))
+        )
         self.numbers.value = (
             f"<p>expected cost <b>{expected_cost(self.table, p, moment.head, moment.stack):.4g}</b>,"
             f" derived network <b>{mult_adds:.4g}</b> million Mult-Adds</p>"
-            + pd.DataFrame(paths, columns=["probability", "most probable paths"]).round(4).to_html(index=False)
+            + pd.DataFrame(paths, columns=["probability", "most probable paths"])
+            .round(4)
+            .to_html(index=False)
             + pd.DataFrame({"visited": visit_probabilities(p).tolist()}).T.round(2).to_html()
         )

@@ -11,12 +11,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from densenas.config import atomic
+from densenas.files import atomic
 from densenas.latency import milliseconds
 from densenas.networks import reason
 
 
-def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float = 1e-4) -> pd.DataFrame:
+def export(
+    net: nn.Module, folder: str | Path, input_size: int, tolerance: float = 1e-4
+) -> pd.DataFrame:
     """Writes model.pt2 and model.onnx for any number of images (N, 3, input_size, input_size) into `folder`.
 
     Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on
@@ -44,18 +46,26 @@ def export(net: nn.Module, folder: str | Path, input_size: int, tolerance: float
         onnx.save(str(partial), external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
     exported = torch.export.load(Path(folder) / "model.pt2").module()
 
     def in_onnxruntime(x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
     rows = []
-    for name, run in (("PyTorch", net), ("torch.export", exported), ("ONNX Runtime", in_onnxruntime)):
+    for name, run in (
+        ("PyTorch", net),
+        ("torch.export", exported),
+        ("ONNX Runtime", in_onnxruntime),
+    ):
         with torch.no_grad():
             deviation = float((run(images) - logits).abs().max())
         if deviation > tolerance * max(1.0, float(logits.abs().max())):
-            raise RuntimeError(f"the network exported for {name} deviates by {deviation:.2g} from PyTorch's")
+            raise RuntimeError(
+                f"the network exported for {name} deviates by {deviation:.2g} from PyTorch's"
+            )
         rows.append({"runtime": name, "ms": milliseconds(run, images[:1]), "deviation": deviation})
     return pd.DataFrame(rows)
 

@@ -14,16 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from densenas.architecture import Architecture, DerivedNet
-from densenas.checkpoint import digest, read_checkpoint
-from densenas.config import ROOT, naming, read_text
-from densenas.run import Run
+from densenas.files import naming, read_text, root
+from densenas.method.architecture import Architecture, DerivedNet
+from densenas.runs.run import Run
+from densenas.training.checkpoint import digest, read_checkpoint
 
 DERIVED = "the derived network"
 FOUND = (
-    "net_config", "mult_adds_m", "params_m", "cost", "target_cost", "cost_unit", "blocks", "layers",
-    "input_size", "num_classes", "space", "seed",
-)  # fmt: skip
+    "net_config",
+    "mult_adds_m",
+    "params_m",
+    "cost",
+    "target_cost",
+    "cost_unit",
+    "blocks",
+    "layers",
+    "input_size",
+    "num_classes",
+    "space",
+    "seed",
+)
 
 
 def search_digest(run: Run) -> str | None:
@@ -80,7 +90,7 @@ def _name(run: Run, arch: Architecture) -> str:
 def _shown(folder: Path) -> str:
     """Relative to the root, which is another on every machine."""
     folder = folder.absolute()
-    return str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else str(folder)
+    return str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder)
 
 
 def weights_digest(net: nn.Module) -> str:

@@ -17,15 +17,15 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from densenas import ops
-from densenas.architecture import Architecture
-from densenas.config import HOST, Strict, writing
-from densenas.cost import CostTable
-from densenas.derivation import Lattice
-from densenas.device import computing_on, pick_device, warn_of_long_spins
-from densenas.provenance import processor
-from densenas.run import progress
-from densenas.space import Layer, SearchSpace
+from densenas.files import HOST, Strict, writing
+from densenas.method import ops
+from densenas.method.architecture import Architecture
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Lattice
+from densenas.method.space import Layer, SearchSpace
+from densenas.runs.provenance import processor
+from densenas.runs.run import progress
+from densenas.training.device import computing_on, pick_device, warn_of_long_spins
 
 SECONDS = 0.01  # of each timing
 T = TypeVar("T")
@@ -45,7 +45,9 @@ def build(layer: Layer, space: SearchSpace) -> nn.Module:
     norm = ops.batch_norm(affine=True, eps=space.bn_eps)
     if op == "stem":
         conv = ops.conv_norm(3, space.init_dim, norm, nn.ReLU6, kernel_size=3, stride=2)
-        return conv.extend(ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem)
+        return conv.extend(
+            ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem
+        )
     if op == "conv1_1":
         return ops.conv_norm(in_channels, width, norm, nn.ReLU6)
     if op == "classifier":
@@ -55,10 +57,14 @@ def build(layer: Layer, space: SearchSpace) -> nn.Module:
 
 def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
     """Milliseconds of a call without gradients, after a warm-up; waits for the device once, behind the last call."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA toolkit without a GPU is no matter
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # a CUDA toolkit without a GPU is no matter
     from torch.utils.benchmark import Timer
 
-    timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads())
+    timer = Timer(
+        "module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads()
+    )
     with torch.inference_mode(), computing_on(str(x.device), "fp32"):
         return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
 
@@ -98,7 +104,9 @@ def measure(
     mobile = space.net_type == "mbv2"
     head, stack, final = space.layers(input_size)
     if not mobile:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
-        final = [("classifier", channels, num_classes, size, 1) for _, channels, _, size, _ in final]
+        final = [
+            ("classifier", channels, num_classes, size, 1) for _, channels, _, size, _ in final
+        ]
     stem = ("stem", 3, space.chs[0], input_size, 2)
     classifier = ("classifier", space.last_dim, num_classes, space.maps(input_size)[-1], 1)
     rows = [*chain(*head, *stack), final, [stem], [classifier] * mobile]
@@ -121,7 +129,8 @@ def measure(
     ms = defaultdict(float, {layer: min(times[layer]) for layer in layers})
     names = ("op", "in_channels", "width", "map", "stride", "ms", "median", "max")
     entries = [
-        dict(zip(names, (*layer, ms[layer], median(times[layer]), max(times[layer])), strict=True)) for layer in layers
+        dict(zip(names, (*layer, ms[layer], median(times[layer]), max(times[layer])), strict=True))
+        for layer in layers
     ]
     ends = ms[stem], ms[classifier] if mobile else 0.0
     conditions |= {"rounds": rounds, "entries": entries}

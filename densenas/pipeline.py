@@ -30,7 +30,9 @@ def last_words(logs: Path) -> list[str]:
         text = path.read_text(encoding="utf-8", errors="replace")
         if "Traceback (most recent call last)" in text:
             sentences.append(_sentence(path, text))
-    return sentences or [f"a stage was ended from outside, or for want of memory or disk; {GOES_ON}"]
+    return sentences or [
+        f"a stage was ended from outside, or for want of memory or disk; {GOES_ON}"
+    ]
 
 
 def _sentence(path: Path, text: str) -> str:
@@ -91,7 +93,9 @@ def check_writable(root: Path, name: str) -> None:
     for folder in (root / ".snakemake", root / "runs" / name, root / "reports" / name):
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise PermissionError(f"{nearest} cannot be written, results belong there: see DENSENAS_ROOT")
+            raise PermissionError(
+                f"{nearest} cannot be written, results belong there: see DENSENAS_ROOT"
+            )
 
 
 def keep_caches(folder: Path) -> None:
@@ -102,32 +106,41 @@ def keep_caches(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m densenas.pipeline", description=__doc__.splitlines()[0])
-    parser.add_argument("target", nargs="?", choices=["evidence"], help="the study instead of the stages")
+    parser = argparse.ArgumentParser(
+        prog="python -m densenas.pipeline", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "target", nargs="?", choices=["evidence"], help="the study instead of the stages"
+    )
     target = parser.parse_args().target
     usual = "evidence-digits" if target else "digits"
     try:
         _handle(signal.default_int_handler)
         # Seconds, in which a signal is heard already.
-        from densenas.config import ROOT
+        from densenas.files import root
         from densenas.preflight import identify
         from densenas.report import tell
-        from densenas.run import Run, locked
+        from densenas.runs.run import Run, locked
         from densenas.settings import RunConfig
 
+        home = root()
         if not SNAKEFILE.is_file():
             lacks = "is not there, an installed package is no pipeline: clone the repository"
             raise FileNotFoundError(f"{SNAKEFILE} {lacks}")
         name, path = identify(os.environ.get("RUN", ""), os.environ.get("CONFIG", ""), usual)
         if target and not RunConfig.load(path).evidence:
-            raise ValueError(f"{path} has no section 'evidence': targets, seeds and networks of the study")
+            raise ValueError(
+                f"{path} has no section 'evidence': targets, seeds and networks of the study"
+            )
         if not shutil.which("setpriv"):
-            raise ValueError("setpriv is missing, which ends stages with their pipeline: install util-linux")
-        path = path if Path.cwd() == ROOT else path.absolute()
-        check_writable(ROOT, name)
-        keep_caches(ROOT / "runs" / ".caches")
-        with locked(ROOT / "runs" / ".lock", say_wait):
-            if run_snakemake(ROOT, name, path, [target] if target else []):
+            raise ValueError(
+                "setpriv is missing, which ends stages with their pipeline: install util-linux"
+            )
+        path = path if Path.cwd() == home else path.absolute()
+        check_writable(home, name)
+        keep_caches(home / "runs" / ".caches")
+        with locked(home / "runs" / ".lock", say_wait):
+            if run_snakemake(home, name, path, [target] if target else []):
                 sys.exit(1)
         tell(Run(name))
     except (ValueError, OSError) as error:

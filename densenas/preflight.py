@@ -15,19 +15,23 @@ from pathlib import Path
 
 import torch
 
-from densenas.config import DATA, ROOT, naming
-from densenas.cost import CostTable
-from densenas.data import listing
-from densenas.derivation import Lattice
+from densenas.files import DATA, naming, root
+from densenas.images.data import listing
+from densenas.images.pack import Item, fingerprint
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Lattice
+from densenas.method.space import SearchSpace
 from densenas.networks import check_network, load_network, source_of
-from densenas.pack import Item, fingerprint
-from densenas.processes import check_devices
-from densenas.run import Run
+from densenas.runs.run import Run
 from densenas.settings import RunConfig
-from densenas.space import SearchSpace
+from densenas.training.processes import check_devices
 
 DOWNLOADED = 10  # classes of every set that torchvision downloads
-NETWORK_FILES = ("net_config", "model", "weights.pt")  # what `load_network` reads; exports may lie beside them
+NETWORK_FILES = (
+    "net_config",
+    "model",
+    "weights.pt",
+)  # what `load_network` reads; exports may lie beside them
 
 
 def identify(run: str = "", configuration: str = "", usual: str = "digits") -> tuple[str, Path]:
@@ -109,18 +113,27 @@ def check_machine(config: RunConfig) -> None:
 def _check_batches(config: RunConfig, space: SearchSpace, train: int, val: int) -> None:
     """Every process must get two images of each batch, and a batch cannot be larger than the set."""
     search, retrain = config.search, config.retrain
-    sections = [("search", search, space.search, train), ("retrain", retrain, space.retrain, train + val)]
+    sections = [
+        ("search", search, space.search, train),
+        ("retrain", retrain, space.retrain, train + val),
+    ]
     for section, settings, recipe, images in sections:
         batch, devices = settings.batch_size or recipe.batch_size, settings.devices
         whose = "" if settings.batch_size else f" (of space {space.name})"
         given = f"{section}.batch_size is {batch}{whose}"
         if batch > images:
-            raise ValueError(f"{given}, but there are only {images} images to train on: set it to at most that")
+            raise ValueError(
+                f"{given}, but there are only {images} images to train on: set it to at most that"
+            )
         if batch % devices or batch < 2 * devices:
-            raise ValueError(f"{given}, but {devices} devices share it: set it to a multiple of at least {2 * devices}")
+            raise ValueError(
+                f"{given}, but {devices} devices share it: set it to a multiple of at least {2 * devices}"
+            )
     if val < 2 * search.devices:
         few = f"{val} images are val, too few for {search.devices} processes of two images each"
-        raise ValueError(f"data.val_fraction is {config.data.val_fraction}: {few}, raise it or add images")
+        raise ValueError(
+            f"data.val_fraction is {config.data.val_fraction}: {few}, raise it or add images"
+        )
 
 
 def _check_trained(folder: str, classes: int, size: int, net_config: str | None) -> None:
@@ -130,7 +143,9 @@ def _check_trained(folder: str, classes: int, size: int, net_config: str | None)
     with torch.no_grad():
         told = net(torch.zeros(1, 3, size, size)).shape[-1]
     if told != classes:
-        raise ValueError(f"the network in '{folder}' tells {told} classes apart, the data set has {classes}")
+        raise ValueError(
+            f"the network in '{folder}' tells {told} classes apart, the data set has {classes}"
+        )
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -165,11 +180,13 @@ def _code(model: str | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m densenas.preflight", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m densenas.preflight", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("configuration", metavar="CONFIG", help="a run's YAML file")
     path = Path(parser.parse_args().configuration).absolute()
     try:
-        os.chdir(ROOT)  # from where a configuration's paths are meant
+        os.chdir(root())  # from where a configuration's paths are meant
         config, _ = checked(path)
         check_machine(config)
     except (ValueError, OSError) as error:

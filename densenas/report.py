@@ -15,14 +15,17 @@ import yaml
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
-from densenas.config import PACKAGE, ROOT, read_text, write_text
+from densenas.files import PACKAGE, read_text, root, write_text
 from densenas.identity import credit, derived
-from densenas.run import Run
+from densenas.runs.run import Run
 
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(PACKAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    loader=jinja2.FileSystemLoader(PACKAGE / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
-)  # fmt: skip
+)
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -33,9 +36,23 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 OVERVIEW = (
-    "name", "dataset", "network", "group", "top1", "low", "high", "images", "cost", "target",
-    "params", "ms", "blocks", "layers", "seconds", "seed",
-)  # fmt: skip
+    "name",
+    "dataset",
+    "network",
+    "group",
+    "top1",
+    "low",
+    "high",
+    "images",
+    "cost",
+    "target",
+    "params",
+    "ms",
+    "blocks",
+    "layers",
+    "seconds",
+    "seed",
+)
 
 
 def all_runs() -> pd.DataFrame:
@@ -46,7 +63,7 @@ def all_runs() -> pd.DataFrame:
     one that the run derived.
     """
     rows = []
-    for path in sorted((ROOT / "reports").glob("*/metrics.json")):
+    for path in sorted((root() / "reports").glob("*/metrics.json")):
         try:
             rows += _evaluated(Run(path.parent.name))
         except (ValueError, KeyError, TypeError) as error:  # must not stop another run's report
@@ -89,11 +106,11 @@ def _evaluated(run: Run) -> list[dict[str, Any]]:
 
 def write_overview() -> str:
     """Writes reports/index.html, all runs in one table that sorts; returns its path relative to the repository."""
-    studies = sorted(path.parent.name for path in (ROOT / "reports").glob("*/evidence.html"))
+    studies = sorted(path.parent.name for path in (root() / "reports").glob("*/evidence.html"))
     runs = all_runs().astype(object)
     rows = runs.where(runs.notna(), None).to_dict("records")
     page = TEMPLATES.get_template("overview.html.j2").render(runs=rows, studies=studies)
-    write_text(ROOT / "reports" / "index.html", page)
+    write_text(root() / "reports" / "index.html", page)
     return "reports/index.html"
 
 
@@ -137,7 +154,9 @@ def write_report(run: Run) -> str:
     content |= {
         "captions": captions,
         "sources": sources,
-        "parameters": {stage: yaml.safe_dump(entry["parameters"]) for stage, entry in provenance.items()},
+        "parameters": {
+            stage: yaml.safe_dump(entry["parameters"]) for stage, entry in provenance.items()
+        },
         "environment": provenance["03-search"],
         "notebooks": sorted(path.name for path in run.reports.glob("*.ipynb")),
     }
@@ -169,10 +188,12 @@ def write_study(run: Run) -> str:
     write_text(run.reports / "evidence.html", page)
     # Where the README has a place for this study, its figure and result stand there.
     quoted = TEMPLATES.get_template("study.md.j2").render(metrics, run=run.name, made=made)
-    readme = ROOT / "README.md"
+    readme = root() / "README.md"
     place = rf"(<!-- {re.escape(run.name)} -->).*?(?=<!-- end -->)"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart
-        text = re.sub(place, lambda match: f"{match[1]}\n{quoted}\n", read_text(readme), flags=re.DOTALL)
+        text = re.sub(
+            place, lambda match: f"{match[1]}\n{quoted}\n", read_text(readme), flags=re.DOTALL
+        )
         write_text(readme, text)
     return f"reports/{run.name}/evidence.html"
 
@@ -184,8 +205,14 @@ def tell(run: Run) -> None:
     """
     metrics = run.read_json("metrics.json")
     if not {"evidence", "evaluate"} & set(metrics):
-        have = "is not there" if not run.reports.is_dir() else "holds no result of 06-evaluate or 09-evidence yet"
-        raise FileNotFoundError(f"run '{run.name}' has nothing to report: reports/{run.name} {have}")
+        have = (
+            "is not there"
+            if not run.reports.is_dir()
+            else "holds no result of 06-evaluate or 09-evidence yet"
+        )
+        raise FileNotFoundError(
+            f"run '{run.name}' has nothing to report: reports/{run.name} {have}"
+        )
     print(f"\nRun '{run.name}'")
     try:
         if "evidence" in metrics:
@@ -203,8 +230,12 @@ def _tell_study(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m densenas.report", description=__doc__.partition(" `")[0])
-    parser.add_argument("run", metavar="RUN", help="name of a run whose stages are done, a folder in reports/")
+    parser = argparse.ArgumentParser(
+        prog="python -m densenas.report", description=__doc__.partition(" `")[0]
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="name of a run whose stages are done, a folder in reports/"
+    )
     try:
         tell(Run(parser.parse_args().run))
     except (ValueError, OSError) as error:

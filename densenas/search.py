@@ -12,14 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densenas.architecture import save_published
-from densenas.checkpoint import digest, read_checkpoint, restore
-from densenas.config import SearchRecipe, override, write_text
-from densenas.cost import CostTable
-from densenas.data import ImageData, load
-from densenas.derivation import Candidate, Lattice
-from densenas.device import computing_on
-from densenas.engine import (
+from densenas.files import write_text
+from densenas.images.data import ImageData, load
+from densenas.images.loading import Batches, rank_and_world
+from densenas.method.architecture import save_published
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Candidate, Lattice
+from densenas.method.probabilities import Probabilities, Trace
+from densenas.method.supernet import Choice, SuperNet
+from densenas.pricing import RECIPES, priced_space, read_costs
+from densenas.recipes import SearchRecipe, override
+from densenas.runs.run import Run
+from densenas.training.checkpoint import digest, read_checkpoint, restore
+from densenas.training.device import computing_on
+from densenas.training.engine import (
     Pass,
     Position,
     alone,
@@ -28,14 +34,7 @@ from densenas.engine import (
     descend,
     fit,
     fused_sgd,
-)  # fmt: skip
-from densenas.loading import Batches, rank_and_world
-from densenas.probabilities import Probabilities, Trace
-from densenas.run import Run
-from densenas.space import SearchSpace
-from densenas.supernet import Choice, SuperNet
-
-RECIPES = ("name", "source", "search", "retrain")  # of a space: what it costs does not depend on them
+)
 
 
 @dataclass
@@ -117,7 +116,9 @@ class SearchTrainer:
         self.weights, self.arch = net.weight_parameters(), net.arch_parameters()
         self.sgd = fused_sgd(self.weights, recipe)
         decay = recipe.arch_weight_decay
-        self.adam = torch.optim.Adam(self.arch, recipe.arch_lr, recipe.arch_betas, weight_decay=decay, fused=True)
+        self.adam = torch.optim.Adam(
+            self.arch, recipe.arch_lr, recipe.arch_betas, weight_decay=decay, fused=True
+        )
         self.schedule = cosine(self.sgd, steps, recipe.lr_min)
 
     def _classify(self, images: Tensor, labels: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
@@ -173,16 +174,25 @@ def search(
     with computing_on(device, precision, deterministic) as where:
         check_search(data, table, recipe, target_cost, seed)
         configuration = {
-            "space": table.space.model_dump(mode="json"), "recipe": recipe.model_dump(mode="json"),
-            "cost": table.nested(), "target_cost": target_cost, "data": data.digest, "seed": seed,
-            "precision": precision, "device": where.type,
-        }  # fmt: skip
+            "space": table.space.model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
+            "cost": table.nested(),
+            "target_cost": target_cost,
+            "data": data.digest,
+            "seed": seed,
+            "precision": precision,
+            "device": where.type,
+        }
         torch.manual_seed(seed)
         net = SuperNet(table.space, len(data.classes))
         net.temperature = recipe.softmax_temp
         net.to(where, memory_format=torch.channels_last).train()
-        train, val = (Batches(data, name, recipe.batch_size, where, seed) for name in ("train", "val"))
-        trainer = SearchTrainer(net, table, recipe, recipe.epochs * len(train), precision, target_cost)
+        train, val = (
+            Batches(data, name, recipe.batch_size, where, seed) for name in ("train", "val")
+        )
+        trainer = SearchTrainer(
+            net, table, recipe, recipe.epochs * len(train), precision, target_cost
+        )
         trace = Trace([Probabilities.of(net)])
 
         def passes(epoch: int) -> list[Pass]:
@@ -199,10 +209,16 @@ def search(
             row["derived_cost"] = trace[-1].derive(table, target_cost).cost
             if target_cost is not None:
                 gap = row["derived_cost"] / target_cost - 1
-                row |= {"target_cost": target_cost, "gap": gap, "multiplier": float(trainer.target.multiplier)}
+                row |= {
+                    "target_cost": target_cost,
+                    "gap": gap,
+                    "multiplier": float(trainer.target.multiplier),
+                }
             return row | trace[-1].health(table.space)
 
-        parts = {"net": net, "trace": trace} | {name: getattr(trainer, name) for name in ("sgd", "adam", "schedule")}
+        parts = {"net": net, "trace": trace} | {
+            name: getattr(trainer, name) for name in ("sgd", "adam", "schedule")
+        }
         if trainer.target:
             parts["target"] = trainer.target
         started()
@@ -211,7 +227,11 @@ def search(
 
 
 def check_search(
-    data: ImageData, table: CostTable, recipe: SearchRecipe, target_cost: float | None = None, seed: int = 0
+    data: ImageData,
+    table: CostTable,
+    recipe: SearchRecipe,
+    target_cost: float | None = None,
+    seed: int = 0,
 ) -> None:
     """Raises ValueError with one sentence where there can be no such search.
 
@@ -221,30 +241,18 @@ def check_search(
     for name, found in (("input_size", data.image_size), ("num_classes", len(data.classes))):
         priced = table.conditions.get(name, found)
         if priced != found:
-            raise ValueError(f"the costs are for {name} {priced}, the images have {found}: run 02-cost again")
+            raise ValueError(
+                f"the costs are for {name} {priced}, the images have {found}: run 02-cost again"
+            )
     if target_cost is not None:
         number = isinstance(target_cost, int | float) and not isinstance(target_cost, bool)
         if not number or not math.isfinite(target_cost) or target_cost <= 0:
             expected = f"a positive number of {table.unit}, or None for the paper's loss"
             raise ValueError(f"target_cost is {target_cost!r}, expected {expected}")
         Lattice(table).at(target_cost)  # refuses what cannot be reached
-    check_training(seed, recipe.batch_size, {name: len(data.splits[name]) for name in ("val", "train")})
-
-
-def priced_space(table: CostTable, space: str | None) -> SearchSpace:
-    """The space that the costs are of, with the recipes of the preset or file `space` where that is given.
-
-    Raises ValueError with one sentence where `space` is another one.
-    """
-    if space is None:
-        return table.space
-    given = SearchSpace.load(space)
-    settings = [name for name in SearchSpace.model_fields if name not in RECIPES]
-    changed = [name for name in settings if getattr(given, name) != getattr(table.space, name)]
-    if changed:
-        other = f"is not the one that the run's costs are of, {table.space.name} ({', '.join(changed)} differ)"
-        raise ValueError(f"space '{space}' {other}: run 02-cost with it first")
-    return given
+    check_training(
+        seed, recipe.batch_size, {name: len(data.splits[name]) for name in ("val", "train")}
+    )
 
 
 def search_run(
@@ -268,14 +276,21 @@ def search_run(
     shortened = {"epochs": epochs, "arch_start_epoch": arch_start_epoch, "batch_size": batch_size}
     how = {"seed": seed, "precision": precision, "device": device, "deterministic": deterministic}
     with alone(run):
-        table, data = run.costs(), load(run)
+        table, data = read_costs(run), load(run)
         recipe = override(priced_space(table, space).search, **shortened)
 
         def started() -> None:
             rank, world = rank_and_world()
             if rank == 0:
-                asked = {"space": space or table.space.name, **shortened, "target_cost": target_cost, "devices": world}
-                run.record_provenance("03-search", **asked, **how, recipe=recipe.model_dump(mode="json"))
+                asked = {
+                    "space": space or table.space.name,
+                    **shortened,
+                    "target_cost": target_cost,
+                    "devices": world,
+                }
+                run.record_provenance(
+                    "03-search", **asked, **how, recipe=recipe.model_dump(mode="json")
+                )
 
         search(run, data, table, recipe, target_cost, **how, started=started)
 
@@ -299,7 +314,9 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     except ValueError as error:
         raise ValueError(f"{error}: {again}, it goes on from the checkpoint before") from None
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} does not hold a search of space {table.space.name}: {again}") from None
+        raise ValueError(
+            f"{path} does not hold a search of space {table.space.name}: {again}"
+        ) from None
     if other is not None:
         raise ValueError(f"run '{run.name}' has {other} now than it was searched with: {again}")
     return Search(net, table, checkpoint["configuration"], position.history, trace)
@@ -324,9 +341,11 @@ def finished_search(run: Run) -> Search:
     that it was searched with.
     """
     data = load(run)
-    result = load_search(run, run.costs(), len(data.classes))
+    result = load_search(run, read_costs(run), len(data.classes))
     if result.configuration["data"] != data.digest:
-        raise ValueError(f"run '{run.name}' has other images now than it was searched on: run 03-search again")
+        raise ValueError(
+            f"run '{run.name}' has other images now than it was searched on: run 03-search again"
+        )
     done = len(result.history)
     if done < result.epochs:
         unfinished = f"the search of run '{run.name}' has done {done} of {result.epochs} epochs"
@@ -353,7 +372,11 @@ def write_architecture(run: Run, result: Search) -> dict[str, Any]:
     `search` is the digest of the search that it is from, `data` that of the images.
     """
     found, table = result.best, result.table
-    arch, size, num_classes = found.architecture, table.conditions["input_size"], result.net.classifier.out_features
+    arch, size, num_classes = (
+        found.architecture,
+        table.conditions["input_size"],
+        result.net.classifier.out_features,
+    )
     record = {
         "net_config": str(arch),
         "mult_adds_m": arch.mult_adds(size, num_classes),

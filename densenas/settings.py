@@ -10,20 +10,15 @@ import torch
 from pydantic import Field, PositiveFloat, field_validator
 
 from densenas.baselines import WITHIN
-from densenas.config import (
-    Augment,
-    Dataset,
-    Epochs,
-    Images,
-    Strict,
-    naming,
-    override,
-    read_yaml,
-)  # fmt: skip
-from densenas.cost import CostTable
-from densenas.decoding import SHORTER
-from densenas.derivation import Lattice
-from densenas.space import SearchSpace
+from densenas.files import Strict, naming, read_yaml
+from densenas.images.decoding import SHORTER
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Lattice
+from densenas.method.space import SearchSpace
+from densenas.recipes import Epochs, Images, override
+
+Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
+Augment = Literal["weak", "random_sized", "rand_scale"]  # the published training transforms
 
 
 class DataConfig(Strict):
@@ -138,7 +133,10 @@ class RunConfig(Strict):
     @property
     def targets(self) -> list[tuple[str, float]]:
         """Every cost in million Mult-Adds that is asked for, with the setting that asks."""
-        targets = [("evidence.targets", target) for target in (self.evidence.targets if self.evidence else ())]
+        targets = [
+            ("evidence.targets", target)
+            for target in (self.evidence.targets if self.evidence else ())
+        ]
         if self.search.target_cost is not None and self.cost.kind == "mult_adds":
             targets.append(("search.target_cost", self.search.target_cost))
         return targets
@@ -157,14 +155,21 @@ class RunConfig(Strict):
     def fit(self, space: SearchSpace) -> None:
         """ValueError where this run cannot be made in its space; `preflight` looks further, at the images too."""
         with naming("search"):
-            override(space.search, **self.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}))
+            override(
+                space.search,
+                **self.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}),
+            )
         size = self.image_size or space.input_size
         space.maps(size)  # refuses a size at which a map would vanish
         pack = self.data.pack
         if isinstance(pack, int) and pack < size:
-            raise ValueError(f"data.pack is {pack}, but training sees images of {size} pixels: set it to at least that")
+            raise ValueError(
+                f"data.pack is {pack}, but training sees images of {size} pixels: set it to at least that"
+            )
         if self.evidence and self.cost.kind != "mult_adds":
-            raise ValueError(f"evidence compares at equal Mult-Adds, but cost.kind is {self.cost.kind}")
+            raise ValueError(
+                f"evidence compares at equal Mult-Adds, but cost.kind is {self.cost.kind}"
+            )
         if not self.targets:
             return
         # The classes are not counted yet, the classifier's share is small.
@@ -172,7 +177,9 @@ class RunConfig(Strict):
         high = Lattice(CostTable.mult_adds(space, size, 10_000)).reach[1]
         for setting, target in self.targets:
             if not low <= target <= high:
-                reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
+                reach = (
+                    f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
+                )
                 raise ValueError(f"{setting} is {target:g} million Mult-Adds, {reach}")
 
     def parameters(self, run: str) -> dict[str, dict[str, Any]]:
@@ -181,18 +188,31 @@ class RunConfig(Strict):
         training = {"seed": self.seed, "device": self.device, "deterministic": self.deterministic}
         stages = {
             "01-data": {**self.data.model_dump(), "image_size": size, "seed": self.seed},
-            "02-cost": {**self.cost.model_dump(), "space": self.space, "image_size": size, "device": self.device},
+            "02-cost": {
+                **self.cost.model_dump(),
+                "space": self.space,
+                "image_size": size,
+                "device": self.device,
+            },
             "03-search": {**self.search.model_dump(), "space": self.space, **training},
             "04-derive": {},
             "05-retrain": {**self.retrain.model_dump(), **training},
-            "06-evaluate": {**self.evaluate.model_dump(), "net_config": self.retrain.net_config, "device": self.device},
+            "06-evaluate": {
+                **self.evaluate.model_dump(),
+                "net_config": self.retrain.net_config,
+                "device": self.device,
+            },
             "07-figures": {},
         }
         if self.evidence:
             stages["09-evidence"] = {
-                **self.evidence.model_dump(mode="json"), "space": self.space,
-                "precision": self.retrain.precision, "device": self.device,
-                "search": self.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}),
+                **self.evidence.model_dump(mode="json"),
+                "space": self.space,
+                "precision": self.retrain.precision,
+                "device": self.device,
+                "search": self.search.model_dump(
+                    include={"epochs", "arch_start_epoch", "batch_size"}
+                ),
                 "retrain": self.retrain.model_dump(include={"epochs", "batch_size"}),
-            }  # fmt: skip
+            }
         return {stage: {"run": run, **values} for stage, values in stages.items()}

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import identity
-from densenas.architecture import Architecture
-from densenas.config import RetrainRecipe, override
-from densenas.data import ImageData, load
-from densenas.device import computing_on
-from densenas.engine import (
+from densenas.images.data import ImageData, load
+from densenas.images.loading import Batches, rank_and_world
+from densenas.method.architecture import Architecture
+from densenas.networks import check_network, code_digest, is_code, network, save_network
+from densenas.pricing import read_costs
+from densenas.recipes import RetrainRecipe, override
+from densenas.runs.run import Run, progress
+from densenas.training.device import computing_on
+from densenas.training.engine import (
     Pass,
     alone,
     check_training,
@@ -23,10 +27,7 @@ from densenas.engine import (
     descend,
     fit,
     fused_sgd,
-)  # fmt: skip
-from densenas.loading import Batches, rank_and_world
-from densenas.networks import check_network, code_digest, is_code, network, save_network
-from densenas.run import Run, progress
+)
 
 
 def size(net: nn.Module, input_size: int) -> dict[str, float]:
@@ -61,9 +62,13 @@ def retrain(
     with computing_on(device, precision, deterministic) as where:
         check_network(str(model), len(data.classes), data.image_size)
         configuration = {
-            "model": str(model), "recipe": recipe.model_dump(mode="json"), "data": data.digest, "seed": seed,
-            "precision": precision, "device": where.type,
-        }  # fmt: skip
+            "model": str(model),
+            "recipe": recipe.model_dump(mode="json"),
+            "data": data.digest,
+            "seed": seed,
+            "precision": precision,
+            "device": where.type,
+        }
         torch.manual_seed(seed)
         net = network(str(model), len(data.classes)).to(where, memory_format=torch.channels_last)
         if is_code(str(model)):
@@ -91,14 +96,23 @@ def retrain(
         parts = {"net": net, "sgd": sgd, "schedule": schedule}
         one_pass = [Pass("train", batches, step, weights)]
         history = fit(
-            run, "retrain", configuration, parts, recipe.epochs, lambda _: one_pass,
+            run,
+            "retrain",
+            configuration,
+            parts,
+            recipe.epochs,
+            lambda _: one_pass,
             lambda: {"lr": schedule.get_last_lr()[0]},
-        )  # fmt: skip
+        )
     return net, history
 
 
 def retrain_run(
-    name: str, net_config: str | None = None, epochs: int | None = None, batch_size: int | None = None, **how: Any
+    name: str,
+    net_config: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    **how: Any,
 ) -> None:
     """`retrain` as notebook 05 and torchrun call it: on the run's data.
 
@@ -111,7 +125,7 @@ def retrain_run(
         found = identity.derived(run)  # refuses what an earlier search left
         model = net_config or found["net_config"]
         shortened = {"epochs": epochs, "batch_size": batch_size}
-        recipe = override(run.costs().space.retrain, **shortened)
+        recipe = override(read_costs(run).space.retrain, **shortened)
         data = load(run)
 
         def started() -> None:
@@ -124,16 +138,23 @@ def retrain_run(
             save_network(run.work / "model", model, net)
             last = history[-1]
             result = {
-                "epochs": len(history), "seconds": sum(row["seconds"] for row in history),
-                "train_top1": last["train_top1"], "train_loss": last["train_loss"], "n": 1,
-            }  # fmt: skip
+                "epochs": len(history),
+                "seconds": sum(row["seconds"] for row in history),
+                "train_top1": last["train_top1"],
+                "train_loss": last["train_loss"],
+                "n": 1,
+            }
             trained = identity.describe(run, net, run.work / "model") | size(net, data.image_size)
             run.update_json("metrics.json", "retrain", result | trained)
 
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, data: ImageData, split: str = "test", batch_size: int = 256, device: str = "auto"
+    net: nn.Module,
+    data: ImageData,
+    split: str = "test",
+    batch_size: int = 256,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Accuracy of a network in evaluation mode.
 
@@ -151,12 +172,16 @@ def evaluate(
                 apart = f"the network tells {told} classes apart"
                 raise ValueError(f"{apart}, the data set has {classes}")
             if not logits.isfinite().all():
-                raise ValueError(f"what the network makes of {split} is not finite: its weights are spoilt")
+                raise ValueError(
+                    f"what the network makes of {split} is not finite: its weights are spoilt"
+                )
             parts.append((logits, labels))
     scores, truth = map(torch.cat, zip(*parts, strict=True))
     best = scores.topk(min(5, classes), dim=1).indices
     hits = best == truth[:, None]
-    confusion = torch.bincount(truth * classes + best[:, 0], minlength=classes**2).view(classes, classes)
+    confusion = torch.bincount(truth * classes + best[:, 0], minlength=classes**2).view(
+        classes, classes
+    )
     return {
         "top1": float(hits[:, 0].float().mean()),
         "top5": float(hits.any(dim=1).float().mean()),

@@ -7,10 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
-from densenas.run import Run
+from densenas.runs.run import Run
 
 settings.register_profile(
-    "densenas", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "densenas",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("densenas")
 
@@ -26,7 +30,7 @@ def processes():
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """Runs keep their folders here instead of in the repository."""
-    monkeypatch.setattr("densenas.run.ROOT", tmp_path)
+    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
     return tmp_path
 
 

@@ -5,6 +5,7 @@ import re
 import resource
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import CostTable, SearchSpace, SuperNet
 
+REPOSITORY = Path(__file__).parent.parent
 MBCONVS = [f"mbconv_k{kernel}_t{expansion}" for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
 SKIP = "skip_connect"
 RECIPES = {
-    "search": {"epochs": 1, "arch_start_epoch": 0, "batch_size": 2, "log_base": 2.0, "sub_loss_factor": 0.1},
+    "search": {
+        "epochs": 1,
+        "arch_start_epoch": 0,
+        "batch_size": 2,
+        "log_base": 2.0,
+        "sub_loss_factor": 0.1,
+    },
     "retrain": {},
 }
 
@@ -63,7 +71,9 @@ SMALL = make_space(
 
 
 @st.composite
-def spaces(draw, families=("mbv2", "basic_block", "bottleneck"), skip_reg=None, one_map_at_the_end=True):
+def spaces(
+    draw, families=("mbv2", "basic_block", "bottleneck"), skip_reg=None, one_map_at_the_end=True
+):
     """3 to 6 blocks of different widths on maps from 16 down to 1."""
     family = draw(st.sampled_from(families))
     candidates = MBCONVS if family == "mbv2" else [family]
@@ -164,7 +174,14 @@ def random_supernet(space, seed, num_classes=3, dtype=torch.float64):
     return net
 
 
-LATENCY = {"input_size": 16, "num_classes": 3, "batch_size": 1, "device": "made up", "threads": 1, "torch": "0"}
+LATENCY = {
+    "input_size": 16,
+    "num_classes": 3,
+    "batch_size": 1,
+    "device": "made up",
+    "threads": 1,
+    "torch": "0",
+}
 
 
 def random_table(space, seed, equal_layers=False, spare_rows=0, conditions=LATENCY):

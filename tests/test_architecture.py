@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densenas import Architecture, load_published
-from densenas.architecture import Block
+from densenas.method.architecture import Block
 from densenas.networks import save_network
 
 
@@ -20,7 +20,13 @@ def architectures(draw):
     ops = st.sampled_from(MBCONVS if family == "mbv2" else [family])
     widths = draw(st.lists(st.integers(1, 10), min_size=2, max_size=6))
     blocks = [
-        Block(before, after, draw(ops), tuple(draw(st.lists(ops, max_size=3))), draw(st.sampled_from([1, 2])))
+        Block(
+            before,
+            after,
+            draw(ops),
+            tuple(draw(st.lists(ops, max_size=3))),
+            draw(st.sampled_from([1, 2])),
+        )
         for before, after in pairwise(widths)
     ]
     return Architecture(tuple(blocks), draw(st.integers(1, 99)) if family == "mbv2" else None)
@@ -35,7 +41,10 @@ def test_text_and_architecture_are_the_same_thing(arch):
 
 
 def test_text_is_the_published_one():
-    blocks = (Block(16, 16, "mbconv_k3_t1", (), 1), Block(16, 24, "mbconv_k5_t3", ("mbconv_k3_t6",), 2))
+    blocks = (
+        Block(16, 16, "mbconv_k3_t1", (), 1),
+        Block(16, 24, "mbconv_k5_t3", ("mbconv_k3_t6",), 2),
+    )
     assert str(Architecture(blocks, 1984)).split("|") == [
         "[[16, 16], 'mbconv_k3_t1', [], 0, 1]",
         "[[16, 24], 'mbconv_k5_t3', ['mbconv_k3_t6'], 1, 2]",
@@ -52,7 +61,9 @@ def test_named_architectures_carry_the_published_figures():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with refused(KeyError, r"no published layer list for 'DenseNAS-Z'.*DenseNAS-A, DenseNAS-B, DenseNAS-C"):
+    with refused(
+        KeyError, r"no published layer list for 'DenseNAS-Z'.*DenseNAS-A, DenseNAS-B, DenseNAS-C"
+    ):
         Architecture.named("DenseNAS-Z")
 
 
@@ -82,36 +93,93 @@ MALFORMED = {
     "a list as a key": (second("{[]: 8}"), r"block 1 "),
     "nested too deep": (second("[" * 100_000), r"block 1 .*literal"),
     "a number": (second("8"), r"block 1 .*expected \[\[in, out\]"),
-    "stride missing": (second("[[8, 8], 'mbconv_k3_t3', [], 0]"), r"block 1 .*expected \[\[in, out\]"),
-    "on two lines": (second("[[8, 8],\n'mbconv_k3_t3', [], 0]"), r"block 1 .*expected \[\[in, out\]"),
+    "stride missing": (
+        second("[[8, 8], 'mbconv_k3_t3', [], 0]"),
+        r"block 1 .*expected \[\[in, out\]",
+    ),
+    "on two lines": (
+        second("[[8, 8],\n'mbconv_k3_t3', [], 0]"),
+        r"block 1 .*expected \[\[in, out\]",
+    ),
     "one width": (second("[[8], 'mbconv_k3_t3', [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
-    "width as text": (second("[['8', 8], 'mbconv_k3_t3', [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
-    "width as a fraction": (second("[[8.0, 8], 'mbconv_k3_t3', [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
-    "width as a truth": (f"[[8, True], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*expected \[\[in, out\]"),
+    "width as text": (
+        second("[['8', 8], 'mbconv_k3_t3', [], 0, 1]"),
+        r"block 1 .*expected \[\[in, out\]",
+    ),
+    "width as a fraction": (
+        second("[[8.0, 8], 'mbconv_k3_t3', [], 0, 1]"),
+        r"block 1 .*expected \[\[in, out\]",
+    ),
+    "width as a truth": (
+        f"[[8, True], 'mbconv_k3_t3', [], 0, 1]|{LAST}",
+        r"block 0 .*expected \[\[in, out\]",
+    ),
     "head op as a number": (second("[[8, 8], 3, [], 0, 1]"), r"block 1 .*expected \[\[in, out\]"),
-    "stack op as a number": (second("[[8, 8], 'mbconv_k3_t3', [3], 1, 1]"), r"block 1 .*(expected|op)"),
-    "stack op as a list": (second("[[8, 8], 'mbconv_k3_t3', [[]], 1, 1]"), r"block 1 .*(expected|op)"),
-    "stack as text": (second("[[8, 8], 'mbconv_k3_t3', 'mbconv_k3_t3', 12, 1]"), r"block 1 .*expected \[\[in, out\]"),
-    "width 0": (f"[[8, 0], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*widths 8 and 0.*positive"),
-    "width negative": (f"[[-8, 8], 'mbconv_k3_t3', [], 0, 1]|{LAST}", r"block 0 .*widths -8 and 8.*positive"),
+    "stack op as a number": (
+        second("[[8, 8], 'mbconv_k3_t3', [3], 1, 1]"),
+        r"block 1 .*(expected|op)",
+    ),
+    "stack op as a list": (
+        second("[[8, 8], 'mbconv_k3_t3', [[]], 1, 1]"),
+        r"block 1 .*(expected|op)",
+    ),
+    "stack as text": (
+        second("[[8, 8], 'mbconv_k3_t3', 'mbconv_k3_t3', 12, 1]"),
+        r"block 1 .*expected \[\[in, out\]",
+    ),
+    "width 0": (
+        f"[[8, 0], 'mbconv_k3_t3', [], 0, 1]|{LAST}",
+        r"block 0 .*widths 8 and 0.*positive",
+    ),
+    "width negative": (
+        f"[[-8, 8], 'mbconv_k3_t3', [], 0, 1]|{LAST}",
+        r"block 0 .*widths -8 and 8.*positive",
+    ),
     "width with zeros too many": (
         f"[[8, {10**12}], 'mbconv_k3_t1', [], 0, 1]|{LAST}",
         r"block 0 has widths 8 and 1000000000000, widths are at most 100,000",
     ),
-    "conv1_1 to a million millions": (f"{FIRST}|[[8, {10**12}], 'conv1_1']", r"conv1_1 leaves .*at most 100,000"),
-    "conv1_1 as a truth": ("[[1, 1], 'mbconv_k3_t1', [], 0, 1]|[[True, True], 'conv1_1']", r"block 1 .*expected \[\["),
-    "ten thousand blocks": ("|".join([FIRST] * 10_000) + f"|{LAST}", r"has 10,001 blocks, at most 500"),
+    "conv1_1 to a million millions": (
+        f"{FIRST}|[[8, {10**12}], 'conv1_1']",
+        r"conv1_1 leaves .*at most 100,000",
+    ),
+    "conv1_1 as a truth": (
+        "[[1, 1], 'mbconv_k3_t1', [], 0, 1]|[[True, True], 'conv1_1']",
+        r"block 1 .*expected \[\[",
+    ),
+    "ten thousand blocks": (
+        "|".join([FIRST] * 10_000) + f"|{LAST}",
+        r"has 10,001 blocks, at most 500",
+    ),
     "a hundred thousand layers": (
         f"[[8, 8], 'mbconv_k3_t1', {['mbconv_k3_t1'] * 100_000}, 100000, 1]|{LAST}",
         r"has 100,001 layers, at most 500",
     ),
-    "stride 3": (second("[[8, 8], 'mbconv_k3_t3', [], 0, 3]"), r"block 1 .*stride 3, strides are 1 or 2"),
-    "stride 0": (second("[[8, 8], 'mbconv_k3_t3', [], 0, 0]"), r"block 1 .*stride 0, strides are 1 or 2"),
-    "wrong count": (second("[[8, 8], 'mbconv_k3_t3', [], 2, 1]"), r"block 1 .*announces 2 stacked ops, but lists 0"),
-    "unknown head op": (second("[[8, 8], 'mbconv_k4_t3', [], 0, 1]"), r"block 1 .*unknown op 'mbconv_k4_t3', known"),
-    "unknown stack op": (second("[[8, 8], 'mbconv_k3_t3', ['conv'], 1, 1]"), r"block 1 .*unknown op 'conv', known are"),
+    "stride 3": (
+        second("[[8, 8], 'mbconv_k3_t3', [], 0, 3]"),
+        r"block 1 .*stride 3, strides are 1 or 2",
+    ),
+    "stride 0": (
+        second("[[8, 8], 'mbconv_k3_t3', [], 0, 0]"),
+        r"block 1 .*stride 0, strides are 1 or 2",
+    ),
+    "wrong count": (
+        second("[[8, 8], 'mbconv_k3_t3', [], 2, 1]"),
+        r"block 1 .*announces 2 stacked ops, but lists 0",
+    ),
+    "unknown head op": (
+        second("[[8, 8], 'mbconv_k4_t3', [], 0, 1]"),
+        r"block 1 .*unknown op 'mbconv_k4_t3', known",
+    ),
+    "unknown stack op": (
+        second("[[8, 8], 'mbconv_k3_t3', ['conv'], 1, 1]"),
+        r"block 1 .*unknown op 'conv', known are",
+    ),
     "op with a line break": (second(r"[[8, 8], 'mbconv\nk3', [], 0, 1]"), r"block 1 .*unknown op"),
-    "skip as head": (second("[[8, 8], 'skip_connect', [], 0, 1]"), r"block 1 .*skip_connect.*derived network drops"),
+    "skip as head": (
+        second("[[8, 8], 'skip_connect', [], 0, 1]"),
+        r"block 1 .*skip_connect.*derived network drops",
+    ),
     "skip in the stack": (
         second("[[8, 8], 'mbconv_k3_t3', ['skip_connect'], 1, 1]"),
         r"block 1 .*skip_connect.*derived network drops",
@@ -119,7 +187,10 @@ MALFORMED = {
     "conv1_1 in the middle": (f"{FIRST}|{LAST}|{LAST}", r"block 1 .*expected \[\[in, out\]"),
     "conv1_1 alone": (LAST, r"no blocks"),
     "conv1_1 missing": (FIRST, r"'conv1_1'\], which is missing"),
-    "conv1_1 of another width": (f"{FIRST}|[[9, 99], 'conv1_1']", r"conv1_1 takes 9 channels, the last block leaves 8"),
+    "conv1_1 of another width": (
+        f"{FIRST}|[[9, 99], 'conv1_1']",
+        r"conv1_1 takes 9 channels, the last block leaves 8",
+    ),
     "conv1_1 to nothing": (f"{FIRST}|[[8, 0], 'conv1_1']", r"conv1_1 .*positive"),
     "conv1_1 to less than nothing": (f"{FIRST}|[[8, -9], 'conv1_1']", r"conv1_1 .*positive"),
     "conv1_1 of a ResNet": (f"{RES}|[[12, 99], 'conv1_1']", r"conv1_1"),
@@ -127,12 +198,18 @@ MALFORMED = {
         second("[[9, 8], 'mbconv_k3_t3', [], 0, 1]"),
         r"block 1 takes 9 channels, block 0 leaves 8",
     ),
-    "families mixed": (f"[[8, 8], 'basic_block', [], 0, 1]|{FIRST}|{LAST}", r"MobileNetV2 and ResNet ops are mixed"),
+    "families mixed": (
+        f"[[8, 8], 'basic_block', [], 0, 1]|{FIRST}|{LAST}",
+        r"MobileNetV2 and ResNet ops are mixed",
+    ),
     "families mixed in a block": (
         second("[[8, 8], 'mbconv_k3_t3', ['basic_block'], 1, 1]"),
         r"MobileNetV2 and ResNet ops are mixed",
     ),
-    "two ResNet blocks mixed": (f"{RES}|[[12, 16], 'bottleneck', [], 0, 1]", r"basic_block and bottleneck|mixe"),
+    "two ResNet blocks mixed": (
+        f"{RES}|[[12, 16], 'bottleneck', [], 0, 1]",
+        r"basic_block and bottleneck|mixe",
+    ),
     "two ResNet blocks mixed in a block": (
         "[[8, 12], 'basic_block', ['bottleneck'], 1, 1]",
         r"basic_block and bottleneck|mixe",
@@ -148,15 +225,23 @@ def test_malformed_net_config(name):
 
 
 def test_a_network_that_would_fill_the_memory_is_not_built():
-    large = Architecture.parse(second("[[8, 90000], 'mbconv_k3_t6', [], 0, 1]|[[90000, 8], 'mbconv_k3_t6', [], 0, 1]"))
+    large = Architecture.parse(
+        second("[[8, 90000], 'mbconv_k3_t6', [], 0, 1]|[[90000, 8], 'mbconv_k3_t6', [], 0, 1]")
+    )
     assert large.params() > 40_000 and large.mult_adds(224) > 0  # counted without allocating any
-    with refused(ValueError, r"net_config has 48,.*million parameters, at most 1,000 million are built"):
+    with refused(
+        ValueError, r"net_config has 48,.*million parameters, at most 1,000 million are built"
+    ):
         large.build()
 
 
 @pytest.mark.parametrize(
     "code",
-    ["__import__('os').system('touch {}')", "open('{}', 'w')", "[[8, 8], 'mbconv_k3_t3', [open('{}', 'w')], 1, 1]"],
+    [
+        "__import__('os').system('touch {}')",
+        "open('{}', 'w')",
+        "[[8, 8], 'mbconv_k3_t3', [open('{}', 'w')], 1, 1]",
+    ],
 )
 @pytest.mark.parametrize("place", ["{code}", f"{FIRST}|{{code}}|{LAST}", f"{FIRST}|{{code}}"])
 def test_code_in_a_net_config_is_not_run(code, place, tmp_path):
@@ -203,7 +288,16 @@ LINES = str(TINY).split("|")
         f"{TINY}\nnet_type: mbv2\nsearched on a Tuesday\nnet_type: res\n",
         "|\n".join(LINES),
     ],
-    ids=["lines", "each with a bar", "of Windows", "blank", "with a mark", "within a block", "notes", "no net_type"],
+    ids=[
+        "lines",
+        "each with a bar",
+        "of Windows",
+        "blank",
+        "with a mark",
+        "within a block",
+        "notes",
+        "no net_type",
+    ],
 )
 def test_a_net_config_on_several_lines_is_read_as_the_published_code_reads_it(text, published):
     (published / "net_config").write_bytes(text.encode())
@@ -234,7 +328,16 @@ def test_missing_folder(tmp_path):
         (f"{TINY}\nsearched on a Tuesday\n", r"literal"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", r"text|UTF-8|decode"),
     ],
-    ids=["other family", "unknown family", "empty", "no network", "no end", "comment", "notes", "binary"],
+    ids=[
+        "other family",
+        "unknown family",
+        "empty",
+        "no network",
+        "no end",
+        "comment",
+        "notes",
+        "binary",
+    ],
 )
 def test_broken_net_config_file(text, pattern, published):
     (published / "net_config").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -266,28 +369,73 @@ SPARSE = torch.eye(5).to_sparse()
     ("change", "pattern"),
     [
         (lambda state: OTHER.build(5).state_dict(), r"does not fit its net_config"),
-        (without_one, r"does not fit its net_config: it lacks 'blocks\.1\.head_layer\.depthwise_conv"),
-        (lambda state: state | {"head.0": torch.zeros(1), "x": torch.zeros(1)}, r"no place for 'head\.0' and 1 more"),
+        (
+            without_one,
+            r"does not fit its net_config: it lacks 'blocks\.1\.head_layer\.depthwise_conv",
+        ),
+        (
+            lambda state: state | {"head.0": torch.zeros(1), "x": torch.zeros(1)},
+            r"no place for 'head\.0' and 1 more",
+        ),
         (without_classifier, r"no classifier\.weight"),
         (lambda state: {}, r"no classifier\.weight among the 0 entries"),
         (lambda state: [*state.values()], r"expected a state dict, found a list"),
         (lambda state: state["classifier.weight"], r"expected a state dict, found a Tensor"),
-        (lambda state: state | {"classifier.weight": "five"}, r"found a str as 'classifier\.weight'"),
-        (lambda state: {"state_dict": state, "epoch": 3}, r"nothing but tensors, found a \w*[dD]ict as 'state_dict'"),
+        (
+            lambda state: state | {"classifier.weight": "five"},
+            r"found a str as 'classifier\.weight'",
+        ),
+        (
+            lambda state: {"state_dict": state, "epoch": 3},
+            r"nothing but tensors, found a \w*[dD]ict as 'state_dict'",
+        ),
         (lambda state: dict(enumerate(state.values())), r"0 is not the name of an entry"),
         (lambda state: state | {None: torch.zeros(1)}, r"None is not the name of an entry"),
-        (changed("classifier.weight", lambda weight: weight[0, 0]), r"classifier\.weight has the shape \(\), expected"),
-        (changed("classifier.weight", lambda weight: weight[:0]), r"classifier\.weight has the shape \(0, 99\)"),
-        (changed("classifier.weight", lambda weight: weight[:1].expand(10**9, 99)), r"at most 1,000 million"),
-        (changed("classifier.bias", lambda bias: bias[:2]), r"'classifier\.bias' has .*\(2,\), expected \(5,\)"),
-        (changed("classifier.bias", lambda bias: bias + torch.nan), r"'classifier\.bias' holds numbers that"),
-        (changed("classifier.weight", lambda weight: weight / 0), r"'classifier\.weight' holds numbers that"),
-        (changed("classifier.bias", lambda bias: bias.double() + 1e300), r"'classifier\.bias' holds numbers that"),
-        (changed("classifier.bias", lambda bias: bias.int()), r"'classifier\.bias' holds torch\.int32, expected"),
-        (changed("classifier.bias", lambda bias: bias + 1j), r"'classifier\.bias' holds torch\.complex64, expected"),
+        (
+            changed("classifier.weight", lambda weight: weight[0, 0]),
+            r"classifier\.weight has the shape \(\), expected",
+        ),
+        (
+            changed("classifier.weight", lambda weight: weight[:0]),
+            r"classifier\.weight has the shape \(0, 99\)",
+        ),
+        (
+            changed("classifier.weight", lambda weight: weight[:1].expand(10**9, 99)),
+            r"at most 1,000 million",
+        ),
+        (
+            changed("classifier.bias", lambda bias: bias[:2]),
+            r"'classifier\.bias' has .*\(2,\), expected \(5,\)",
+        ),
+        (
+            changed("classifier.bias", lambda bias: bias + torch.nan),
+            r"'classifier\.bias' holds numbers that",
+        ),
+        (
+            changed("classifier.weight", lambda weight: weight / 0),
+            r"'classifier\.weight' holds numbers that",
+        ),
+        (
+            changed("classifier.bias", lambda bias: bias.double() + 1e300),
+            r"'classifier\.bias' holds numbers that",
+        ),
+        (
+            changed("classifier.bias", lambda bias: bias.int()),
+            r"'classifier\.bias' holds torch\.int32, expected",
+        ),
+        (
+            changed("classifier.bias", lambda bias: bias + 1j),
+            r"'classifier\.bias' holds torch\.complex64, expected",
+        ),
         (changed("classifier.bias", lambda bias: SPARSE), r"'classifier\.bias' is no plain tensor"),
-        (changed("classifier.bias", lambda bias: bias.to("meta")), r"'classifier\.bias' is no plain tensor"),
-        (lambda state: state | {"module.classifier.bias": torch.zeros(5)}, r"some entries are there twice"),
+        (
+            changed("classifier.bias", lambda bias: bias.to("meta")),
+            r"'classifier\.bias' is no plain tensor",
+        ),
+        (
+            lambda state: state | {"module.classifier.bias": torch.zeros(5)},
+            r"some entries are there twice",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(change, pattern, published):
@@ -299,16 +447,24 @@ def test_weights_that_do_not_fit(change, pattern, published):
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_precision_are_read(kind, published):
     state = torch.load(published / "weights.pt")
-    halved = {f"module.{key}": value.to(kind) if value.is_floating_point() else value for key, value in state.items()}
+    halved = {
+        f"module.{key}": value.to(kind) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
     torch.save(halved, published / "weights.pt")
     net = load_published(published)[1]
     assert net.classifier.weight.dtype == torch.float32
-    torch.testing.assert_close(net.classifier.weight, state["classifier.weight"], rtol=0.01, atol=0.001)
+    torch.testing.assert_close(
+        net.classifier.weight, state["classifier.weight"], rtol=0.01, atol=0.001
+    )
 
 
 def test_weights_of_an_old_pytorch_count_no_batches(published):
     state = torch.load(published / "weights.pt")
-    torch.save({key: value for key, value in state.items() if "num_batches" not in key}, published / "weights.pt")
+    torch.save(
+        {key: value for key, value in state.items() if "num_batches" not in key},
+        published / "weights.pt",
+    )
     assert load_published(published)[0] == TINY
 
 
@@ -319,7 +475,8 @@ def test_a_whole_pickled_network_is_refused(published):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not weights at all", b"cos\nsystem\n", b"as text\n" * 9, b"PK\x03\x04cut off"]
+    "content",
+    [b"", b"not weights at all", b"cos\nsystem\n", b"as text\n" * 9, b"PK\x03\x04cut off"],
 )
 def test_weights_that_are_no_weights(content, published):
     (published / "weights.pt").write_bytes(content)

@@ -16,10 +16,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchvision.io import write_jpeg, write_png
 
-from densenas.data import Split, _assign, listing, load, prepare
-from densenas.pack import Item, read_manifest
-from densenas.run import Run
-from densenas.sources import CLASSES, IMAGENETTE
+from densenas.images.data import Split, _assign, listing, load, prepare
+from densenas.images.pack import Item, read_manifest
+from densenas.images.sources import CLASSES, IMAGENETTE
+from densenas.runs.run import Run
 
 FIELDS = ("images", "labels")
 DIGITS_DIGEST = "4fb44bfb3fb135f8dd1abb10044b772f39e6366126ad33c1e67696d725825d1f"
@@ -28,7 +28,7 @@ DIGITS_DIGEST = "4fb44bfb3fb135f8dd1abb10044b772f39e6366126ad33c1e67696d725825d1
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("densenas.run.ROOT", tmp_path_factory.mktemp("digits"))
+        patch.setenv("DENSENAS_ROOT", str(tmp_path_factory.mktemp("digits")))
         return Run("digits")
 
 
@@ -46,7 +46,12 @@ def keys(run, split):
 
 
 def whole(data):
-    return Split(*(torch.cat([getattr(data.splits[name], part) for name in ("train", "val")]) for part in FIELDS))
+    return Split(
+        *(
+            torch.cat([getattr(data.splits[name], part) for name in ("train", "val")])
+            for part in FIELDS
+        )
+    )
 
 
 def content(split):
@@ -64,7 +69,9 @@ def test_digits_are_complete(digits, digits_run):
     for split in digits.splits.values():
         assert (split.images.dtype, split.images.shape[1:]) == (torch.uint8, (3, 32, 32))
         assert torch.equal(split.images[:, 0], split.images[:, 2])
-        assert torch.equal(split.images, F.interpolate(split.images[..., ::4, ::4].float(), scale_factor=4).byte())
+        assert torch.equal(
+            split.images, F.interpolate(split.images[..., ::4, ::4].float(), scale_factor=4).byte()
+        )
     assert max(split.images.max() for split in digits.splits.values()) == 255
 
 
@@ -74,9 +81,9 @@ def test_digits_splits_are_disjoint_and_proportional(digits, digits_run):
     everything = torch.cat([split.labels for split in digits.splits.values()]).bincount()
     for name, share in (("train", 0.64), ("val", 0.16), ("test", 0.2)):
         assert ((digits.splits[name].labels.bincount() - share * everything).abs() <= 1).all()
-        assert Counter(int(row["label"]) for row in manifest(digits_run).values() if row["split"] == name) == Counter(
-            digits.splits[name].labels.tolist()
-        )
+        assert Counter(
+            int(row["label"]) for row in manifest(digits_run).values() if row["split"] == name
+        ) == Counter(digits.splits[name].labels.tolist())
 
 
 def test_digits_are_the_same_on_every_machine(digits):
@@ -89,7 +96,9 @@ def test_another_seed_changes_val_and_never_test(digits, digits_run, root):
     assert same(other.test, digits.test)
     assert keys(other_run, "test") == keys(digits_run, "test")
     assert keys(other_run, "val") != keys(digits_run, "val")
-    assert keys(other_run, "train") | keys(other_run, "val") == keys(digits_run, "train") | keys(digits_run, "val")
+    assert keys(other_run, "train") | keys(other_run, "val") == keys(digits_run, "train") | keys(
+        digits_run, "val"
+    )
     assert other.digest != digits.digest
     again = prepare(Run("again"), seed=1)
     assert again.digest == other.digest
@@ -141,7 +150,9 @@ def test_a_pack_that_is_not_the_one_described(run):
     before = (run.work / "data.json").read_text()
     prepare(run, num_classes=2, image_size=8, seed=1)
     (run.work / "data.json").write_text(before)  # as if killed between pack and data.json
-    with refused(ValueError, r"the pack '.*data' is not the one that .*data\.json describes: run 01-data"):
+    with refused(
+        ValueError, r"the pack '.*data' is not the one that .*data\.json describes: run 01-data"
+    ):
         load(run)
     (run.work / "data/manifest.csv").unlink()
     with refused(FileNotFoundError, r"run 'made-up' has no manifest\.csv yet: run 01-data first"):
@@ -150,7 +161,7 @@ def test_a_pack_that_is_not_the_one_described(run):
 
 def prepared_elsewhere(root, results):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("densenas.run.ROOT", root)
+        patch.setenv("DENSENAS_ROOT", str(root))
         results.put(prepare(Run("made-up"), num_classes=2, image_size=8).digest)
 
 
@@ -183,7 +194,11 @@ def test_smaller_images(run):
 
 
 def colour(red, green, blue, height=20, width=20):
-    return torch.tensor([red, green, blue], dtype=torch.uint8)[:, None, None].expand(3, height, width).contiguous()
+    return (
+        torch.tensor([red, green, blue], dtype=torch.uint8)[:, None, None]
+        .expand(3, height, width)
+        .contiguous()
+    )
 
 
 def fill(folder, count, picture, first=0):
@@ -210,7 +225,9 @@ def test_flat_class_folders_are_split(run, tmp_path):
     for split in data.splits.values():
         assert split.labels.bincount().min() > 0
         assert torch.equal(split.images[:, 0, 0, 0] == 255, split.labels == 1)
-    assert sorted(blues(data.train) + blues(data.val) + blues(data.test)) == sorted([*range(10)] * 2)
+    assert sorted(blues(data.train) + blues(data.val) + blues(data.test)) == sorted(
+        [*range(10)] * 2
+    )
 
 
 def test_the_place_of_a_folder_does_not_change_its_splits(run, tmp_path):
@@ -283,7 +300,10 @@ def test_adding_images_moves_none_of_the_others(found, draw):
     assert {name: after[name] for name in some} == before
 
 
-@given(st.lists(st.text(min_size=1, max_size=12), min_size=3, max_size=8, unique=True), st.floats(0.01, 0.99))
+@given(
+    st.lists(st.text(min_size=1, max_size=12), min_size=3, max_size=8, unique=True),
+    st.floats(0.01, 0.99),
+)
 def test_a_small_class_keeps_an_image_in_every_split(found, fraction):
     assert set(_assign(items(found), fraction, 0).values()) == {"train", "val", "test"}
 
@@ -295,7 +315,9 @@ def test_one_name_has_one_place_however_the_file_system_spells_it(root, tmp_path
             fill(tmp_path / form / unicodedata.normalize(form, name), 12, RED)
         prepared.append(prepare(Run(form), "folder", str(tmp_path / form), image_size=16))
     assert prepared[0].digest == prepared[1].digest
-    assert prepared[0].classes == sorted(unicodedata.normalize("NFC", name) for name in prepared[0].classes)
+    assert prepared[0].classes == sorted(
+        unicodedata.normalize("NFC", name) for name in prepared[0].classes
+    )
 
 
 def test_what_is_passed_over_is_said(run, tmp_path, capsys):
@@ -307,7 +329,9 @@ def test_what_is_passed_over_is_said(run, tmp_path, capsys):
     data = prepare(run, "folder", str(tmp_path / "set"), image_size=16)
     assert data.classes == ["green", "red"] and sum(map(len, data.splits.values())) == 18
     said = capsys.readouterr().out.splitlines()[0]
-    assert said.startswith(f"source '{tmp_path / 'set'}': left out, as no images in a class folder: 1 × .db, ")
+    assert said.startswith(
+        f"source '{tmp_path / 'set'}': left out, as no images in a class folder: 1 × .db, "
+    )
     for part in ("1 × .hidden/", "1 × .pdf", "1 × .png", "1 × .txt", "1 × hidden file"):
         assert part in said
 
@@ -316,7 +340,9 @@ def test_jpeg_grey_and_oblong_images(run, tmp_path):
     for name, value in (("dark", 40), ("light", 200)):
         fill(tmp_path / "set" / name, 8, colour(value, value, 0))
         write_jpeg(colour(value, value, value, 24, 60), str(tmp_path / "set" / name / "wide.JPG"))
-        write_png(colour(value, value, value, 50, 20)[:1], str(tmp_path / "set" / name / "grey.png"))
+        write_png(
+            colour(value, value, value, 50, 20)[:1], str(tmp_path / "set" / name / "grey.png")
+        )
     data = prepare(run, "folder", str(tmp_path / "set"), image_size=16)
     images = torch.cat([split.images for split in data.splits.values()])
     labels = torch.cat([split.labels for split in data.splits.values()])
@@ -344,11 +370,20 @@ def test_oblong_images_are_cropped_around_the_centre(run, tmp_path):
         ({"val_fraction": 0}, r"val_fraction is 0, expected a share between 0 and 1"),
         ({"val_fraction": 1.0}, r"val_fraction is 1\.0, expected a share between 0 and 1"),
         ({"val_fraction": float("nan")}, r"val_fraction is nan, expected a share between 0 and 1"),
-        ({"pack": "copies"}, r"pack is 'copies', expected 'original' or a shorter side of at least image_size"),
+        (
+            {"pack": "copies"},
+            r"pack is 'copies', expected 'original' or a shorter side of at least image_size",
+        ),
         ({"pack": True}, r"pack is True, expected 'original' or a shorter side"),
-        ({"pack": 24}, r"pack is 24, expected 'original' or a shorter side of at least image_size pixels, here 32"),
+        (
+            {"pack": 24},
+            r"pack is 24, expected 'original' or a shorter side of at least image_size pixels, here 32",
+        ),
         ({"val_fraction": "0.2"}, r"val_fraction is '0\.2', expected a share between 0 and 1"),
-        ({"augment": "mixup"}, r"augment is 'mixup', expected one of weak, random_sized, rand_scale"),
+        (
+            {"augment": "mixup"},
+            r"augment is 'mixup', expected one of weak, random_sized, rand_scale",
+        ),
         ({"image_size": 7}, r"image_size is 7, expected a whole number of at least 8 pixels"),
         ({"image_size": "32"}, r"image_size is '32', expected a whole number"),
         ({"quality": 0}, r"quality is 0, expected a whole number from 1 to 100"),
@@ -368,7 +403,10 @@ def test_oblong_images_are_cropped_around_the_centre(run, tmp_path):
         ({"num_classes": []}, r"num_classes.*at least 2|at least 2.*class"),
         ({"num_classes": ["1", "1"]}, r"at least 2|twice"),
         ({"num_classes": ["1", "1", "2"]}, r"twice"),
-        ({"source": "my-images"}, r"data set 'digits' has no source: leave it out or set dataset: folder"),
+        (
+            {"source": "my-images"},
+            r"data set 'digits' has no source: leave it out or set dataset: folder",
+        ),
         ({"dataset": "folder"}, r"data set 'folder' needs source"),
         ({"dataset": "folder", "source": ""}, r"data set 'folder' needs source"),
     ],
@@ -382,7 +420,9 @@ def test_refused_settings(settings, pattern, run):
 def test_source_that_is_no_folder(name, run, tmp_path):
     (tmp_path / "a file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    with refused(FileNotFoundError, r"source '.*/(nowhere|a file|loop|nul|n{300}|two).*' is not a folder"):
+    with refused(
+        FileNotFoundError, r"source '.*/(nowhere|a file|loop|nul|n{300}|two).*' is not a folder"
+    ):
         prepare(run, "folder", str(tmp_path / name))
     if name in ("a file", "loop"):  # or else there may be a download to it
         with refused(FileNotFoundError, r"source '.*/(a file|loop)' is not a folder"):
@@ -394,7 +434,10 @@ def test_source_that_is_no_folder(name, run, tmp_path):
 def test_classes_of_a_set_that_is_not_downloaded_yet(dataset, wanted, root):
     known = sorted(CLASSES[dataset])
     assert listing(dataset, None, known[:2], 0.2, 0, download=False) is None
-    with refused(ValueError, r"num_classes is 1?1, expected 2 to 10|num_classes names '.*', which is not a class|least 2"):
+    with refused(
+        ValueError,
+        r"num_classes is 1?1, expected 2 to 10|num_classes names '.*', which is not a class|least 2",
+    ):
         listing(dataset, None, wanted, 0.2, 0, download=False)
 
 
@@ -402,7 +445,10 @@ def test_classes_of_a_set_that_is_not_downloaded_yet(dataset, wanted, root):
 def test_source_without_images(below, run, tmp_path):
     (tmp_path / "set" / below).mkdir(parents=True)
     (tmp_path / "set" / below / "readme.txt").write_text("no image")
-    with refused(ValueError, rf"set{'/train' if below == 'train' else ''}' holds no class folders with images"):
+    with refused(
+        ValueError,
+        rf"set{'/train' if below == 'train' else ''}' holds no class folders with images",
+    ):
         prepare(run, "folder", str(tmp_path / "set"))
 
 
@@ -426,7 +472,10 @@ def test_class_that_only_one_split_has(place, split, run, tmp_path):
         fill(tmp_path / "set" / name / "red", 9, RED)
         fill(tmp_path / "set" / name / "green", 9, GREEN)
     fill(tmp_path / "set" / place / "blue", 9, colour(0, 0, 255))
-    with refused(ValueError, rf"class 'blue' has no image left for {split}: every class needs images in each split"):
+    with refused(
+        ValueError,
+        rf"class 'blue' has no image left for {split}: every class needs images in each split",
+    ):
         prepare(run, "folder", str(tmp_path / "set"))
 
 
@@ -472,7 +521,8 @@ class FakeFashion(FakeCifar):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "name", "fake"), [("cifar10", "CIFAR10", FakeCifar), ("fashion_mnist", "FashionMNIST", FakeFashion)]
+    ("dataset", "name", "fake"),
+    [("cifar10", "CIFAR10", FakeCifar), ("fashion_mnist", "FashionMNIST", FakeFashion)],
 )
 def test_torchvision_sets_keep_their_own_test_split(dataset, name, fake, run, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, name, fake)
@@ -497,7 +547,8 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: type(problem).__name__)
 @pytest.mark.parametrize(
-    ("dataset", "name"), [("cifar10", "CIFAR10"), ("fashion_mnist", "FashionMNIST"), ("imagenette", "Imagenette")]
+    ("dataset", "name"),
+    [("cifar10", "CIFAR10"), ("fashion_mnist", "FashionMNIST"), ("imagenette", "Imagenette")],
 )
 def test_torchvision_set_that_cannot_be_had(dataset, name, problem, run, monkeypatch):
     def fail(*_, **__):
@@ -505,7 +556,9 @@ def test_torchvision_set_that_cannot_be_had(dataset, name, problem, run, monkeyp
 
     monkeypatch.setattr(torchvision.datasets, name, fail)
     reason = r"\((Dataset not|no network|.*Permission denied|EOFError|IncompleteRead)"
-    with refused(FileNotFoundError, rf"{dataset} is not in 'here' and could not be downloaded {reason}"):
+    with refused(
+        FileNotFoundError, rf"{dataset} is not in 'here' and could not be downloaded {reason}"
+    ):
         prepare(run, dataset, "here")
     assert listing(dataset, "here", None, 0.2, 0, download=False) is None
 
@@ -536,9 +589,12 @@ def test_downloads_go_to_the_root_of_all_runs(run, root, monkeypatch):
 
 @pytest.mark.parametrize("place", ["made-up/runs/made-up/data/set", "."])
 def test_source_and_target_in_one_another(place, root, monkeypatch):
-    monkeypatch.setattr("densenas.run.ROOT", root / "made-up")
+    monkeypatch.setenv("DENSENAS_ROOT", str(root / "made-up"))
     fill(root / place / "red", 9, RED)
-    with refused(ValueError, r"source '.*' and the pack '.*runs/made-up/data' lie in one another, move one of them"):
+    with refused(
+        ValueError,
+        r"source '.*' and the pack '.*runs/made-up/data' lie in one another, move one of them",
+    ):
         prepare(Run("made-up"), "folder", str(root / place), image_size=16)
     assert not list(root.glob("**/*.lmdb"))
 
@@ -569,14 +625,20 @@ def test_imagenet_is_known_by_its_folders(run, tmp_path):
 def test_half_an_imagenette(run, tmp_path):
     names = sorted(IMAGENETTE)
     imagenette(tmp_path / "imagenette2-320", names[:4])
-    with refused(ValueError, rf"imagenette in '.*' is incomplete, train lacks '{names[4]}', .*'{names[9]}': delete"):
+    with refused(
+        ValueError,
+        rf"imagenette in '.*' is incomplete, train lacks '{names[4]}', .*'{names[9]}': delete",
+    ):
         prepare(run, "imagenette", str(tmp_path))
     imagenette(tmp_path / "imagenette2-320", names)
     shutil.rmtree(tmp_path / "imagenette2-320/val")
     with refused(ValueError, rf"imagenette in '.*' is incomplete, val lacks '{names[0]}', "):
         prepare(run, "imagenette", str(tmp_path))
     shutil.rmtree(tmp_path / "imagenette2-320/train")
-    with refused(ValueError, r"imagenette in '.*' is incomplete, .*holds no class folders.*; delete the folder"):
+    with refused(
+        ValueError,
+        r"imagenette in '.*' is incomplete, .*holds no class folders.*; delete the folder",
+    ):
         prepare(run, "imagenette", str(tmp_path))
 
 

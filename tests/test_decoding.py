@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import encode_jpeg
 
-from densenas.decoding import ELONGATION, decode, middle
-from densenas.loading import transform
+from densenas.images.decoding import ELONGATION, decode, middle
+from densenas.images.loading import transform
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 
@@ -40,7 +40,9 @@ def saved(picture, kind, **options):
 def test_every_kind_of_image_becomes_rgb(kind, mode, tmp_path):
     """As PIL shows it; JPEG and WebP lose a little."""
     ramp = np.arange(0, 250, 10, dtype=np.uint8)[None].repeat(20, axis=0)
-    picture = Image.merge("RGB", [Image.fromarray(channel) for channel in (ramp, 250 - ramp, ramp // 2)]).convert(mode)
+    picture = Image.merge(
+        "RGB", [Image.fromarray(channel) for channel in (ramp, 250 - ramp, ramp // 2)]
+    ).convert(mode)
     try:
         picture.save(tmp_path / "x", kind)
     except (OSError, ValueError):
@@ -58,7 +60,9 @@ def test_16_bits_become_8(value):
     assert abs(image.unique().item() - value / 257) <= 1
 
 
-@given(st.binary(max_size=60) | st.builds(lambda cut: jpeg()[:cut], st.integers(0, len(jpeg()) - 1)))
+@given(
+    st.binary(max_size=60) | st.builds(lambda cut: jpeg()[:cut], st.integers(0, len(jpeg()) - 1))
+)
 def test_what_is_no_image_is_refused_in_one_line(encoded):
     with refused(ValueError, "."):
         decode(encoded)
@@ -101,11 +105,19 @@ def test_alpha_is_dropped_and_not_blended(kind):
 
 
 KINDS = {
-    "JPEG": {}, "PNG": {}, "GIF": {}, "WEBP": {}, "BMP": {}, "PPM": {}, "TIFF": {},
-    "progressive JPEG": {"progressive": True}, "lossless WEBP": {"lossless": True},
-    "LZW TIFF": {"compression": "tiff_lzw"}, "deflated TIFF": {"compression": "tiff_deflate"},
+    "JPEG": {},
+    "PNG": {},
+    "GIF": {},
+    "WEBP": {},
+    "BMP": {},
+    "PPM": {},
+    "TIFF": {},
+    "progressive JPEG": {"progressive": True},
+    "lossless WEBP": {"lossless": True},
+    "LZW TIFF": {"compression": "tiff_lzw"},
+    "deflated TIFF": {"compression": "tiff_deflate"},
     "JPEG TIFF": {"compression": "jpeg"},
-}  # fmt: skip
+}
 
 
 def with_right_checksums(png):

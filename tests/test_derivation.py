@@ -22,7 +22,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from densenas import Architecture, CostTable, SearchSpace
-from densenas.derivation import Lattice, visit_probabilities
+from densenas.method.derivation import Lattice, visit_probabilities
 from densenas.search import Probabilities
 
 seeds = st.integers(0, 2**16)
@@ -42,7 +42,9 @@ def everything(space, net, table):
             first = sum(space.num_layers[:j])
             layers = range(first, first + space.num_layers[j])
             choices += [[(rows[i, j], o, op) for o, op in enumerate(space.head_ops)]]
-            choices += [[(layer, o, op) for o, op in enumerate(space.stack_ops)] for layer in layers]
+            choices += [
+                [(layer, o, op) for o, op in enumerate(space.stack_ops)] for layer in layers
+            ]
         for chosen in product(*choices):
             chosen, score, blocks = (
                 list(chosen),
@@ -61,14 +63,18 @@ def everything(space, net, table):
 
 
 def key_of(candidate):
-    return candidate.path, tuple((block.head, block.stack) for block in candidate.architecture.routing_blocks)
+    return candidate.path, tuple(
+        (block.head, block.stack) for block in candidate.architecture.routing_blocks
+    )
 
 
 @st.composite
 def small_cases(draw):
     space = draw(spaces())
     layers = sum(space.num_layers[1:])
-    assume(len(block_paths(space)) * len(space.head_ops) ** 3 * len(space.stack_ops) ** layers < 1500)
+    assume(
+        len(block_paths(space)) * len(space.head_ops) ** 3 * len(space.stack_ops) ** layers < 1500
+    )
     net = random_supernet(space, draw(seeds))
     # Random widths may leave two blocks with the same maps and widths indistinguishable in cost, not in path.
     table = CostTable.mult_adds(space, 32, 3)
@@ -81,7 +87,9 @@ def test_the_k_best_are_the_k_best_of_all(case, k):
     space, net, table, lattice = case
     found = everything(space, net, table)
     best = lattice.best(k)
-    assert [one.log_probability for one in best] == pytest.approx(sorted(found.values(), reverse=True)[:k], abs=1e-9)
+    assert [one.log_probability for one in best] == pytest.approx(
+        sorted(found.values(), reverse=True)[:k], abs=1e-9
+    )
     assert len({key_of(one) for one in best}) == len(best) == min(k, len(found))
     for one in best:
         assert one.log_probability == pytest.approx(found[key_of(one)], abs=1e-9)
@@ -102,7 +110,9 @@ def test_the_best_at_a_cost_is_the_best_of_all_that_cost_so_much(case, share, to
     target = low + share * (high - low)
     window = target * (1 - tolerance), target * (1 + tolerance)
     slack = 0.002 * target  # the bins' margin
-    inside = [found[key] for key, cost in by_key.items() if window[0] + slack <= cost <= window[1] - slack]
+    inside = [
+        found[key] for key, cost in by_key.items() if window[0] + slack <= cost <= window[1] - slack
+    ]
     if not any(window[0] <= cost <= window[1] for cost in by_key.values()):
         with refused(ValueError, r"has no architecture of .* it reaches from .* to"):
             lattice.at(target, tolerance)
@@ -124,9 +134,16 @@ def test_quantiles_count_every_architecture_once(case):
 
 def test_random_architectures_are_uniform():
     space = make_space(
-        input_size=16, init_dim=4, chs=[4, 6, 8], fm_sizes=[8, 8, 8], stage=[0, 1, 1, 2], num_layers=[0, 1, 0],
-        max_connections=2, head_ops=["mbconv_k3_t3", "mbconv_k5_t6"], stack_ops=["mbconv_k3_t3", SKIP],
-    )  # fmt: skip
+        input_size=16,
+        init_dim=4,
+        chs=[4, 6, 8],
+        fm_sizes=[8, 8, 8],
+        stage=[0, 1, 1, 2],
+        num_layers=[0, 1, 0],
+        max_connections=2,
+        head_ops=["mbconv_k3_t3", "mbconv_k5_t6"],
+        stack_ops=["mbconv_k3_t3", SKIP],
+    )
     lattice = Lattice(CostTable.mult_adds(space, 16, 3))
     count = len(lattice.best(10**6))
     seen = Counter(str(one.architecture) for one in lattice.sample(200 * count, seed=1))
@@ -137,7 +154,9 @@ def test_random_architectures_are_uniform():
     ]
 
 
-@pytest.mark.parametrize("preset", ["mbv2", "resnet", "bottleneck", "cifar_mbv2", "cifar_resnet", "digits"])
+@pytest.mark.parametrize(
+    "preset", ["mbv2", "resnet", "bottleneck", "cifar_mbv2", "cifar_resnet", "digits"]
+)
 @given(seed=seeds, share=st.floats(0.1, 0.9))
 def test_every_target_between_the_deciles_is_hit(preset, seed, share):
     """Whatever the probabilities, what is derived really costs the target within 5 %."""
@@ -148,7 +167,10 @@ def test_every_target_between_the_deciles_is_hit(preset, seed, share):
         edges[i, j] = torch.rand((), generator=generator) ** 3 + 1e-6
     shares = [
         (3 * torch.randn(n, len(names), generator=generator)).softmax(1)
-        for n, names in ((len(space.head_edges), space.head_ops), (sum(space.num_layers), space.stack_ops))
+        for n, names in (
+            (len(space.head_edges), space.head_ops),
+            (sum(space.num_layers), space.stack_ops),
+        )
     ]
     table = CostTable.mult_adds(space, space.input_size, 10)
     lattice = Lattice(table, edges / edges.sum(1, True), *shares)
@@ -167,7 +189,9 @@ def test_a_path_of_an_architecture_makes_that_architecture(space, seed):
 
 
 def test_an_architecture_of_another_space_has_no_path():
-    with refused(ValueError, r"the architecture is not one of space made up: \[\[16, 16\], 'mbconv_k3_t1'"):
+    with refused(
+        ValueError, r"the architecture is not one of space made up: \[\[16, 16\], 'mbconv_k3_t1'"
+    ):
         SMALL.path_of(Architecture.named("DenseNAS-A"))
 
 
@@ -177,16 +201,24 @@ def test_visits_are_summed_over_all_paths(space, seed):
     p = net.path_probabilities().detach()
     chances = {edge: float(p[edge]) for edge in edges_by_rule(space)}
     for node, visit in enumerate(visit_probabilities(p).tolist()):
-        expected = sum(path_probability(chances, path) for path in block_paths(space) if node in path)
+        expected = sum(
+            path_probability(chances, path) for path in block_paths(space) if node in path
+        )
         assert visit == pytest.approx(expected)
 
 
 def test_a_space_without_choices_has_a_lattice_and_health():
     """One edge from block to block, one op on each, no stacked layers: nothing is undecided."""
     space = make_space(
-        init_dim=4, chs=[4, 6], fm_sizes=[16, 16], stage=[0, 1, 2], num_layers=[0, 0], max_connections=1,
-        head_ops=["mbconv_k3_t3"], stack_ops=[],
-    )  # fmt: skip
+        init_dim=4,
+        chs=[4, 6],
+        fm_sizes=[16, 16],
+        stage=[0, 1, 2],
+        num_layers=[0, 0],
+        max_connections=1,
+        head_ops=["mbconv_k3_t3"],
+        stack_ops=[],
+    )
     moment, table = Probabilities.of(random_supernet(space, 0)), CostTable.mult_adds(space, 32, 3)
     best = moment.derive(table, None)
     assert best.path == (0, 1, 2) and moment.derive(table, best.cost) == best
@@ -206,6 +238,10 @@ def test_health_of_a_uniform_and_of_a_decided_search():
     head, stack = torch.zeros_like(moment.head), torch.zeros_like(moment.stack)
     head[:, 0], stack[:, 3] = 1, 1
     decided = Probabilities(uniform.p, head, stack).health(SMALL)
-    assert (decided["alpha_entropy"], decided["skip_share"], decided["cheapest_share"]) == pytest.approx((0, 1, 1))
+    assert (
+        decided["alpha_entropy"],
+        decided["skip_share"],
+        decided["cheapest_share"],
+    ) == pytest.approx((0, 1, 1))
     visits = visit_probabilities(uniform.p)
     assert decided["expected_layers"] == pytest.approx(float(visits[1:-1].sum()))

@@ -14,19 +14,21 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import REPOSITORY as ROOT
 from helpers import full_disk, refused
 from test_search import ARCH, DATA, RETRAIN, SEARCH, TABLE, checkpoint, identical
 from torch import nn
 
-from densenas import CostTable, SearchSpace, SuperNet, data, engine
-from densenas.architecture import DerivedNet
-from densenas.config import ROOT
-from densenas.engine import Position
-from densenas.loading import rank_and_world
-from densenas.processes import check_devices, launch
-from densenas.run import Run
+from densenas import CostTable, SearchSpace, SuperNet, stage
+from densenas.images import data
+from densenas.images.loading import rank_and_world
+from densenas.method.architecture import DerivedNet
+from densenas.runs.run import Run
 from densenas.search import search
 from densenas.train import retrain
+from densenas.training import engine
+from densenas.training.engine import Position
+from densenas.training.processes import check_devices, launch
 
 RECIPES = {"search": SEARCH, "retrain": RETRAIN}
 
@@ -43,7 +45,7 @@ def train(root, stage, epochs=6, checkpoint_seconds=0.0, die_at=None, pause=0.0)
         add(position, *values)
 
     with (
-        mock.patch("densenas.run.ROOT", Path(root)),
+        mock.patch.dict(os.environ, DENSENAS_ROOT=str(Path(root))),
         mock.patch.object(engine, "CHECKPOINT_SECONDS", checkpoint_seconds),
         mock.patch.object(Position, "add", counting),
     ):
@@ -71,13 +73,15 @@ def test_twenty_times_killed_it_ends_as_if_undisturbed(stage, processes, root):
         time.sleep(dice.uniform(0, 0.1))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, "it ended before the last kill: more epochs are needed"
+        assert process.exitcode == -signal.SIGKILL, (
+            "it ended before the last kill: more epochs are needed"
+        )
         within += Position(**torch.load(path, weights_only=True)["position"]).steps > 0
     assert process.exitcode == 0 and within > 5
     for kept in (f"{stage}.best", stage):
-        with mock.patch("densenas.run.ROOT", root):
+        with mock.patch.dict(os.environ, DENSENAS_ROOT=str(root)):
             ours = checkpoint(Run("made-up"), kept)
-        with mock.patch("densenas.run.ROOT", root / "undisturbed"):
+        with mock.patch.dict(os.environ, DENSENAS_ROOT=str(root / "undisturbed")):
             theirs = checkpoint(Run("made-up"), kept)
         assert identical(ours, theirs)
 
@@ -85,8 +89,11 @@ def test_twenty_times_killed_it_ends_as_if_undisturbed(stage, processes, root):
 @pytest.mark.parametrize(("stage", "column"), [("search", "val_top1"), ("retrain", "train_top1")])
 def test_the_best_checkpoint_stays_beside_the_last(stage, column, root):
     train(root, stage, epochs=12)
-    with mock.patch("densenas.run.ROOT", root):
-        last, best = (checkpoint(Run("made-up"), name)["position"]["history"] for name in (stage, f"{stage}.best"))
+    with mock.patch.dict(os.environ, DENSENAS_ROOT=str(root)):
+        last, best = (
+            checkpoint(Run("made-up"), name)["position"]["history"]
+            for name in (stage, f"{stage}.best")
+        )
     reached = [row.get(column, 0.0) for row in last]
     assert len(reached) == 12 and best[-1][column] == max(reached)
     assert reached.index(max(reached)) < len(best) <= 12 and identical(best, last[: len(best)])
@@ -107,18 +114,27 @@ def test_two_processes_do_what_one_does(stage, net, root):
     with mock.patch.object(net, "forward", in_shares(net.forward)):
         train(root / "one", stage, epochs=2)  # rounding grows with every step
     launch(train, 2, str(root), stage, 2)
-    ours, theirs = (torch.load(folder / f"runs/made-up/{stage}.pt") for folder in (root, root / "one"))
+    ours, theirs = (
+        torch.load(folder / f"runs/made-up/{stage}.pt") for folder in (root, root / "one")
+    )
     for key, value in theirs["net"].items():
         if not re.search("running|tracked", key):  # those are of the first process alone
             torch.testing.assert_close(ours["net"][key], value, rtol=1e-5, atol=1e-5)
-    for row, expected in zip(ours["position"]["history"], theirs["position"]["history"], strict=True):
-        assert {**row, "seconds": 0} == pytest.approx({**expected, "seconds": 0}, rel=1e-4, abs=1e-5)
+    for row, expected in zip(
+        ours["position"]["history"], theirs["position"]["history"], strict=True
+    ):
+        assert {**row, "seconds": 0} == pytest.approx(
+            {**expected, "seconds": 0}, rel=1e-4, abs=1e-5
+        )
 
 
 def test_a_lost_process_ends_the_run_and_any_number_goes_on(root):
-    with refused(RuntimeError, r"process 1 of 2 ended .*goes on from the last checkpoint, with any number of devices"):
+    with refused(
+        RuntimeError,
+        r"process 1 of 2 ended .*goes on from the last checkpoint, with any number of devices",
+    ):
         launch(train, 2, str(root), "search", die_at=(1, 5))
-    with mock.patch("densenas.run.ROOT", root):
+    with mock.patch.dict(os.environ, DENSENAS_ROOT=str(root)):
         position = Position(**checkpoint(Run("made-up"), "search")["position"])
         assert 0 < len(position.history) < 6
         train(root, "search")
@@ -145,9 +161,15 @@ def test_machines_that_do_not_share_their_checkpoints_are_told(tmp_path):
     for root in roots:
         Path(root).mkdir()
     train(roots[0], "search")
-    with refused(RuntimeError, r"processes would go on from different steps, every machine needs the same runs/"):
+    with refused(
+        RuntimeError,
+        r"processes would go on from different steps, every machine needs the same runs/",
+    ):
         launch(train_apart, 2, roots, "search")
-    with refused(RuntimeError, r"search: processes have other data, costs or recipes, every machine needs the same"):
+    with refused(
+        RuntimeError,
+        r"search: processes have other data, costs or recipes, every machine needs the same",
+    ):
         launch(train_unlike, 2, roots[0])
     assert not [*Path(roots[0]).rglob("*.old")], "the checkpoint stays where it is"
 
@@ -162,7 +184,9 @@ def test_a_history_that_a_kill_left_behind_is_written_again(root):
 
 
 def test_several_devices_are_not_one_by_name():
-    with refused(ValueError, r"devices is 2, but device 'cpu:0' is one alone: expected auto or cuda"):
+    with refused(
+        ValueError, r"devices is 2, but device 'cpu:0' is one alone: expected auto or cuda"
+    ):
         launch(print, 2, device="cpu:0")
 
 
@@ -186,18 +210,31 @@ def test_two_machines_train_one_search(tmp_path):
     try:
         data.prepare(run)
         CostTable.mult_adds(SearchSpace.load("digits"), 32, 10).write(run.reports / "cost.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc-per-node=1",
+        ]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=densenas"]
-        command += ["-m", "densenas.engine", name, "03-search", str(config)]
+        command += ["-m", "densenas.stage", name, "03-search", str(config)]
         machines = [
-            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             for _ in range(2)
         ]
         outputs = [machine.communicate(timeout=240)[0] for machine in machines]
         assert [machine.returncode for machine in machines] == [0, 0], outputs
-        assert sum("search: 100%" in output for output in outputs) == 1, "one process alone shows progress"
+        assert sum("search: 100%" in output for output in outputs) == 1, (
+            "one process alone shows progress"
+        )
         assert len(run.history("search")) == 2
-        assert run.read_json("provenance.json")["03-search"]["parameters"]["recipe"]["batch_size"] == 256
+        assert (
+            run.read_json("provenance.json")["03-search"]["parameters"]["recipe"]["batch_size"]
+            == 256
+        )
     finally:
         for folder in (run.reports, run.work):
             shutil.rmtree(folder, ignore_errors=True)
@@ -208,7 +245,9 @@ def test_fused_sgd_does_what_sgd_does_when_parameters_take_turns(momentum):
     recipe = SEARCH.model_copy(update={"momentum": momentum, "weight_decay": 0.01})
     start = [torch.randn(3, dtype=torch.float64) for _ in range(3)]
     ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
-    plain = torch.optim.SGD(theirs, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    plain = torch.optim.SGD(
+        theirs, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
     fused = engine.fused_sgd(ours, recipe)
     for active in ({0}, {0, 1}, {1}, {2, 0}, {2}):
         for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -220,14 +259,20 @@ def test_fused_sgd_does_what_sgd_does_when_parameters_take_turns(momentum):
 
 
 def test_a_mistake_of_the_user_is_told_as_it_is_from_several_processes(root):
-    with refused(ValueError, r"batch_size 8 on 2 devices|batch_size is 80, but val has 16 images: set batch_size to"):
+    with refused(
+        ValueError,
+        r"batch_size 8 on 2 devices|batch_size is 80, but val has 16 images: set batch_size to",
+    ):
         launch(train_with_batches_of, 2, str(root), 80)
-    with refused(ValueError, r"batch_size 2 on 2 devices is less than the two images a process .* at least 4 or lower"):
+    with refused(
+        ValueError,
+        r"batch_size 2 on 2 devices is less than the two images a process .* at least 4 or lower",
+    ):
         launch(train_with_batches_of, 2, str(root), 2)
 
 
 def train_with_batches_of(root, batch_size):
-    with mock.patch("densenas.run.ROOT", Path(root)):
+    with mock.patch.dict(os.environ, DENSENAS_ROOT=str(Path(root))):
         search(Run("made-up"), DATA, TABLE, SEARCH.model_copy(update={"batch_size": batch_size}))
 
 
@@ -235,8 +280,16 @@ def train_with_batches_of(root, batch_size):
     ("device", "devices", "sentence"),
     [
         ("gpu", 1, r"device 'gpu' cannot be used here"),
-        ("auto", 4096, r"devices is 4096, expected at least 1 and at most \d+, the (processor cores|GPUs) of this"),
-        ("cpu", 4096, r"devices is 4096, expected at least 1 and at most \d+, the processor cores of this machine"),
+        (
+            "auto",
+            4096,
+            r"devices is 4096, expected at least 1 and at most \d+, the (processor cores|GPUs) of this",
+        ),
+        (
+            "cpu",
+            4096,
+            r"devices is 4096, expected at least 1 and at most \d+, the processor cores of this machine",
+        ),
         ("auto", True, r"devices is True, expected at least 1"),
         ("meta", 1, r"device 'meta' computes nothing"),
         (None, 1, r"device is None, expected auto"),
@@ -258,7 +311,7 @@ def test_processes_meet_on_a_machine_whose_own_name_nobody_knows(tmp_path):
     alone = ["unshare", "--user", "--map-root-user", "--uts"]
     if subprocess.run([*alone, "hostname", "nobody-knows"], capture_output=True).returncode:
         pytest.skip("this system lets nobody change a name for one process")
-    code = f"from densenas.processes import launch; from test_engine import meet; launch(meet, 2, {str(tmp_path)!r})"
+    code = f"from densenas.training.processes import launch; from test_engine import meet; launch(meet, 2, {str(tmp_path)!r})"
     script = tmp_path / "meeting.py"
     script.write_text(f"if __name__ == '__main__':\n    {code}\n")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -281,7 +334,9 @@ def test_a_polite_kill_loses_no_step(number, processes, root):
     process.join()
     assert process.exitcode in (-number, 1), "Ctrl-C is Python's KeyboardInterrupt"
     position = Position(**torch.load(path, weights_only=True)["position"])
-    assert len(position.history) >= epochs and position.steps > 0, "kept between two steps, not at an epoch's end"
+    assert len(position.history) >= epochs and position.steps > 0, (
+        "kept between two steps, not at an epoch's end"
+    )
 
 
 BROKEN = {
@@ -294,8 +349,12 @@ BROKEN = {
     "without weights": lambda path: resave(path, lambda content: content.pop("net")),
     "without a position": lambda path: resave(path, lambda content: content.pop("position")),
     "another shape": lambda path: resave(path, lambda content: reshape(content["net"])),
-    "other momentum": lambda path: resave(path, lambda content: reshape(content["sgd"]["state"][0])),
-    "not finite": lambda path: resave(path, lambda content: content["net"]["classifier.bias"].fill_(torch.nan)),
+    "other momentum": lambda path: resave(
+        path, lambda content: reshape(content["sgd"]["state"][0])
+    ),
+    "not finite": lambda path: resave(
+        path, lambda content: content["net"]["classifier.bias"].fill_(torch.nan)
+    ),
 }
 
 
@@ -332,7 +391,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, left, root, c
     capsys.readouterr()
     train(root, "search", epochs=2)
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "kept as" in line]
-    assert re.search(rf"search\.pt (is damaged|does not hold|holds values).*kept as search\.damaged: {expected}$", said)
+    assert re.search(
+        rf"search\.pt (is damaged|does not hold|holds values).*kept as search\.damaged: {expected}$",
+        said,
+    )
     assert identical(torch.load(path, weights_only=True), whole)
 
 
@@ -349,7 +411,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(root):
     resave(path, lambda content: content["position"]["history"].pop())
     before = path.read_bytes()
     sentence = r"cannot be written \(File too large\); .*the same call goes on: '.*search\S*\.pt'"
-    with mock.patch("densenas.run.ROOT", root), full_disk(len(before) // 2), refused(OSError, sentence):
+    with (
+        mock.patch.dict(os.environ, DENSENAS_ROOT=str(root)),
+        full_disk(len(before) // 2),
+        refused(OSError, sentence),
+    ):
         search(Run("made-up"), DATA, TABLE, recipe)
     assert path.read_bytes() == before and not list(path.parent.glob(".partial*"))
 
@@ -361,7 +427,9 @@ def test_a_state_that_is_not_finite_is_never_saved(root, monkeypatch):
     def spoiling(loss, logits, labels, parameters, *penalty):
         outcome = step(loss, logits, labels, parameters, *penalty)
         calls.append(1)
-        if len(calls) == 8:  # 3 steps in the first epoch, 2 on val and 3 on train in the second: its last
+        if (
+            len(calls) == 8
+        ):  # 3 steps in the first epoch, 2 on val and 3 on train in the second: its last
             parameters[0].grad = torch.full_like(parameters[0], torch.inf)
         return outcome
 
@@ -374,7 +442,7 @@ def test_a_state_that_is_not_finite_is_never_saved(root, monkeypatch):
 
 
 def test_a_second_training_of_a_run_waits_and_finds_the_first_finished(processes, root):
-    with mock.patch("densenas.run.ROOT", root):
+    with mock.patch.dict(os.environ, DENSENAS_ROOT=str(root)):
         with Run("made-up").alone():
             process = processes.Process(target=train, args=(root, "search", 2))
             process.start()
@@ -392,10 +460,12 @@ def test_a_second_training_of_a_run_waits_and_finds_the_first_finished(processes
         (["nowhere", "03-search"], 1, "no run configuration"),
     ],
 )
-def test_a_command_line_that_cannot_be_says_what_can(arguments, code, sentence, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["engine", *arguments])
+def test_a_command_line_that_cannot_be_says_what_can(
+    arguments, code, sentence, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["stage", *arguments])
     with pytest.raises(SystemExit) as ended:
-        engine.main()
+        stage.main()
     said = capsys.readouterr().err + str(ended.value)
     assert sentence in said and (ended.value.code == code or code == 1)
 
@@ -405,8 +475,10 @@ def test_ctrl_c_on_the_command_line_is_one_sentence(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("densenas.search.search_run", stopped)
-    monkeypatch.setattr(sys, "argv", ["engine", "digits", "03-search", str(ROOT / "data/configs/digits.yml")])
+    monkeypatch.setattr("densenas.stage.STAGES", {"03-search": stopped})
+    monkeypatch.setattr(
+        sys, "argv", ["stage", "digits", "03-search", str(ROOT / "data/configs/digits.yml")]
+    )
     with pytest.raises(SystemExit) as ended:
-        engine.main()
+        stage.main()
     assert str(ended.value).startswith("stopped; the same command goes on from the last checkpoint")

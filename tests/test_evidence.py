@@ -12,15 +12,25 @@ import pandas as pd
 import pytest
 import torch
 from helpers import LATENCY, SMALL, make_space, refused
+from helpers import REPOSITORY as ROOT
 from test_search import DATA, SEARCH, TABLE
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
-from densenas.config import ROOT
-from densenas.derivation import Lattice
-from densenas.evidence import METHODS, Job, PathOf, Study, compared, hand_made, main, repeats, verdict
-from densenas.run import Run
+from densenas.evidence import (
+    METHODS,
+    Job,
+    PathOf,
+    Study,
+    compared,
+    hand_made,
+    main,
+    repeats,
+    verdict,
+)
+from densenas.method.derivation import Lattice
+from densenas.method.supernet import Choice
+from densenas.runs.run import Run
 from densenas.settings import RunConfig
-from densenas.supernet import Choice
 
 TARGET = 0.02  # million Mult-Adds
 EPOCH = {"epochs": 1, "batch_size": 8}
@@ -47,7 +57,9 @@ def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size,
         assert arch.net_type == space.net_type
 
 
-@pytest.mark.parametrize(("size", "targets"), [(16, (0.2, 0.4, 0.6, 0.8, 1.0)), (32, (0.6, 0.8, 1.0, 1.6, 2.9))])
+@pytest.mark.parametrize(
+    ("size", "targets"), [(16, (0.2, 0.4, 0.6, 0.8, 1.0)), (32, (0.6, 0.8, 1.0, 1.6, 2.9))]
+)
 def test_hand_made_networks_of_small_costs_have_finer_widths(size, targets):
     for target in targets:
         made = hand_made(SearchSpace.load("digits"), target, size, 10)
@@ -76,15 +88,25 @@ def test_at_the_cost_of_the_original_the_widths_are_the_originals(space, design,
 def test_a_path_of_the_supernet_gives_what_the_supernet_gives_where_there_is_one_path():
     ops = ["mbconv_k3_t3", "mbconv_k5_t6"]
     space = make_space(
-        input_size=16, init_dim=4, chs=[4, 6, 8], fm_sizes=[8, 8, 4], stage=[0, 1, 2, 3], num_layers=[0, 1, 2],
-        max_connections=1, head_ops=ops, stack_ops=[*ops, "skip_connect"],
-    )  # fmt: skip
+        input_size=16,
+        init_dim=4,
+        chs=[4, 6, 8],
+        fm_sizes=[8, 8, 4],
+        stage=[0, 1, 2, 3],
+        num_layers=[0, 1, 2],
+        max_connections=1,
+        head_ops=ops,
+        stack_ops=[*ops, "skip_connect"],
+    )
     net = SuperNet(space, 3)
     (candidate,) = Lattice(CostTable.mult_adds(space, 16, 3)).sample(1, seed=3)
     blocks = candidate.architecture.routing_blocks
     # Where a stack is shorter than the block's layers, the last ones are skipped.
     stack = [
-        [[space.stack_ops.index(op)] for op in (*block.stack, *["skip_connect"] * (layers - len(block.stack)))]
+        [
+            [space.stack_ops.index(op)]
+            for op in (*block.stack, *["skip_connect"] * (layers - len(block.stack)))
+        ]
         for block, layers in zip(blocks, space.num_layers[1:], strict=True)
     ]
     choice = Choice([[[ops.index(block.head)]] for block in blocks], stack)
@@ -100,7 +122,9 @@ def study(run, monkeypatch):
     monkeypatch.setattr("densenas.evidence.load", lambda _: DATA)
     space = run.reports / "space.yml"
     space.write_text(SMALL.model_dump_json())
-    return Study(run.name, str(space), (TARGET, 2 * TARGET), 1, 2, {**EPOCH, "arch_start_epoch": 0}, EPOCH)
+    return Study(
+        run.name, str(space), (TARGET, 2 * TARGET), 1, 2, {**EPOCH, "arch_start_epoch": 0}, EPOCH
+    )
 
 
 def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_study(study):
@@ -120,7 +144,10 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     assert len(study.jobs()) == 2 * (1 + 2 + 2)
     # Three of the four hand-made networks cannot be so small.
     assert results.groupby("target").size().to_dict() == {TARGET: 3, 2 * TARGET: 4}
-    assert "MobileNetV2, one layer a stage is left out at 0.02 M Mult-Adds: no width" in study.left_out()
+    assert (
+        "MobileNetV2, one layer a stage is left out at 0.02 M Mult-Adds: no width"
+        in study.left_out()
+    )
     assert study.left_out().count("is left out") == 3
     said = verdict(results)
     assert "random networks" in said and "(no hand-made design costs that)" in said
@@ -139,13 +166,17 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
 
 
 def test_a_job_needs_its_search(study):
-    with refused(FileNotFoundError, r"no searched\.json yet: run the search of DenseNAS_0\.02_0 first"):
+    with refused(
+        FileNotFoundError, r"no searched\.json yet: run the search of DenseNAS_0\.02_0 first"
+    ):
         study.trained(Job("DenseNAS", TARGET, 0))
 
 
 @pytest.mark.parametrize("targets", [(1.0, 1.0), (1.0, 1.0000001), (0.6, 1.0, 1.05)])
 def test_targets_that_compare_the_same_networks_are_refused(targets):
-    with refused(ValueError, r"study: targets: 1\.0 and 1\.\d+ are within 5% of each other .*, leave one out"):
+    with refused(
+        ValueError, r"study: targets: 1\.0 and 1\.\d+ are within 5% of each other .*, leave one out"
+    ):
         Study("made-up", "digits", targets)
 
 
@@ -161,7 +192,10 @@ def test_a_result_of_other_settings_does_not_count(study, capsys):
     assert len(study.results()) == 1
     longer = replace(study, retrain={**EPOCH, "epochs": 2})
     assert not len(longer.results())
-    assert "random_0.02_0/result.json is of other data, costs or recipes: it does not count" in capsys.readouterr().out
+    assert (
+        "random_0.02_0/result.json is of other data, costs or recipes: it does not count"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"top1": 1.0}'])
@@ -174,7 +208,11 @@ def test_a_damaged_result_is_made_anew(study, content):
         path = study.folder(job).work / name
         path.write_text(content)
         assert not len(study.results())
-        with refused(ValueError, "searched.json does not serve") if name == "searched.json" else nullcontext():
+        with (
+            refused(ValueError, "searched.json does not serve")
+            if name == "searched.json"
+            else nullcontext()
+        ):
             study.trained(job)
         study.searched(job)
         study.trained(job)
@@ -188,8 +226,16 @@ def test_a_study_without_a_space_is_of_the_runs_costs(study):
 
 
 def test_networks_that_came_twice_are_told():
-    rows = [("DenseNAS", "a"), ("DenseNAS", "a"), ("DenseNAS", "b"), ("random", "c"), ("hand-made", "d")]
-    results = pd.DataFrame([{"target": 1.0, "method": method, "net_config": text} for method, text in rows])
+    rows = [
+        ("DenseNAS", "a"),
+        ("DenseNAS", "a"),
+        ("DenseNAS", "b"),
+        ("random", "c"),
+        ("hand-made", "d"),
+    ]
+    results = pd.DataFrame(
+        [{"target": 1.0, "method": method, "net_config": text} for method, text in rows]
+    )
     assert repeats(results) == "At 1 M Mult-Adds 3 DenseNAS networks are 2 different ones."
 
 
@@ -198,16 +244,26 @@ def test_networks_that_came_twice_are_told():
     [
         ([], "the following arguments are required"),
         (["{}", "made-up", "foo", "random_1_0"], "argument step: invalid choice: 'foo'"),
-        (["{}", "made-up", "train", "foo"], "run 'made-up' has no job 'foo' to train, it has DenseNAS_1_0,"),
-        (["{}", "made-up", "search", "random_1_0"], "no job 'random_1_0' to search, it has DenseNAS_1_0"),
+        (
+            ["{}", "made-up", "train", "foo"],
+            "run 'made-up' has no job 'foo' to train, it has DenseNAS_1_0,",
+        ),
+        (
+            ["{}", "made-up", "search", "random_1_0"],
+            "no job 'random_1_0' to search, it has DenseNAS_1_0",
+        ),
         (["nowhere.yml", "made-up", "train", "random_1_0"], "no run configuration 'nowhere.yml'"),
         (["{}", "made-up", "train", "random_1_0"], "run 'made-up' has no "),
     ],
 )
-def test_a_command_line_that_cannot_be_says_what_can(arguments, sentence, tmp_path, root, monkeypatch, capsys):
+def test_a_command_line_that_cannot_be_says_what_can(
+    arguments, sentence, tmp_path, root, monkeypatch, capsys
+):
     path = tmp_path / "run.yml"
     path.write_text(CONFIG)
-    monkeypatch.setattr(sys, "argv", ["evidence", *(argument.format(path) for argument in arguments)])
+    monkeypatch.setattr(
+        sys, "argv", ["evidence", *(argument.format(path) for argument in arguments)]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr().err + str(ended.value)
@@ -216,7 +272,9 @@ def test_a_command_line_that_cannot_be_says_what_can(arguments, sentence, tmp_pa
 
 def test_a_study_compares_mult_adds_alone(study):
     conditions = {**LATENCY, **TABLE.conditions}
-    table = CostTable(TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, conditions)
+    table = CostTable(
+        TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, conditions
+    )
     table.write(Run(study.run).reports / "cost.json")
     with refused(ValueError, r"run 'made-up' counts ms, a study compares at equal Mult-Adds"):
         study.random(Job("random", TARGET, 0))
@@ -235,17 +293,26 @@ def test_a_job_comes_back_from_its_name():
 @pytest.mark.filterwarnings("error")
 def test_shapes_count_the_blocks_of_each_map():
     text = "[[8, 8], 'mbconv_k3_t1', [], 0, 1]|[[8, 16], 'mbconv_k3_t3', [], 0, 2]|[[16, 16], 'mbconv_k3_t3', [], 0, 1]"
-    arch = Architecture.parse(f"{text}|[[16, 24], 'mbconv_k5_t3', ['mbconv_k5_t3'], 1, 2]|[[24, 7], 'conv1_1']")
+    arch = Architecture.parse(
+        f"{text}|[[16, 24], 'mbconv_k5_t3', ['mbconv_k5_t3'], 1, 2]|[[24, 7], 'conv1_1']"
+    )
     for groups in ({"one": [arch]}, {"DenseNAS": [arch] * 8, "random": [arch, arch]}):
         left, right = figures.shapes(groups).axes
         drawn = [line.get_ydata() for line in left.lines]
-        assert any(list(heights) == [2, 1] for heights in drawn), "two blocks after one halving, one after two"
+        assert any(list(heights) == [2, 1] for heights in drawn), (
+            "two blocks after one halving, one after two"
+        )
         assert any(list(line.get_ydata()) == [16, 16, 24, 24] for line in right.lines)
         assert [label.get_text() for label in left.get_xticklabels()] == ["1", "2"]
 
 
 def test_the_verdict_is_a_difference_of_means():
-    accuracies = {"DenseNAS": (0.8, 0.9), "random": (0.6, 0.7, 0.83), "wide": (0.5,), "deep": (0.82,)}
+    accuracies = {
+        "DenseNAS": (0.8, 0.9),
+        "random": (0.6, 0.7, 0.83),
+        "wide": (0.5,),
+        "deep": (0.82,),
+    }
     rows = [
         {"target": 1.0, "design": design, "top1": top1, "mult_adds_m": 1.0}
         for design, values in accuracies.items()
@@ -289,8 +356,7 @@ def test_a_study_that_cannot_work_is_refused(tmp_path, line, wrong, sentence):
 
 
 def test_the_committed_study_is_what_its_files_say(tmp_path, monkeypatch):
-    for module in ("run", "report"):
-        monkeypatch.setattr(f"densenas.{module}.ROOT", tmp_path)
+    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
     shutil.copytree(ROOT / "reports/cifar10", tmp_path / "reports/cifar10")
     shutil.copy(ROOT / "README.md", tmp_path)
     run = Run("cifar10")
@@ -298,22 +364,46 @@ def test_the_committed_study_is_what_its_files_say(tmp_path, monkeypatch):
     said = verdict(pd.read_csv(run.reports / "evidence.csv"))
     assert said in page and said in (ROOT / "README.md").read_text()
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
-    assert not re.search(r"""(src|href|import\()=?["'](https?:)?//""", page), "it must read without a network"
+    assert not re.search(r"""(src|href|import\()=?["'](https?:)?//""", page), (
+        "it must read without a network"
+    )
 
 
 def test_a_cluster_trains_any_part_of_a_study(tmp_path):
     """Snakemake hands every job to a submit command; this stand-in starts it here."""
-    name, config, submit = f"test-cluster-{os.getpid()}", tmp_path / "study.yml", tmp_path / "submit"
+    name, config, submit = (
+        f"test-cluster-{os.getpid()}",
+        tmp_path / "study.yml",
+        tmp_path / "submit",
+    )
     config.write_text(CONFIG)
-    submit.write_text('#!/bin/sh\nnohup sh "$1" > "$1.log" 2>&1 &\necho $!\necho "$1" >> "$(dirname "$0")/submitted"\n')
+    submit.write_text(
+        '#!/bin/sh\nnohup sh "$1" > "$1.log" 2>&1 &\necho $!\necho "$1" >> "$(dirname "$0")/submitted"\n'
+    )
     submit.chmod(0o755)
     run, tools = Run(name), os.path.dirname(sys.executable)
     results = [f"runs/{name}/evidence/{job}/result.json" for job in ("DenseNAS_1_0", "random_1_1")]
     command = [
-        f"{tools}/snakemake", "--executor", "cluster-generic", "--cluster-generic-submit-cmd", str(submit),
-        "--jobs", "2", "--cores", "2", "--nolock", "--latency-wait", "20", "--seconds-between-status-checks", "1",
-        "--config", f"run={name}", f"configuration={config}", "--", *results,
-    ]  # fmt: skip
+        f"{tools}/snakemake",
+        "--executor",
+        "cluster-generic",
+        "--cluster-generic-submit-cmd",
+        str(submit),
+        "--jobs",
+        "2",
+        "--cores",
+        "2",
+        "--nolock",
+        "--latency-wait",
+        "20",
+        "--seconds-between-status-checks",
+        "1",
+        "--config",
+        f"run={name}",
+        f"configuration={config}",
+        "--",
+        *results,
+    ]
     env = {**os.environ, "PATH": os.pathsep.join([tools, os.environ["PATH"]])}
     try:
         done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
@@ -332,7 +422,9 @@ def test_ctrl_c_on_a_job_of_a_study_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Study, "searched", stopped)
     configuration = str(ROOT / "data/configs/evidence-digits.yml")
-    monkeypatch.setattr(sys, "argv", ["evidence", configuration, "made-up", "search", "DenseNAS_1_0"])
+    monkeypatch.setattr(
+        sys, "argv", ["evidence", configuration, "made-up", "search", "DenseNAS_1_0"]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     assert str(ended.value).startswith("stopped; the same command goes on from the last checkpoint")

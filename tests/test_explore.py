@@ -4,16 +4,24 @@ import shutil
 
 import pytest
 import torch
-from helpers import SMALL, block_paths, edge_probabilities, path_probability, random_supernet, refused, spaces
+from helpers import (
+    SMALL,
+    block_paths,
+    edge_probabilities,
+    path_probability,
+    random_supernet,
+    refused,
+    spaces,
+)
 from hypothesis import given
 from test_search import DATA, SEARCH, TABLE
 from test_supernet import everything
 from test_supernet import expected_cost as over_all_paths
 
 from densenas import CostTable, figures
-from densenas.derivation import expected_cost
 from densenas.explore import NO_RUN, Explorer, best_paths, candidates, finished, undecided
-from densenas.run import Run
+from densenas.method.derivation import expected_cost
+from densenas.runs.run import Run
 from densenas.search import Probabilities, search
 
 
@@ -35,7 +43,10 @@ def test_expected_cost_and_best_paths_are_those_of_the_supernet(space):
 def test_sliders_move_probabilities_costs_and_the_derived_path(name):
     explorer = Explorer(name, 10)
     space, p = explorer.table.space, undecided(explorer.table).p
-    assert "<svg" in explorer.graph.value and f'id="edge-0-{space.outgoing(0)[-1]}"' in explorer.graph.value
+    assert (
+        "<svg" in explorer.graph.value
+        and f'id="edge-0-{space.outgoing(0)[-1]}"' in explorer.graph.value
+    )
     assert figures.restyled(space, p, best_paths(space, p)[0][1]) in explorer.style.value
     explorer.block.value = 1
     logits = torch.linspace(-1, 2.3, len(space.outgoing(1)))
@@ -47,7 +58,10 @@ def test_sliders_move_probabilities_costs_and_the_derived_path(name):
     p[1, space.outgoing(1)] = (logits / 0.5).softmax(0)
     best, moment = best_paths(space, p), undecided(explorer.table)
     assert figures.restyled(space, p, best[0][1]) in explorer.style.value
-    assert f"<b>{expected_cost(explorer.table, p, moment.head, moment.stack):.4g}</b>" in explorer.numbers.value
+    assert (
+        f"<b>{expected_cost(explorer.table, p, moment.head, moment.stack):.4g}</b>"
+        in explorer.numbers.value
+    )
     assert "→".join(map(str, best[0][1])) in explorer.numbers.value
 
 
@@ -64,9 +78,13 @@ def test_candidates_are_those_of_the_block():
     table, moment = TABLE, Probabilities.of(random_supernet(SMALL, 2, dtype=torch.float32))
     frame = candidates(table, moment, 2)
     assert frame["layer"].drop_duplicates().tolist() == [
-        *(f"{i}→2" for i in SMALL.incoming(2)), "layer 1", "layer 2",
-    ]  # fmt: skip
-    assert frame.groupby("layer")["probability"].sum().tolist() == pytest.approx([1] * frame["layer"].nunique())
+        *(f"{i}→2" for i in SMALL.incoming(2)),
+        "layer 1",
+        "layer 2",
+    ]
+    assert frame.groupby("layer")["probability"].sum().tolist() == pytest.approx(
+        [1] * frame["layer"].nunique()
+    )
     costs = [cost for row in table.head[1] + table.stack[1] for cost in row]
     assert frame["cost"].tolist() == pytest.approx(costs)
     assert frame["probability"].iloc[0] == pytest.approx(float(moment.head[1, 0]))
@@ -75,7 +93,7 @@ def test_candidates_are_those_of_the_block():
 
 @pytest.fixture
 def searched(root, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("densenas.explore.ROOT", tmp_path)
+    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
     result = search(run, DATA, TABLE, SEARCH, device="cpu")
     TABLE.write(run.reports / "cost.json")
     path = tmp_path / "made up.yml"
@@ -86,14 +104,19 @@ def searched(root, run, tmp_path, monkeypatch):
 def test_an_epoch_of_a_run_is_the_trace_of_that_run(searched):
     name, space, result = searched
     explorer = Explorer(space, 7, name)
-    assert explorer.run.options == (NO_RUN, name) and explorer.epoch.max == len(result.trace) - 1 == 3
+    assert (
+        explorer.run.options == (NO_RUN, name) and explorer.epoch.max == len(result.trace) - 1 == 3
+    )
     assert explorer.temperature.value == SEARCH.softmax_temp
     assert explorer.table.conditions["num_classes"] == 3  # the run's, not the notebook's
     for epoch in (0, 2, 3):
         explorer.epoch.value = epoch
         p = (explorer.logits / explorer.temperature.value).softmax(1)
         torch.testing.assert_close(p, result.trace[epoch].p)
-        assert f"{expected_cost(TABLE, *vars(result.trace[epoch]).values()):.4g}</b>" in explorer.numbers.value
+        assert (
+            f"{expected_cost(TABLE, *vars(result.trace[epoch]).values()):.4g}</b>"
+            in explorer.numbers.value
+        )
     assert "→".join(map(str, result.net.best_path())) in explorer.numbers.value
 
 

@@ -1,6 +1,5 @@
 """What leaves for other programs is the same network, for any number of images."""
 
-
 import onnxruntime
 import pytest
 import torch

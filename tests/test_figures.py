@@ -9,14 +9,22 @@ from helpers import make_space
 from matplotlib.text import Text
 
 from densenas import Architecture, CostTable, SearchSpace, figures
-from densenas.derivation import Lattice
 from densenas.explore import undecided
+from densenas.method.derivation import Lattice
 
 OPS = ["mbconv_k3_t3", "mbconv_k7_t6"]
 ONE_BLOCK = make_space(
-    init_dim=8, chs=[8, 16], fm_sizes=[16, 8], stage=[0, 1, 1], num_layers=[0, 1], head_ops=OPS, stack_ops=OPS
+    init_dim=8,
+    chs=[8, 16],
+    fm_sizes=[16, 8],
+    stage=[0, 1, 1],
+    num_layers=[0, 1],
+    head_ops=OPS,
+    stack_ops=OPS,
 )
-SPACES = {"one block": ONE_BLOCK} | {name: SearchSpace.load(name) for name in ("mbv2", "resnet", "bottleneck")}
+SPACES = {"one block": ONE_BLOCK} | {
+    name: SearchSpace.load(name) for name in ("mbv2", "resnet", "bottleneck")
+}
 
 
 def test_the_largest_space_is_among_them():
@@ -37,7 +45,9 @@ def drawn(space):
     yield figures.operation_probabilities(space, moment.head, moment.stack)
     yield figures.cost_table(table)
     yield figures.block_counts_and_widths(space, trace, found[:1])
-    yield figures.architectures({f"number {number}": one.architecture for number, one in enumerate(found)})
+    yield figures.architectures(
+        {f"number {number}": one.architecture for number, one in enumerate(found)}
+    )
     yield figures.shapes({"DenseNAS": [one.architecture for one in found]})
 
 
@@ -46,12 +56,25 @@ def drawn(space):
 def test_figures_fit_their_canvas(name):
     for figure in drawn(SPACES[name]):
         figure.draw_without_rendering()
-        assert not [text for text in figure.findobj(Text) if "$" in text.get_text()]  # of a formatter
+        assert not [
+            text for text in figure.findobj(Text) if "$" in text.get_text()
+        ]  # of a formatter
         box, size = figure.get_tightbbox(), figure.get_size_inches()  # in inches
         assert box.x0 > -0.05 and box.y0 > -0.05 and (box.max < size + 0.05).all(), (box, size)
 
 
-NAMES = ["$x^2$", "a $ b", r"$\nothing$", "_hidden", "{brace}", "100%", "猫と犬", "🐱", "العربية", "<b>&"]
+NAMES = [
+    "$x^2$",
+    "a $ b",
+    r"$\nothing$",
+    "_hidden",
+    "{brace}",
+    "100%",
+    "猫と犬",
+    "🐱",
+    "العربية",
+    "<b>&",
+]
 LONG = [f"a name of very many words that only ends in {number}" for number in (1, 2)]
 
 
@@ -60,20 +83,29 @@ def named(names):
     count = len(names)
     numbers = [[9] * count] * count
     network = Architecture.named("DenseNAS-A")
-    points = pd.DataFrame({"name": names, "group": "DenseNAS", "cost": range(1, count + 1), "top1": 50.0})
+    points = pd.DataFrame(
+        {"name": names, "group": "DenseNAS", "cost": range(1, count + 1), "top1": 50.0}
+    )
     yield figures.class_counts({"train": [9] * count}, names), names
     yield figures.confusion(numbers, names), names[:: -(-count // 20)]
     yield figures.image_grid(torch.rand(count, 3, 8, 8), names), names
     yield figures.accuracy_against_cost(points, "$ per hour"), [*names, "$ per hour"]
     yield figures.architectures(dict.fromkeys(names, network)), []
-    yield figures.shapes({name: [network] for name in names[:8]}), [f"{name} (n = 1)" for name in names[:8]]
+    yield (
+        figures.shapes({name: [network] for name in names[:8]}),
+        [f"{name} (n = 1)" for name in names[:8]],
+    )
 
 
 def texts(figure, path):
     """What a reader of the SVG finds, and whoever looks at the PNG."""
     figure.savefig(path.with_suffix(".svg"))
     figure.savefig(path.with_suffix(".png"))
-    return [node.text for node in ElementTree.parse(path.with_suffix(".svg")).iter() if node.tag.endswith("text")]
+    return [
+        node.text
+        for node in ElementTree.parse(path.with_suffix(".svg")).iter()
+        if node.tag.endswith("text")
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
@@ -84,7 +116,10 @@ def test_names_are_written_as_they_are(tmp_path):
 
 
 def test_long_names_stay_apart(tmp_path):
-    for figure in (figures.class_counts({"train": [1, 2]}, LONG), figures.confusion([[1, 2], [3, 4]], LONG)):
+    for figure in (
+        figures.class_counts({"train": [1, 2]}, LONG),
+        figures.confusion([[1, 2], [3, 4]], LONG),
+    ):
         assert {"a name o…ds in 1", "a name o…ds in 2"} <= {*texts(figure, tmp_path / "figure")}
 
 

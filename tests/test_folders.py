@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from helpers import refused
 
-from densenas.folders import read_folder
+from densenas.images.folders import read_folder
 
 SERVICES = ("@eaDir", "__MACOSX", ".thumbnails", "$RECYCLE.BIN", "lost+found", "@Recently-Snapshot")
 
@@ -64,10 +64,15 @@ def test_splits_by_their_usual_names(names, parts, source):
     assert ("'validation' is the test split" in notes) == ("validation" in names)
 
 
-@pytest.mark.parametrize("twins", [("Train", "train"), ("train", "training"), ("val", "valid"), ("test", "Test")])
+@pytest.mark.parametrize(
+    "twins", [("Train", "train"), ("train", "training"), ("val", "valid"), ("test", "Test")]
+)
 def test_two_folders_that_mean_one_split(twins, source):
     touch(source, *splits("train", *twins))
-    with refused(ValueError, rf"'{min(twins)}' and '{max(twins)}' in '.*set' both mean (train|val|test): which one"):
+    with refused(
+        ValueError,
+        rf"'{min(twins)}' and '{max(twins)}' in '.*set' both mean (train|val|test): which one",
+    ):
         read_folder(source)
 
 
@@ -86,7 +91,10 @@ def test_two_folders_that_mean_one_split(twins, source):
 )
 def test_classes_that_are_called_like_splits(folders, source):
     touch(source, *folders)
-    with refused(ValueError, r"'(test|train|val|Val|seg_).*' in '.*' would be a class, but looks like a split"):
+    with refused(
+        ValueError,
+        r"'(test|train|val|Val|seg_).*' in '.*' would be a class, but looks like a split",
+    ):
         read_folder(source)
 
 
@@ -98,13 +106,18 @@ def test_a_class_may_have_such_a_word_in_its_name(source):
 @pytest.mark.parametrize("wrapper", ["images", "archive/images"])
 def test_a_wrapper_above_the_splits(wrapper, source):
     touch(source, *splits(f"{wrapper}/Train"))
-    with refused(ValueError, rf"'.*Train' looks like a split, .* did you mean source: \S*set/{wrapper}\?"):
+    with refused(
+        ValueError, rf"'.*Train' looks like a split, .* did you mean source: \S*set/{wrapper}\?"
+    ):
         read_folder(source)
 
 
 def test_a_split_under_a_name_that_is_not_taken(source):
     touch(source, *splits("train", "test_images"))
-    with refused(ValueError, r"'test_images' in '.*set' looks like a test split: call it test or move it away"):
+    with refused(
+        ValueError,
+        r"'test_images' in '.*set' looks like a test split: call it test or move it away",
+    ):
         read_folder(source)
 
 
@@ -112,32 +125,50 @@ def test_every_folder_beside_the_splits_is_named(source):
     touch(source, *splits("train", "test", "extra", "test2", ".old"), "read me.txt")
     found, notes = read(source)
     assert found == in_each("train", "test")
-    assert notes == "left out, as no images in a class folder: 1 × .old/, 1 × .txt, 1 × extra/, 1 × test2/"
+    assert (
+        notes
+        == "left out, as no images in a class folder: 1 × .old/, 1 × .txt, 1 × extra/, 1 × test2/"
+    )
 
 
 def test_what_is_read_and_what_is_left_out(source):
     endings = ("jpg", "JPEG", "png", "ppm", "BMP", "pgm", "tif", "TIFF", "webp", "gif")
     touch(source, "cat", *(f"dog/deep/{number}.{ending}" for number, ending in enumerate(endings)))
     touch(source, "stray.png", "cat/note.PDF", "cat/Thumbs.db", "cat/._a.png")
-    touch(source, *(f"{place}{service}/cat/a.png" for service in SERVICES for place in ("", "cat/")))
+    touch(
+        source, *(f"{place}{service}/cat/a.png" for service in SERVICES for place in ("", "cat/"))
+    )
     os.mkfifo(source / "cat/pipe.png")
     found, notes = read(source)
     assert found == {(None, "cat"): 2, (None, "dog"): 10}
-    files = ["1 × .db", "1 × .pdf", "1 × .png", "1 × .png that is no regular file", "1 × hidden file"]
-    left_out = sorted([*files, *(f"2 × {service}/" for service in SERVICES)], key=lambda entry: entry[4:])
+    files = [
+        "1 × .db",
+        "1 × .pdf",
+        "1 × .png",
+        "1 × .png that is no regular file",
+        "1 × hidden file",
+    ]
+    left_out = sorted(
+        [*files, *(f"2 × {service}/" for service in SERVICES)], key=lambda entry: entry[4:]
+    )
     assert notes == f"left out, as no images in a class folder: {', '.join(left_out)}"
 
 
 def test_class_folders_without_an_image(source):
     touch(source, "cat", "dog/list.txt", "ant/.hidden.png")
-    with refused(ValueError, r"no image in the class folder 'ant', 'dog' of '.*set' \(\.bmp, \.gif"):
+    with refused(
+        ValueError, r"no image in the class folder 'ant', 'dog' of '.*set' \(\.bmp, \.gif"
+    ):
         read_folder(source)
 
 
 def test_links_between_the_folders_of_a_source(source):
     touch(source, *splits("train"))
     (source / "test").symlink_to("train")
-    with refused(ValueError, r"'.*set/train' and '.*set/test' are one and the same folder: its images would count"):
+    with refused(
+        ValueError,
+        r"'.*set/train' and '.*set/test' are one and the same folder: its images would count",
+    ):
         read_folder(source)
     (source / "test").unlink()
     (source / "train/kitty").symlink_to("cat")
@@ -159,7 +190,9 @@ def test_links_to_elsewhere_and_back(source, tmp_path):
     assert notes.endswith("1 × back/ (a link back), 1 × up/ (a link back)")
 
 
-@pytest.mark.parametrize(("link", "target"), [("ant", "/nowhere"), ("ant", "ant"), ("cat/more", "nowhere")])
+@pytest.mark.parametrize(
+    ("link", "target"), [("ant", "/nowhere"), ("ant", "ant"), ("cat/more", "nowhere")]
+)
 def test_a_link_that_leads_nowhere(link, target, source):
     touch(source, "cat", "dog")
     (source / link).symlink_to(target)
@@ -171,7 +204,9 @@ def test_images_are_where_the_links_lead(source, tmp_path):
     """A link that is set to another folder is another source, although every name stays the same."""
     touch(tmp_path / "A", "cat", "dog")
     (source / "now").symlink_to(tmp_path / "A")
-    assert {item.content.parent.parent for item in read_folder(source / "now")[0]} == {tmp_path / "A"}
+    assert {item.content.parent.parent for item in read_folder(source / "now")[0]} == {
+        tmp_path / "A"
+    }
 
 
 def test_a_split_that_links_to_its_source(source):
@@ -191,7 +226,9 @@ def test_a_folder_that_may_not_be_read(place, source, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
-    monkeypatch.setattr("os.scandir", refusing)  # root, who runs tests in containers, may read everything
+    monkeypatch.setattr(
+        "os.scandir", refusing
+    )  # root, who runs tests in containers, may read everything
     with refused(ValueError, rf"folder '.*{place}' cannot be read: Permission denied"):
         read_folder(source)
 
@@ -209,13 +246,18 @@ def test_one_name_in_two_spellings(source):
 
 def test_one_folder_in_two_spellings(source):
     touch(source, "dog", *(f"cat/{name}/a.png" for name in spelled("é")))
-    with refused(ValueError, r"'.*cat/\S+/a.png' and '.*cat/\S+/a.png' are one name in two Unicode spellings"):
+    with refused(
+        ValueError, r"'.*cat/\S+/a.png' and '.*cat/\S+/a.png' are one name in two Unicode spellings"
+    ):
         read_folder(source)
 
 
 def test_one_class_in_two_spellings(source):
     touch(source, "dog", *spelled("bébé"))
-    with refused(ValueError, r"class folders 'be\\u0301be\\u0301' and 'b\\xe9b\\xe9' .* are one name in two Unicode"):
+    with refused(
+        ValueError,
+        r"class folders 'be\\u0301be\\u0301' and 'b\\xe9b\\xe9' .* are one name in two Unicode",
+    ):
         read_folder(source)
 
 

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from densenas import Architecture, Choice, CostTable, SearchSpace, SuperNet, load_published
-from densenas.architecture import from_published
+from densenas.method.architecture import from_published
 
 REFERENCE = Path(__file__).parent / "reference"
-GOLDEN = {name: json.loads((REFERENCE / f"{name}-supernet.json").read_text()) for name in ("mbv2", "resnet")}
+GOLDEN = {
+    name: json.loads((REFERENCE / f"{name}-supernet.json").read_text())
+    for name in ("mbv2", "resnet")
+}
 CASES = [(name, index) for name, golden in GOLDEN.items() for index in range(len(golden["cases"]))]
 
 
@@ -36,7 +39,9 @@ def fill(net):
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             weight = module.weight
-            weight.copy_(noise(weight.numel(), 1).reshape(weight.shape) * math.sqrt(3 / weight[0].numel()))
+            weight.copy_(
+                noise(weight.numel(), 1).reshape(weight.shape) * math.sqrt(3 / weight[0].numel())
+            )
             if module.bias is not None:
                 module.bias.zero_()
     return net
@@ -99,7 +104,9 @@ def test_cost_in_float32(name, index):
     case = GOLDEN[name]["cases"][index]
     net = golden_supernet(name, case, torch.float32)
     with torch.no_grad():
-        assert float(net.cost(CostTable.mult_adds(net.space))) == pytest.approx(case["all"]["cost"], rel=1e-5)
+        assert float(net.cost(CostTable.mult_adds(net.space))) == pytest.approx(
+            case["all"]["cost"], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
@@ -135,18 +142,27 @@ def test_published_folder(name, prefix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "mult_adds"), [("DenseNAS-A", 251.334416), ("DenseNAS-B", 313.580096), ("DenseNAS-C", 360.808256)]
+    ("name", "mult_adds"),
+    [("DenseNAS-A", 251.334416), ("DenseNAS-B", 313.580096), ("DenseNAS-C", 360.808256)],
 )
 def test_named_architectures(name, mult_adds):
     arch = Architecture.named(name)
     assert arch.mult_adds(224) == mult_adds
     assert arch.params() == pytest.approx(arch.published["params_m"], rel=1e-9)
-    assert CostTable.mult_adds(SearchSpace.load("mbv2"), num_classes=1000).total(name) == pytest.approx(mult_adds)
+    assert CostTable.mult_adds(SearchSpace.load("mbv2"), num_classes=1000).total(
+        name
+    ) == pytest.approx(mult_adds)
 
 
-@pytest.mark.skipif("DENSENAS_LATENCY_LISTS" not in os.environ, reason="needs the folder of published latency lists")
-@pytest.mark.parametrize(("name", "ms"), [("DenseNAS-A", 13.66), ("DenseNAS-B", 15.83), ("DenseNAS-C", 18.03)])
+@pytest.mark.skipif(
+    "DENSENAS_LATENCY_LISTS" not in os.environ, reason="needs the folder of published latency lists"
+)
+@pytest.mark.parametrize(
+    ("name", "ms"), [("DenseNAS-A", 13.66), ("DenseNAS-B", 15.83), ("DenseNAS-C", 18.03)]
+)
 def test_published_latency_list(name, ms):
-    table = CostTable.read(Path(os.environ["DENSENAS_LATENCY_LISTS"]) / "lat_list_densenas_mbv2_xp32")
+    table = CostTable.read(
+        Path(os.environ["DENSENAS_LATENCY_LISTS"]) / "lat_list_densenas_mbv2_xp32"
+    )
     assert (table.space.name, table.unit) == ("mbv2", "ms")
     assert round(table.total(name), 2) == ms

@@ -7,8 +7,8 @@ import pytest
 from helpers import SKIP, SMALL, full_disk, refused
 
 from densenas import CostTable, SearchSpace, latency
-from densenas.derivation import Lattice
 from densenas.latency import agreement, judge, measure
+from densenas.method.derivation import Lattice
 
 RES = SearchSpace.load("cifar_resnet")
 
@@ -31,12 +31,22 @@ def test_every_distinct_op_is_measured_once_and_stands_where_it_is_used(quick, t
     for j in range(1, SMALL.num_blocks):
         for i, row in zip(SMALL.incoming(j), table.head[j - 1], strict=True):
             for op, ms in zip(SMALL.head_ops, row, strict=True):
-                assert ms == known[op, SMALL.chs[i], SMALL.chs[j], sizes[i], SMALL.stride(i, j)]["ms"] > 0
+                assert (
+                    ms
+                    == known[op, SMALL.chs[i], SMALL.chs[j], sizes[i], SMALL.stride(i, j)]["ms"]
+                    > 0
+                )
         for row in table.stack[j - 1]:
             for op, ms in zip(SMALL.stack_ops, row, strict=True):
-                assert ms == (0 if op == SKIP else known[op, SMALL.chs[j], SMALL.chs[j], sizes[j], 1]["ms"])
+                assert ms == (
+                    0 if op == SKIP else known[op, SMALL.chs[j], SMALL.chs[j], sizes[j], 1]["ms"]
+                )
     assert all(entry["ms"] <= entry["median"] <= entry["max"] for entry in known.values())
-    assert table.unit == "ms" and {"device", "threads", "torch", "batch_size", "dtype", "cpu", "instructions"} <= table.conditions.keys()
+    assert (
+        table.unit == "ms"
+        and {"device", "threads", "torch", "batch_size", "dtype", "cpu", "instructions"}
+        <= table.conditions.keys()
+    )
 
 
 def test_a_regularised_skip_costs_a_tenth_of_the_first_op(quick, tmp_path):
@@ -72,7 +82,14 @@ def test_a_table_is_written_read_and_turned_into_the_published_literal(quick, tm
 
 @pytest.mark.parametrize(
     "change",
-    [{"host": "another"}, {"cpu": "another"}, {"threads": 99}, {"torch": "1.0"}, {"device": "another"}, {"dtype": "half"}],
+    [
+        {"host": "another"},
+        {"cpu": "another"},
+        {"threads": 99},
+        {"torch": "1.0"},
+        {"device": "another"},
+        {"dtype": "half"},
+    ],
     ids=str,
 )
 def test_timings_of_another_machine_are_never_used(change, quick, tmp_path):
@@ -84,17 +101,37 @@ def test_timings_of_another_machine_are_never_used(change, quick, tmp_path):
         line["ms"] = 1e-9
     log.write_text("\n".join(map(json.dumps, lines)) + "\n")
     again = measure(SMALL, 16, 3, log, rounds=1)
-    assert len(entries(again)) == len(entries(table)) and min(row["ms"] for row in again.conditions["entries"]) > 1e-6
+    assert (
+        len(entries(again)) == len(entries(table))
+        and min(row["ms"] for row in again.conditions["entries"]) > 1e-6
+    )
 
 
 def test_lines_that_are_no_timings_are_passed_over(quick, tmp_path):
     log = tmp_path / "log.jsonl"
     whole = measure(SMALL, 16, 3, log, rounds=1)
     good = log.read_text().splitlines()[-1]
-    bad = ["5", "null", "{}", "[]", '"ms"', "[" * 10_000, good.replace("conditions", "condition"), good[:-20]]
-    bad += [json.dumps(json.loads(good) | {"ms": ms}) for ms in (None, -1.0, 0, float("nan"), float("inf"), "1", True)]
-    bad += [json.dumps(json.loads(good) | {"key": key}) for key in (None, [], ["op", 1, 2], ["op", 1, 2, "3", 4], {"a": 1})]
-    log.write_bytes("\n".join(bad).encode() + b"\n\xff\xfe\n" + b"\0" * 50 + b"\n" + log.read_bytes())
+    bad = [
+        "5",
+        "null",
+        "{}",
+        "[]",
+        '"ms"',
+        "[" * 10_000,
+        good.replace("conditions", "condition"),
+        good[:-20],
+    ]
+    bad += [
+        json.dumps(json.loads(good) | {"ms": ms})
+        for ms in (None, -1.0, 0, float("nan"), float("inf"), "1", True)
+    ]
+    bad += [
+        json.dumps(json.loads(good) | {"key": key})
+        for key in (None, [], ["op", 1, 2], ["op", 1, 2, "3", 4], {"a": 1})
+    ]
+    log.write_bytes(
+        "\n".join(bad).encode() + b"\n\xff\xfe\n" + b"\0" * 50 + b"\n" + log.read_bytes()
+    )
     with mock.patch.object(latency, "milliseconds", wraps=latency.milliseconds) as timed:
         assert measure(SMALL, 16, 3, log, rounds=1) == whole
         assert timed.call_count == 0
@@ -102,7 +139,12 @@ def test_lines_that_are_no_timings_are_passed_over(quick, tmp_path):
 
 def test_a_full_disk_while_measuring_is_one_sentence_and_the_same_call_goes_on(quick, tmp_path):
     log = tmp_path / "log.jsonl"
-    with full_disk(2000), refused(OSError, r"cannot be written \(File too large\); .*same call goes on: .*log\.jsonl"):
+    with (
+        full_disk(2000),
+        refused(
+            OSError, r"cannot be written \(File too large\); .*same call goes on: .*log\.jsonl"
+        ),
+    ):
         measure(SMALL, 16, 3, log, rounds=2)
     with mock.patch.object(latency, "milliseconds", wraps=latency.milliseconds) as timed:
         table = measure(SMALL, 16, 3, log, rounds=2)
@@ -125,8 +167,12 @@ def test_whole_networks_judge_the_table(quick, space, tmp_path):
     table = measure(space, space.input_size, 3, tmp_path / "log.jsonl", rounds=1)
     frame = judge(table, 6, rounds=1)
     assert len(frame) == 6 and (frame > 0).all(axis=None)
-    assert agreement(frame)["spearman"] == pytest.approx(frame.corr("spearman").loc["predicted", "measured"])
+    assert agreement(frame)["spearman"] == pytest.approx(
+        frame.corr("spearman").loc["predicted", "measured"]
+    )
     assert agreement(frame.assign(measured=frame["predicted"]))["error"] == 0
     scaled = table.scaled(1.5)
     archs = [one.architecture for one in Lattice(table).sample(5)]
-    assert [scaled.total(arch) for arch in archs] == pytest.approx([1.5 * table.total(arch) for arch in archs])
+    assert [scaled.total(arch) for arch in archs] == pytest.approx(
+        [1.5 * table.total(arch) for arch in archs]
+    )

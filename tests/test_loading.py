@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from torchvision.io import write_png
 from torchvision.transforms import v2
 
-from densenas import data as data_module
-from densenas.data import ImageData, Split, prepare
-from densenas.loading import Batches, RandomResizedCrop, free_shared_memory, transform
-from densenas.run import Run
+from densenas.images import data as data_module
+from densenas.images.data import ImageData, Split, prepare
+from densenas.images.loading import Batches, RandomResizedCrop, free_shared_memory, transform
+from densenas.runs.run import Run
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,9 @@ def made_up(count=22, size=16, dataset="digits"):
     images = torch.randint(1, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(count))
     mean, std = [0.3, 0.4, 0.5], [0.2, 0.3, 0.4]
-    return ImageData(dataset, [str(index) for index in range(count)], split, split, split, mean, std, "made up")
+    return ImageData(
+        dataset, [str(index) for index in range(count)], split, split, split, mean, std, "made up"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +40,12 @@ def packed(tmp_path_factory):
         (root / "set" / name).mkdir(parents=True)
         for index in range(20):
             height, width = torch.randint(20, 60, (2,), generator=generator).tolist()
-            image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+            image = torch.randint(
+                0, 256, (3, height, width), generator=generator, dtype=torch.uint8
+            )
             write_png(image, str(root / "set" / name / f"{index}.png"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("densenas.run.ROOT", root)
+        patch.setenv("DENSENAS_ROOT", str(root))
         return prepare(Run("made-up"), "folder", str(root / "set"), image_size=16, pack="original")
 
 
@@ -52,7 +56,11 @@ def source(kind, request):
 def pictures(data, batch):
     """Batches as uint8 again."""
     shape = (1, 3, 1, 1)
-    return (255 * (batch * torch.tensor(data.std).view(shape) + torch.tensor(data.mean).view(shape))).round().byte()
+    return (
+        (255 * (batch * torch.tensor(data.std).view(shape) + torch.tensor(data.mean).view(shape)))
+        .round()
+        .byte()
+    )
 
 
 def passed(data, batch_size, seed=None, epoch=0, start=0, splits="train", **settings):
@@ -66,7 +74,11 @@ def equal(ours, theirs):
 
 def labelled(data, batches):
     """Every image of some batches beside its label, in an order that does not depend on theirs."""
-    pairs = [pair for images, labels in batches for pair in zip(images.split(1), labels.tolist(), strict=True)]
+    pairs = [
+        pair
+        for images, labels in batches
+        for pair in zip(images.split(1), labels.tolist(), strict=True)
+    ]
     return sorted((pictures(data, image)[0].tolist(), label) for image, label in pairs)
 
 
@@ -77,8 +89,12 @@ def test_evaluation_sees_every_image_once_and_unchanged(batch_size):
     assert len(batches) == len(Batches(data, "train", batch_size, CPU))
     seen = torch.cat([labels for _, labels in batches])
     assert sorted(seen.tolist()) == [*range(22)]
-    assert torch.equal(torch.cat([pictures(data, images) for images, _ in batches]), data.train.images[seen])
-    assert torch.equal(seen, torch.cat([labels for _, labels in passed(data, 7, epoch=3)])), "always in the same order"
+    assert torch.equal(
+        torch.cat([pictures(data, images) for images, _ in batches]), data.train.images[seen]
+    )
+    assert torch.equal(seen, torch.cat([labels for _, labels in passed(data, 7, epoch=3)])), (
+        "always in the same order"
+    )
 
 
 def test_a_set_sorted_by_class_is_evaluated_in_mixed_batches():
@@ -91,7 +107,10 @@ def test_a_set_sorted_by_class_is_evaluated_in_mixed_batches():
 
 def test_a_pack_is_evaluated_by_the_published_transform(packed):
     steps = v2.Compose([v2.Resize(18, antialias=True), v2.CenterCrop(16)])
-    expected = [(steps(packed.val.read(k)).tolist(), int(packed.val.labels[k])) for k in range(len(packed.val))]
+    expected = [
+        (steps(packed.val.read(k)).tolist(), int(packed.val.labels[k]))
+        for k in range(len(packed.val))
+    ]
     assert labelled(packed, passed(packed, 7, splits="val")) == sorted(expected)
 
 
@@ -135,14 +154,18 @@ def test_processes_together_see_what_one_sees(world, kind, request):
     one = passed(data, 8, seed=1, workers=0)
     ranks = [passed(data, 8, seed=1, workers=0, rank=rank, world=world) for rank in range(world)]
     assert all(len(labels) == 8 // world for rank in ranks for _, labels in rank)
-    assert equal(one, [tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*ranks, strict=True)])
+    assert equal(
+        one, [tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*ranks, strict=True)]
+    )
     with refused(ValueError, r"batch_size 9 cannot be shared equally by 2 processes"):
         Batches(data, "train", 9, CPU, 1, rank=0, world=2)
 
 
 def test_two_splits_are_read_as_one(packed):
     batches = passed(packed, 9, splits=("train", "val"), workers=0)
-    apart = [labelled(packed, passed(packed, 9, splits=split, workers=0)) for split in ("train", "val")]
+    apart = [
+        labelled(packed, passed(packed, 9, splits=split, workers=0)) for split in ("train", "val")
+    ]
     assert labelled(packed, batches) == sorted(apart[0] + apart[1])
 
 
@@ -151,15 +174,22 @@ def test_workers_open_the_pack_themselves(method, packed):
     decoder = Batches(packed, "train", 30, CPU, 1).decoder
     requests = [[(0, 7), (3, 8)], [(5, 9)]]
     expected = [decoder[request] for request in requests]  # opens the pack in this process
-    loader = DataLoader(decoder, batch_size=None, sampler=requests, num_workers=1, multiprocessing_context=method)
+    loader = DataLoader(
+        decoder, batch_size=None, sampler=requests, num_workers=1, multiprocessing_context=method
+    )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(expected, loader, strict=True))
 
 
 def test_a_small_shared_memory_gives_the_same_batches(packed, monkeypatch, capsys):
     """As a Docker container's 64 MB are for real batches; what a worker sends at once is as large as fits."""
     images = 3 * 16**2
-    for free, workers, piece in ((4 * 8 * images, 2, 1), (4 * 13 * images, 2, 2), (4 * 5 * images, 1, 1), (0, 0, 8)):
-        monkeypatch.setattr("densenas.loading.free_shared_memory", lambda free=free: free)
+    for free, workers, piece in (
+        (4 * 8 * images, 2, 1),
+        (4 * 13 * images, 2, 2),
+        (4 * 5 * images, 1, 1),
+        (0, 0, 8),
+    ):
+        monkeypatch.setattr("densenas.images.loading.free_shared_memory", lambda free=free: free)
         loader = Batches(packed, "train", 8, CPU, seed=1, workers=2)
         assert (loader.workers, loader.piece) == (workers, piece)
         assert ("instead of 2 workers decode" in capsys.readouterr().out) == (workers < 2)
@@ -171,8 +201,10 @@ def test_an_image_damaged_since_is_named_in_one_line(workers, packed, monkeypatc
     def damaged(encoded):
         raise ValueError("is empty")
 
-    monkeypatch.setattr("densenas.pack.decode", damaged)
-    with refused(ValueError, r"image \d+ of '.*train\.lmdb' cannot be read \(is empty\): run 01-data again"):
+    monkeypatch.setattr("densenas.images.pack.decode", damaged)
+    with refused(
+        ValueError, r"image \d+ of '.*train\.lmdb' cannot be read \(is empty\): run 01-data again"
+    ):
         passed(packed, 8, seed=1, workers=workers)
 
 
@@ -182,8 +214,13 @@ def test_no_shared_memory_that_can_be_written_is_none(monkeypatch):
 
 
 def test_a_killed_worker_is_one_sentence(packed, monkeypatch):
-    monkeypatch.setattr("densenas.pack.decode", lambda encoded: os.kill(os.getpid(), signal.SIGKILL))
-    with refused(RuntimeError, r"a process that decodes images was killed, as where memory .*: the same call goes on"):
+    monkeypatch.setattr(
+        "densenas.images.pack.decode", lambda encoded: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    with refused(
+        RuntimeError,
+        r"a process that decodes images was killed, as where memory .*: the same call goes on",
+    ):
         passed(packed, 8, seed=1, workers=1)
 
 
@@ -201,7 +238,9 @@ def shifts(image, mirror):
                 yield (down, right, mirrored), moved
 
 
-@pytest.mark.parametrize(("dataset", "mirror"), [("digits", False), ("fashion_mnist", False), ("folder", True)])
+@pytest.mark.parametrize(
+    ("dataset", "mirror"), [("digits", False), ("fashion_mnist", False), ("folder", True)]
+)
 def test_augmentation_in_memory_only_shifts_and_mirrors(dataset, mirror):
     data = made_up(dataset=dataset)
     possible = [[*shifts(image, mirror)] for image in data.train.images]
@@ -218,7 +257,10 @@ def test_augmentation_in_memory_only_shifts_and_mirrors(dataset, mirror):
 
 def test_random_sized_is_torchvisions_own(packed):
     """Number by number, for every layout in memory."""
-    ours, theirs = RandomResizedCrop(16, scale=(0.08, 1.0)), v2.RandomResizedCrop(16, scale=(0.08, 1.0))
+    ours, theirs = (
+        RandomResizedCrop(16, scale=(0.08, 1.0)),
+        v2.RandomResizedCrop(16, scale=(0.08, 1.0)),
+    )
     for index in range(len(packed.train)):
         image = packed.train.read(index)
         for layout in (image, image.contiguous()):
@@ -238,8 +280,14 @@ def test_published_transforms_keep_what_they_promise(augment):
         torch.manual_seed(seed)
         row = transform(augment, 224)(ramp)[0, 100].float()
         assert row.shape == (224,) and (row.diff() >= -1).all()
-        seen.append((row[-1] - row[0]).item() / 255 * 512)  # width of the crop, in pixels of the source
-    low, high = {"weak": (448, 448), "rand_scale": (224 / 480 * 512, 448), "random_sized": (100, 512)}[augment]
+        seen.append(
+            (row[-1] - row[0]).item() / 255 * 512
+        )  # width of the crop, in pixels of the source
+    low, high = {
+        "weak": (448, 448),
+        "rand_scale": (224 / 480 * 512, 448),
+        "random_sized": (100, 512),
+    }[augment]
     assert low - 8 <= min(seen) and max(seen) <= high + 8
     assert max(seen) - min(seen) > 0.6 * (high - low) or augment == "weak"
 
@@ -251,12 +299,16 @@ def test_what_stays_in_memory(root, monkeypatch):
     monkeypatch.setattr(data_module, "RESIDENT_BYTES", 1000)
     outside = prepare(Run("outside"), num_classes=2)
     assert (outside.resident, outside.augment) == (False, "random_sized")
-    assert not torch.equal(passed(outside, 4, seed=0, workers=0)[0][0], passed(inside, 4, seed=0)[0][0])
+    assert not torch.equal(
+        passed(outside, 4, seed=0, workers=0)[0][0], passed(inside, 4, seed=0)[0][0]
+    )
 
 
 def test_training_images_are_normalised(root):
     digits = prepare(Run("digits"))
-    images = torch.cat([images for images, _ in passed(digits, 500, splits=("train", "val"))]).double()
+    images = torch.cat(
+        [images for images, _ in passed(digits, 500, splits=("train", "val"))]
+    ).double()
     assert images.mean(dim=(0, 2, 3)).abs().max() < 1e-5
     assert (images.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
 
@@ -266,6 +318,12 @@ def test_images_of_one_colour_stay_finite(run, tmp_path):
         for index in range(8):
             folder = tmp_path / "set" / name
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(torch.tensor([0, 0, 90]).byte()[:, None, None].expand(3, 20, 20).clone(), f"{folder}/{index}.png")
+            write_png(
+                torch.tensor([0, 0, 90]).byte()[:, None, None].expand(3, 20, 20).clone(),
+                f"{folder}/{index}.png",
+            )
     data = prepare(run, "folder", str(tmp_path / "set"), image_size=16)
-    assert all(torch.equal(images, torch.zeros_like(images)) for images, _ in passed(data, 4, splits="test"))
+    assert all(
+        torch.equal(images, torch.zeros_like(images))
+        for images, _ in passed(data, 4, splits="test")
+    )

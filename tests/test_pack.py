@@ -13,10 +13,10 @@ import torch
 from helpers import refused
 from torchvision.io import decode_image, encode_jpeg, encode_png, write_jpeg, write_png
 
-from densenas import pack as pack_module
-from densenas.data import load, prepare
-from densenas.pack import Item, Packed, fingerprint, read_manifest, verify, write_pack
-from densenas.run import Run
+from densenas.images import pack as pack_module
+from densenas.images.data import load, prepare
+from densenas.images.pack import Item, Packed, fingerprint, read_manifest, verify, write_pack
+from densenas.runs.run import Run
 
 
 def noise(height, width, seed=0):
@@ -42,9 +42,15 @@ def items(folder):
 
 def content(folder):
     """Every key and value of every LMDB, in order, and the manifest."""
-    found = {"manifest": (folder / "manifest.csv").read_bytes(), "about": (folder / "about.json").read_bytes()}
+    found = {
+        "manifest": (folder / "manifest.csv").read_bytes(),
+        "about": (folder / "about.json").read_bytes(),
+    }
     for path in sorted(folder.glob("*.lmdb")):
-        with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as reader:
+        with (
+            lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env,
+            env.begin() as reader,
+        ):
             found[path.name] = [*reader.cursor()]
     return found
 
@@ -70,9 +76,9 @@ def test_a_pack_holds_the_bytes_or_the_resized_image(pack, run, tmp_path):
                 assert torch.equal(image, source)
             else:
                 shrunk += 1
-                assert min(image.shape[1:]) == 32 and max(image.shape[1:]) == 32 * max(source.shape[1:]) // min(
+                assert min(image.shape[1:]) == 32 and max(image.shape[1:]) == 32 * max(
                     source.shape[1:]
-                )
+                ) // min(source.shape[1:])
     assert shrunk == (0 if pack == "original" else 10)
 
 
@@ -115,9 +121,15 @@ def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run,
     data = prepare(run, "folder", str(half_broken), image_size=16, skip_broken=True)
     assert sum(map(len, data.splits.values())) == 25
     assert len(read) == 7, "what is packed already is not read again"
-    for name in ("a/self.jpg", "b/dangling.jpg", *(f"a/{name}" for name in BROKEN if name != "empty.jpg")):
+    for name in (
+        "a/self.jpg",
+        "b/dangling.jpg",
+        *(f"a/{name}" for name in BROKEN if name != "empty.jpg"),
+    ):
         (half_broken / name).unlink()
-    assert sum(map(len, prepare(run, "folder", str(half_broken), image_size=16).splits.values())) == 25
+    assert (
+        sum(map(len, prepare(run, "folder", str(half_broken), image_size=16).splits.values())) == 25
+    )
 
 
 def test_a_class_that_loses_its_last_image(run, tmp_path):
@@ -155,7 +167,10 @@ def test_the_map_grows(tmp_path):
     """Past the 64 MB that it starts with."""
     generator = torch.Generator().manual_seed(0)
     arrays = torch.randint(0, 256, (70, 3, 600, 600), generator=generator, dtype=torch.uint8)
-    write_pack(tmp_path / "pack", {"train": [Item(str(k), "a", None, array) for k, array in enumerate(arrays)]})
+    write_pack(
+        tmp_path / "pack",
+        {"train": [Item(str(k), "a", None, array) for k, array in enumerate(arrays)]},
+    )
     assert (tmp_path / "pack/train.lmdb").stat().st_size > 70e6
     packed = Packed(tmp_path / "pack", read_manifest(tmp_path / "pack"), 8)
     assert all(torch.equal(packed.read(k), array) for k, array in enumerate(arrays))
@@ -165,7 +180,7 @@ def packing(folder, target, begun):
     """Packs in a process of its own."""
     found = [Item(path.name, path.parent.name, None, path) for path in sorted(folder.glob("*/*"))]
     begun.set()
-    with mock.patch("densenas.pack.CHUNK", 8):
+    with mock.patch("densenas.images.pack.CHUNK", 8):
         write_pack(target, {"train": found[::2], "val": found[1::2]}, shorter=32)
 
 
@@ -210,11 +225,19 @@ def test_kill_9_at_any_moment(processes, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "changed", "undecodable"])
 def test_verify_names_what_is_wrong(damage, tmp_path):
     write_pack(tmp_path / "pack", {"train": items(fill(tmp_path / "set", 5, "a"))})
-    with lmdb.open(str(tmp_path / "pack/train.lmdb"), subdir=False, lock=False) as env, env.begin(write=True) as writer:
+    with (
+        lmdb.open(str(tmp_path / "pack/train.lmdb"), subdir=False, lock=False) as env,
+        env.begin(write=True) as writer,
+    ):
         name = next(key for key, _ in writer.cursor() if not key.startswith(b"row:"))
-        writer.delete(name) if damage == "missing" else writer.put(name, b"\xff\xd8" if damage[0] == "u" else jpeg())
+        writer.delete(name) if damage == "missing" else writer.put(
+            name, b"\xff\xd8" if damage[0] == "u" else jpeg()
+        )
     reason = r"is missing" if damage == "missing" else "has other bytes than were packed"
-    with refused(ValueError, rf"1 of 5 images of the pack '.*' are damaged: 00\d\.jpg \({reason}\); remove the folder"):
+    with refused(
+        ValueError,
+        rf"1 of 5 images of the pack '.*' are damaged: 00\d\.jpg \({reason}\); remove the folder",
+    ):
         verify(tmp_path / "pack")
 
 
@@ -271,7 +294,9 @@ def test_a_finished_pack_outlives_a_full_disk(tmp_path, monkeypatch):
     assert verify(tmp_path / "pack") == 9
 
 
-def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(tmp_path, read, monkeypatch):
+def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(
+    tmp_path, read, monkeypatch
+):
     """While the old one is removed, or just after."""
     found = items(fill(tmp_path / "set", 5, "a"))
     remove = shutil.rmtree
@@ -283,7 +308,7 @@ def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(tmp_pa
             remove(folder)
         raise KeyboardInterrupt
 
-    for keep in (True, False):
+    for keep in (True, False):  # noqa: B007 (`killed` reads it)
         write_pack(tmp_path / "pack", {"train": found[:4]})
         monkeypatch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -297,13 +322,18 @@ def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(tmp_pa
 
 def test_a_target_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with refused(ValueError, r"the pack '.*file/pack' cannot be written: (Not a directory|File exists)"):
+    with refused(
+        ValueError, r"the pack '.*file/pack' cannot be written: (Not a directory|File exists)"
+    ):
         write_pack(tmp_path / "file/pack", {"train": items(fill(tmp_path / "set", 5, "a"))})
 
 
 def test_what_stands_in_the_way_is_named(tmp_path):
     (tmp_path / "pack.partial/train.lmdb/in the way").mkdir(parents=True)
-    with refused(ValueError, r"cannot be written: Is a directory \('.*pack\.partial/train\.lmdb'\); what is packed"):
+    with refused(
+        ValueError,
+        r"cannot be written: Is a directory \('.*pack\.partial/train\.lmdb'\); what is packed",
+    ):
         write_pack(tmp_path / "pack", {"train": items(fill(tmp_path / "set", 2, "a"))})
 
 
@@ -399,7 +429,9 @@ def test_the_fingerprint_is_another_where_the_pack_would_be(tmp_path):
     assert before == fingerprint(source[::-1])
     array = torch.zeros(1, 4, 4, dtype=torch.uint8)
     changed = [source[:2], [*source[:2], Item("02.png", "b", None, source[2].content)]]
-    changed += [[Item("x", "a", part, shape)] for part in (None, "val") for shape in (array, 1 + array)]
+    changed += [
+        [Item("x", "a", part, shape)] for part in (None, "val") for shape in (array, 1 + array)
+    ]
     changed.append(colour(tmp_path / "B", 10, count=3))
     found = [before, *map(fingerprint, changed)]
     colour(tmp_path / "A", 20, count=1)
@@ -436,9 +468,15 @@ def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
     assert before.train.images.shape[0] == len(before.train)
     DAMAGE[damage](run.work / "data")
     if damage not in ("page", "about", "sums"):  # those are found where the pack is made
-        kind, said = ValueError, r"'.*/data.*' .*: run 01-data (again, it packs anew|of run 'made-up' again)"
+        kind, said = (
+            ValueError,
+            r"'.*/data.*' .*: run 01-data (again, it packs anew|of run 'made-up' again)",
+        )
         if damage == "manifest lost":
-            kind, said = FileNotFoundError, r"run 'made-up' has no manifest\.csv yet: run 01-data first"
+            kind, said = (
+                FileNotFoundError,
+                r"run 'made-up' has no manifest\.csv yet: run 01-data first",
+            )
         with refused(kind, said):
             load(run)
     after = prepare(run, "folder", str(folder), image_size=16)
@@ -515,5 +553,7 @@ def test_two_images_of_one_name(tmp_path):
 
 @pytest.mark.parametrize(("shorter", "quality"), [(4094, 90), (None, 0), (64, 101)])
 def test_settings_that_no_jpeg_can_have(shorter, quality, tmp_path):
-    with refused(ValueError, r"pack is 4094 pixels, at most 4093|quality is \d+, expected 1 to 100"):
+    with refused(
+        ValueError, r"pack is 4094 pixels, at most 4093|quality is \d+, expected 1 to 100"
+    ):
         write_pack(tmp_path / "pack", {"train": []}, shorter, quality)

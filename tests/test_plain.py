@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import REPOSITORY as ROOT
 from helpers import random_supernet
 from plain import Plain
 from search_step import RESULTS, table
 
 from densenas import CostTable, SearchSpace
-from densenas.config import ROOT
-from densenas.ops import MBConv, batch_norm, norm_act_conv
+from densenas.method.ops import MBConv, batch_norm, norm_act_conv
 from densenas.search import SearchTrainer
 
 SPACE = SearchSpace.load("digits")
@@ -80,14 +80,19 @@ def test_a_fused_layer_is_its_three_modules(kernel, stride, width, size, frozen,
         torch.nn.init.uniform_(norm.weight, 0.5, 2)
         torch.nn.init.uniform_(norm.bias, -0.5, 2)
     conv.requires_grad_(not frozen)
-    ours, theirs = torch.nn.Sequential(norm, conv), copy.deepcopy(torch.nn.Sequential(norm, torch.nn.ReLU6(), conv))
+    ours, theirs = (
+        torch.nn.Sequential(norm, conv),
+        copy.deepcopy(torch.nn.Sequential(norm, torch.nn.ReLU6(), conv)),
+    )
     results = []
     for net, function in ((ours, partial(norm_act_conv, norm=norm, conv=conv)), (theirs, theirs)):
         x = 3 * torch.randn(3, width, size, size, generator=torch.Generator().manual_seed(1))
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         y = function(x)
         y.sin().sum().backward()
-        results.append([y, x.grad, *(p.grad for p in net.parameters() if p.requires_grad), *net.buffers()])
+        results.append(
+            [y, x.grad, *(p.grad for p in net.parameters() if p.requires_grad), *net.buffers()]
+        )
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
 
@@ -102,7 +107,9 @@ def test_a_frozen_norm_stays_frozen():
     before, x = [norm.running_mean.clone() for norm in norms], torch.randn(2, 6, 8, 8)
     y = layer(x)
     torch.testing.assert_close(y, layer.eval()(x))
-    assert all(torch.equal(mean, norm.running_mean) for mean, norm in zip(before, norms, strict=True))
+    assert all(
+        torch.equal(mean, norm.running_mean) for mean, norm in zip(before, norms, strict=True)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -131,5 +138,7 @@ def test_a_step_keeps_at_most_half_of_what_the_plain_one_keeps(count):
 
 def test_readme_shows_the_committed_results():
     rows = json.loads((RESULTS / "search_step-cpu-fp32.json").read_text())["rows"]
-    shown = (ROOT / "README.md").read_text().split("<!-- speed -->\n")[1].split("\n<!-- /speed -->")[0]
+    shown = (
+        (ROOT / "README.md").read_text().split("<!-- speed -->\n")[1].split("\n<!-- /speed -->")[0]
+    )
     assert shown == table(rows), "python benchmarks/search_step.py --table"

@@ -5,12 +5,12 @@ import re
 import shutil
 
 import pytest
+from helpers import REPOSITORY as ROOT
 from helpers import refused
 
 from densenas import figures
-from densenas.config import ROOT
 from densenas.report import all_runs, in_words, write_overview, write_report
-from densenas.run import Run
+from densenas.runs.run import Run
 
 OTHER = (
     "[[8, 8], 'mbconv_k3_t1', [], 0, 1]|[[8, 16], 'mbconv_k5_t3', [], 0, 2]|[[16, 128], 'conv1_1']"
@@ -28,8 +28,7 @@ COST = {"mult_adds_m": 1.18, "params_m": 0.01566}
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    for module in ("run", "report"):
-        monkeypatch.setattr(f"densenas.{module}.ROOT", tmp_path)
+    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
     shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "digits")
     return tmp_path
 

@@ -19,11 +19,13 @@ import torch
 from helpers import SMALL, full_disk, random_table, refused
 
 import densenas
-from densenas import CostTable, SearchSpace, config, provenance
-from densenas.config import HOST, atomic, write_text
-from densenas.device import pick_device
-from densenas.engine import fit
-from densenas.run import Run
+from densenas import CostTable, SearchSpace, files
+from densenas.files import HOST, atomic, write_text
+from densenas.pricing import read_costs
+from densenas.runs import provenance
+from densenas.runs.run import Run
+from densenas.training.device import pick_device
+from densenas.training.engine import fit
 
 # ---------------------------------------------------------------- one process at a time
 
@@ -46,9 +48,8 @@ def wait_until(condition):
 
 def work_alone(root, name, pipe, fork=False):
     """In a process of its own: sends what is said while it waits, then that it is in, and stays until it is told."""
-    import densenas.run
 
-    densenas.run.ROOT = root
+    os.environ["DENSENAS_ROOT"] = str(root)
     said = io.StringIO()
     said.flush = lambda: said.getvalue() and pipe.send(said.getvalue())
     with contextlib.redirect_stdout(said), Run(name).alone():
@@ -147,17 +148,26 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
     path = tmp_path / "state"
     path.write_text("old")
     with full_disk():
-        with refused(OSError, r"cannot be written \(File too large\); .*the same call goes on: .*state'"):
+        with refused(
+            OSError, r"cannot be written \(File too large\); .*the same call goes on: .*state'"
+        ):
             write_text(path, "x" * (1 << 20))
         # PyTorch itself would say "unexpected pos".
-        with refused(OSError, r"cannot be written \(File too large\); .*the same call goes on: .*state'"):
-            with atomic(path) as partial:
-                torch.save({"weights": torch.zeros(1 << 20)}, partial)
+        with (
+            refused(
+                OSError, r"cannot be written \(File too large\); .*the same call goes on: .*state'"
+            ),
+            atomic(path) as partial,
+        ):
+            torch.save({"weights": torch.zeros(1 << 20)}, partial)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_that_is_not_the_disks_is_passed_on(tmp_path):
-    for error in (RuntimeError("of the network"), FileNotFoundError(2, "No such file", str(tmp_path / "another"))):
+    for error in (
+        RuntimeError("of the network"),
+        FileNotFoundError(2, "No such file", str(tmp_path / "another")),
+    ):
         with pytest.raises(type(error)) as caught, atomic(tmp_path / "state"):
             raise error
         assert caught.value is error
@@ -198,18 +208,30 @@ def test_half_written_files_go_once_nobody_can_be_writing_them(tmp_path):
 DAMAGED = [b"", b"{", b"[1]", b"\xff\xfe", b"\0" * 100, b'{"a":' * 100_000]
 
 
-@pytest.mark.parametrize("content", DAMAGED, ids=["empty", "cut", "list", "binary", "zeros", "deep"])
+@pytest.mark.parametrize(
+    "content", DAMAGED, ids=["empty", "cut", "list", "binary", "zeros", "deep"]
+)
 def test_a_damaged_file_is_named_with_the_way_out_and_kept(run, content):
     for name in ("metrics.json", "provenance.json", "architecture.json", "figures/captions.json"):
         path = run.reports / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        with refused(ValueError, rf"{name} is damaged: delete it and run the stages of run 'made-up' again"):
+        with refused(
+            ValueError, rf"{name} is damaged: delete it and run the stages of run 'made-up' again"
+        ):
             run.update_json(name, "section", 1)
         assert path.read_bytes() == content
 
 
-HISTORIES = [b"", b"\n", b"a,b\n1,2\n", b"stage,epoch\nsearch,\n", b"stage,epoch\nsearch,x\n", b"\x89PNG\xff", b'"']
+HISTORIES = [
+    b"",
+    b"\n",
+    b"a,b\n1,2\n",
+    b"stage,epoch\nsearch,\n",
+    b"stage,epoch\nsearch,x\n",
+    b"\x89PNG\xff",
+    b'"',
+]
 
 
 @pytest.mark.parametrize("content", HISTORIES)
@@ -222,7 +244,9 @@ def test_a_damaged_history_is_named_and_written_anew(run, content, capsys):
     run.write_history("search", [{"epoch": 0, "val_top1": 0.5}])
     assert "history.csv was damaged" in capsys.readouterr().out
     run.write_history("retrain", [{"epoch": 0, "lr": 0.1}])
-    assert run.history("search").to_dict("records") == [{"stage": "search", "epoch": 0, "val_top1": 0.5}]
+    assert run.history("search").to_dict("records") == [
+        {"stage": "search", "epoch": 0, "val_top1": 0.5}
+    ]
     assert len(run.history()) == 2 and capsys.readouterr().out == ""
 
 
@@ -236,48 +260,69 @@ def test_no_history_is_none(run):
 @pytest.fixture
 def priced(run):
     """A run whose images have 48 pixels in 3 classes, and whose costs are right."""
-    write_text(run.work / "data.json", json.dumps({"image_size": 48, "classes": ["a", "b", "c"], "more": 1}))
+    write_text(
+        run.work / "data.json",
+        json.dumps({"image_size": 48, "classes": ["a", "b", "c"], "more": 1}),
+    )
     CostTable.mult_adds(SMALL, 48, 3).write(run.reports / "cost.json")
     return run
 
 
 def test_costs_are_those_of_the_prepared_images(priced):
     assert priced.images() == priced.images(48) == (48, 3)
-    assert priced.costs() == CostTable.mult_adds(SMALL, 48, 3)
-    with refused(ValueError, r"image_size is 32, but the images of run 'made-up' were prepared with 48 pixels"):
+    assert read_costs(priced) == CostTable.mult_adds(SMALL, 48, 3)
+    with refused(
+        ValueError,
+        r"image_size is 32, but the images of run 'made-up' were prepared with 48 pixels",
+    ):
         priced.images(32)
     for size, classes in ((32, 3), (48, 10)):
         CostTable.mult_adds(SMALL, size, classes).write(priced.reports / "cost.json")
-        with refused(ValueError, rf"prices images of {size} pixels in {classes} classes.*48 in 3: run 02-cost"):
-            priced.costs()
+        with refused(
+            ValueError,
+            rf"prices images of {size} pixels in {classes} classes.*48 in 3: run 02-cost",
+        ):
+            read_costs(priced)
     (priced.work / "data.json").unlink()
-    assert priced.costs() == CostTable.mult_adds(SMALL, 48, 10)  # as in a report without the machine's files
+    assert read_costs(priced) == CostTable.mult_adds(
+        SMALL, 48, 10
+    )  # as in a report without the machine's files
 
 
 def test_costs_are_those_of_the_space(priced, tmp_path):
     path = tmp_path / "made up.yml"
     path.write_text(SMALL.model_dump_json())
-    assert priced.costs(path).space == SMALL
-    with refused(ValueError, r"cost\.json: it prices space made up, asked for was digits; run 02-cost"):
-        priced.costs("digits")
+    assert read_costs(priced, path).space == SMALL
+    with refused(
+        ValueError, r"cost\.json: it prices space made up, asked for was digits; run 02-cost"
+    ):
+        read_costs(priced, "digits")
     path.write_text(SMALL.model_copy(update={"last_dim": 8}).model_dump_json())
-    with refused(ValueError, r"cost\.json: it prices another version of space made up.*run 02-cost"):
-        priced.costs(path)
+    with refused(
+        ValueError, r"cost\.json: it prices another version of space made up.*run 02-cost"
+    ):
+        read_costs(priced, path)
 
 
 def test_costs_that_do_not_say_of_what_they_are_serve_no_run(priced):
-    (priced.reports / "cost.json").write_text(repr(CostTable.mult_adds(SearchSpace.load("mbv2")).nested()))
+    (priced.reports / "cost.json").write_text(
+        repr(CostTable.mult_adds(SearchSpace.load("mbv2")).nested())
+    )
     with refused(ValueError, r"cost\.json does not say for which images it holds: run 02-cost"):
-        priced.costs()
+        read_costs(priced)
     with refused(ValueError, r"cost\.json: conditions: the setting 'input_size' is missing"):
         random_table(SMALL, 0, conditions={}).write(priced.reports / "cost.json")
 
 
-@pytest.mark.parametrize("content", ["", "{", "5", "NaN", '{"image_size": "48", "classes": ["a"]}', '{"image_size": 48}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "5", "NaN", '{"image_size": "48", "classes": ["a"]}', '{"image_size": 48}']
+)
 def test_a_damaged_data_json_is_named(priced, content):
     (priced.work / "data.json").write_text(content)
-    with refused(ValueError, r"^(?!.*is damaged.*is damaged).*data\.json is damaged.*run 01-data again"):
-        priced.costs()
+    with refused(
+        ValueError, r"^(?!.*is damaged.*is damaged).*data\.json is damaged.*run 01-data again"
+    ):
+        read_costs(priced)
     with refused(FileNotFoundError, "run 'other' has no data.json yet: run 01-data first"):
         Run("other").images()
 
@@ -287,7 +332,20 @@ def test_a_damaged_data_json_is_named(priced, content):
 
 @pytest.mark.parametrize(
     "name",
-    ["../elsewhere", "", "a/b", ".hidden", "-x", "[a]", "a b", "x; touch f", "{x}", "x" * 101, "index.html", "x\n"],
+    [
+        "../elsewhere",
+        "",
+        "a/b",
+        ".hidden",
+        "-x",
+        "[a]",
+        "a b",
+        "x; touch f",
+        "{x}",
+        "x" * 101,
+        "index.html",
+        "x\n",
+    ],
 )
 def test_a_run_name_cannot_leave_its_folder(name):
     with refused(ValueError, "not usable as a folder name"):
@@ -302,12 +360,12 @@ def test_a_run_name_is_text(name):
 
 def test_runs_lie_in_the_named_folder_or_the_checkout_or_where_one_works(tmp_path, monkeypatch):
     monkeypatch.delenv("DENSENAS_ROOT", raising=False)
-    assert config._root() == config.PACKAGE.parent
-    monkeypatch.setattr(config, "PACKAGE", tmp_path / "site-packages" / "densenas")
+    assert files.root() == files.PACKAGE.parent
+    monkeypatch.setattr(files, "PACKAGE", tmp_path / "site-packages" / "densenas")
     monkeypatch.chdir(tmp_path)
-    assert config._root() == tmp_path
+    assert files.root() == tmp_path
     monkeypatch.setenv("DENSENAS_ROOT", "elsewhere")
-    assert config._root() == tmp_path / "elsewhere"
+    assert files.root() == tmp_path / "elsewhere"
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "", None, "cuda:99"])
@@ -321,7 +379,9 @@ def test_a_device_that_is_not_there_is_refused(device):
 
 def git(folder, *command):
     who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    return subprocess.run(["git", "-C", folder, *who, *command], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "-C", folder, *who, *command], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.fixture
@@ -377,7 +437,9 @@ def test_without_an_answer_of_git_the_revision_is_unknown(checkout, tmp_path, mo
     usual, real = os.environ["PATH"], shutil.which("git")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert code() == UNKNOWN  # not installed
-    monkeypatch.setenv("PATH", fake_git(tmp_path, "echo 'dubious ownership' >&2; exit 128") + os.pathsep + usual)
+    monkeypatch.setenv(
+        "PATH", fake_git(tmp_path, "echo 'dubious ownership' >&2; exit 128") + os.pathsep + usual
+    )
     assert code() == UNKNOWN
     monkeypatch.setattr(provenance, "GIT_SECONDS", 0.2)
     fake_git(tmp_path, "exec sleep 60")
@@ -435,5 +497,7 @@ def test_threads_do_not_spin_for_long_however_a_process_was_started(late, monkey
 def test_a_process_whose_threads_spin_says_so(run, monkeypatch):
     monkeypatch.setattr(densenas, "SPINS_FOR_LONG", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.warns(UserWarning, match="torch was imported before densenas: .*import densenas first"):
+    with pytest.warns(
+        UserWarning, match="torch was imported before densenas: .*import densenas first"
+    ):
         fit(run, "search", {"seed": 0}, {}, 0, lambda epoch: [])

@@ -15,17 +15,31 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from densenas import Architecture, CostTable, SuperNet
-from densenas.config import RetrainRecipe, SearchRecipe
-from densenas.data import ImageData, Split
-from densenas.derivation import Lattice
-from densenas.loading import Batches
-from densenas.run import Run
-from densenas.search import collapsed, finished_search, load_search, search, search_run, write_architecture
+from densenas.images.data import ImageData, Split
+from densenas.images.loading import Batches
+from densenas.method.derivation import Lattice
+from densenas.pricing import read_costs
+from densenas.recipes import RetrainRecipe, SearchRecipe
+from densenas.runs.run import Run
+from densenas.search import (
+    collapsed,
+    finished_search,
+    load_search,
+    search,
+    search_run,
+    write_architecture,
+)
 from densenas.train import evaluate, retrain
 
 TABLE = CostTable.mult_adds(SMALL, 16, 3)
 SEARCH = SearchRecipe(
-    epochs=3, arch_start_epoch=1, batch_size=8, log_base=2.0, sub_loss_factor=0.1, arch_lr=0.05, softmax_temp=0.9
+    epochs=3,
+    arch_start_epoch=1,
+    batch_size=8,
+    log_base=2.0,
+    sub_loss_factor=0.1,
+    arch_lr=0.05,
+    softmax_temp=0.9,
 )
 RETRAIN = RetrainRecipe(epochs=3, batch_size=8, lr=0.1, warmup_epochs=1)
 ARCH = Architecture.parse(
@@ -93,7 +107,11 @@ def log(run, monkeypatch):
 
 
 def moved(before, after, parameters):
-    return [parameter for parameter in parameters if not torch.equal(before[parameter], after[parameter])]
+    return [
+        parameter
+        for parameter in parameters
+        if not torch.equal(before[parameter], after[parameter])
+    ]
 
 
 def test_passes_alternate_once_the_architecture_is_learnt(log):
@@ -112,7 +130,12 @@ def test_a_weight_step_moves_the_sampled_weights_alone(log):
     for kind, choice, before, after in log.steps():
         if kind == "SGD":
             assert not moved(before, after, net.arch_parameters())
-            assert all(len(row) == 1 for part in (choice.head, choice.stack) for rows in part for row in rows)
+            assert all(
+                len(row) == 1
+                for part in (choice.head, choice.stack)
+                for rows in part
+                for row in rows
+            )
             for module, chosen in candidates(net, choice):
                 weights = list(module.parameters())
                 assert len(moved(before, after, weights)) == (len(weights) if chosen else 0)
@@ -129,12 +152,16 @@ def test_an_architecture_step_keeps_each_layers_sampled_mass_and_all_weights(log
                     for old, new, row in zip(before[alpha], after[alpha], rows, strict=True):
                         assert len(row) == 2
                         assert not torch.equal(old[row], new[row])
-                        assert new[row].exp().sum().item() == pytest.approx(old[row].exp().sum().item(), rel=1e-5)
+                        assert new[row].exp().sum().item() == pytest.approx(
+                            old[row].exp().sum().item(), rel=1e-5
+                        )
 
 
 def test_candidates_that_were_never_sampled_stay_where_they_are(log):
     net = log.net
-    choice, before, after = next((choice, *states) for kind, choice, *states in log.steps() if kind == "Adam")
+    choice, before, after = next(
+        (choice, *states) for kind, choice, *states in log.steps() if kind == "Adam"
+    )
     for parts, chosen in ((net.alpha_head, choice.head), (net.alpha_stack, choice.stack)):
         for alpha, rows in zip(parts, chosen, strict=True):
             for old, new, row in zip(before[alpha], after[alpha], rows, strict=True):
@@ -144,7 +171,9 @@ def test_candidates_that_were_never_sampled_stay_where_they_are(log):
 
 def test_the_cost_term_makes_the_expected_network_cheaper(run):
     def last_cost(factor):
-        recipe = SEARCH.model_copy(update={"epochs": 4, "arch_start_epoch": 0, "sub_loss_factor": factor})
+        recipe = SEARCH.model_copy(
+            update={"epochs": 4, "arch_start_epoch": 0, "sub_loss_factor": factor}
+        )
         return search(run, DATA, TABLE, recipe).history[-1]["expected_cost"]
 
     assert last_cost(20.0) < 0.97 * last_cost(0.0)
@@ -159,7 +188,10 @@ def test_a_target_is_hit(kind, share, seed, run):
     recipe = SEARCH.model_copy(update={"epochs": 2})
     result = search(run, DATA, table, recipe, target_cost=target, seed=seed)
     assert result.best.cost == pytest.approx(target, rel=0.05)
-    assert table.total(result.best.architecture) == pytest.approx(result.best.cost) or kind == "latency"
+    assert (
+        table.total(result.best.architecture) == pytest.approx(result.best.cost)
+        or kind == "latency"
+    )
     if kind == "mult_adds":
         assert result.best.architecture.mult_adds(16, 3) == pytest.approx(target, rel=0.05)
     assert result.history[-1]["derived_cost"] == result.best.cost
@@ -179,14 +211,21 @@ def test_a_target_pulls_the_expected_cost_from_either_side(share, run):
 @pytest.mark.parametrize("target", [1e-3, 1e3])
 def test_a_target_out_of_reach_is_refused_with_the_range(target, run):
     low, high = Lattice(TABLE).reach
-    with refused(ValueError, rf"no architecture of .* million Mult-Adds, it reaches from {low:.4g} to {high:.4g}"):
+    with refused(
+        ValueError,
+        rf"no architecture of .* million Mult-Adds, it reaches from {low:.4g} to {high:.4g}",
+    ):
         search(run, DATA, TABLE, SEARCH, target_cost=target)
 
 
 def test_a_collapse_is_told_in_words_with_what_to_change(run):
-    recipe = SEARCH.model_copy(update={"epochs": 40, "arch_start_epoch": 0, "sub_loss_factor": 300.0, "arch_lr": 0.3})
+    recipe = SEARCH.model_copy(
+        update={"epochs": 40, "arch_start_epoch": 0, "sub_loss_factor": 300.0, "arch_lr": 0.3}
+    )
     warning = collapsed(search(run, DATA, TABLE, recipe).history)
-    assert re.search(r"collapsed: \d+%.*cheapest op.*target_cost.*sub_loss_factor.*arch_start_epoch", warning)
+    assert re.search(
+        r"collapsed: \d+%.*cheapest op.*target_cost.*sub_loss_factor.*arch_start_epoch", warning
+    )
     assert collapsed(search(Run("sound"), DATA, TABLE, SEARCH).history) is None
 
 
@@ -194,7 +233,9 @@ def identical(ours, theirs):
     """The same values bit by bit, times aside."""
     if isinstance(ours, dict):
         compared = ours.keys() - {"seconds"}
-        return ours.keys() == theirs.keys() and all(identical(ours[key], theirs[key]) for key in compared)
+        return ours.keys() == theirs.keys() and all(
+            identical(ours[key], theirs[key]) for key in compared
+        )
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(identical, ours, theirs))
     if isinstance(ours, torch.Tensor):
@@ -223,7 +264,7 @@ def checkpoint(run, stage):
 def undisturbed(tmp_path_factory):
     """The checkpoint that either stage ends with when nothing happens to it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("densenas.run.ROOT", tmp_path_factory.mktemp("undisturbed"))
+        patch.setenv("DENSENAS_ROOT", str(tmp_path_factory.mktemp("undisturbed")))
         run = Run("undisturbed")
         for train, _ in STAGES.values():
             train(run)
@@ -281,11 +322,14 @@ def half_a_file(_, path):
 
 
 INTERRUPTIONS = {
-    "after the second checkpoint": ("densenas.engine.save_checkpoint", {"call": 2, "after": True}),
+    "after the second checkpoint": (
+        "densenas.training.engine.save_checkpoint",
+        {"call": 2, "after": True},
+    ),
     "while writing the second checkpoint": ("torch.save", {"call": 2, "before": half_a_file}),
-    "in the middle of the second epoch": ("densenas.engine.Position.add", {"call": 5}),
-    "in the middle of the third epoch": ("densenas.engine.Position.add", {"call": 11}),
-    "before the first checkpoint": ("densenas.engine.Position.add", {"call": 2}),
+    "in the middle of the second epoch": ("densenas.training.engine.Position.add", {"call": 5}),
+    "in the middle of the third epoch": ("densenas.training.engine.Position.add", {"call": 11}),
+    "before the first checkpoint": ("densenas.training.engine.Position.add", {"call": 2}),
 }
 
 
@@ -331,7 +375,10 @@ def test_a_changed_recipe_starts_anew_and_says_so(stage, change, named, run, cap
     train(run)
     assert "anew" not in capsys.readouterr().out
     _, history = train(run, changed, seed=seed)
-    assert f"{stage}.pt is of another configuration ({named} differ): starting anew" in capsys.readouterr().out
+    assert (
+        f"{stage}.pt is of another configuration ({named} differ): starting anew"
+        in capsys.readouterr().out
+    )
     assert len(history) == changed.epochs
     assert identical(checkpoint(run, stage), checkpoint(Run("fresh"), stage))
 
@@ -421,7 +468,9 @@ class Prophet(nn.Module):
 @pytest.mark.parametrize("batch_size", [3, 10, 256])
 def test_evaluation_counts(batch_size):
     scores = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
-    labels = torch.cat([labels for _, labels in Batches(DATA, "test", batch_size, torch.device("cpu")).epoch(0)])
+    labels = torch.cat(
+        [labels for _, labels in Batches(DATA, "test", batch_size, torch.device("cpu")).epoch(0)]
+    )
     prophet, truth = Prophet(scores), labels.tolist()
     result = evaluate(prophet, DATA, "test", batch_size)
     guesses = scores.argmax(dim=1).tolist()
@@ -439,22 +488,32 @@ def test_evaluation_counts(batch_size):
 def test_evaluation_counts_the_best_five_of_seven_classes():
     labels = torch.tensor([0, 4, 5, 6])
     images = Split(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), labels)
-    data = ImageData("digits", [*"abcdefg"], images, images, images, [0.5] * 3, [1.0] * 3, "made up")
+    data = ImageData(
+        "digits", [*"abcdefg"], images, images, images, [0.5] * 3, [1.0] * 3, "made up"
+    )
     result = evaluate(Prophet(torch.arange(7.0).neg().expand(4, 7)), data, "test")
     assert (result["top1"], result["top5"]) == (0.25, 0.5)
 
 
 @pytest.mark.parametrize("target", [math.inf, -math.inf, math.nan, 0, -1.0, True, "1.0"])
 def test_a_target_that_is_no_cost_is_refused(target, run):
-    with refused(ValueError, r"target_cost is \S+, expected a positive number of million Mult-Adds, or None"):
+    with refused(
+        ValueError, r"target_cost is \S+, expected a positive number of million Mult-Adds, or None"
+    ):
         search(run, DATA, TABLE, SEARCH, target_cost=target)
 
 
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        (CostTable.mult_adds(SMALL, 32, 3), r"the costs are for input_size 32, the images have 16: run 02-cost again"),
-        (CostTable.mult_adds(SMALL, 16, 10), r"the costs are for num_classes 10, the images have 3: run 02-cost again"),
+        (
+            CostTable.mult_adds(SMALL, 32, 3),
+            r"the costs are for input_size 32, the images have 16: run 02-cost again",
+        ),
+        (
+            CostTable.mult_adds(SMALL, 16, 10),
+            r"the costs are for num_classes 10, the images have 3: run 02-cost again",
+        ),
     ],
 )
 def test_costs_of_other_images_are_refused(table, sentence, run):
@@ -463,7 +522,9 @@ def test_costs_of_other_images_are_refused(table, sentence, run):
 
 
 def test_a_batch_larger_than_a_split_is_refused(run):
-    with refused(ValueError, r"batch_size is 17, but val has 16 images: set batch_size to at most that"):
+    with refused(
+        ValueError, r"batch_size is 17, but val has 16 images: set batch_size to at most that"
+    ):
         search(run, DATA, TABLE, SEARCH.model_copy(update={"batch_size": 17}))
 
 
@@ -476,7 +537,10 @@ def test_alpha_that_is_not_finite_names_the_step(run, monkeypatch):
         optimizer.param_groups[0]["params"][-2].data.fill_(torch.nan)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spoiling)
-    with refused(FloatingPointError, r"search, epoch 1: alpha is not finite at step 1 \(search\.pt is from before"):
+    with refused(
+        FloatingPointError,
+        r"search, epoch 1: alpha is not finite at step 1 \(search\.pt is from before",
+    ):
         search(run, DATA, TABLE, SEARCH)
 
 
@@ -505,9 +569,16 @@ def test_what_is_refused_leaves_the_run_and_its_provenance_as_they_were(prepared
     before = provenance(run)
     assert (before["seed"], before["target_cost"], before["space"]) == (3, target, "made up")
     for wrong in (
-        {"target_cost": 100.0}, {"target_cost": math.inf}, {"batch_size": 17}, {"device": "gpu"}, {"precision": "fp8"},
-        {"space": "digits"}, {"space": "nowhere"}, {"arch_start_epoch": 99}, {"seed": "7"},
-    ):  # fmt: skip
+        {"target_cost": 100.0},
+        {"target_cost": math.inf},
+        {"batch_size": 17},
+        {"device": "gpu"},
+        {"precision": "fp8"},
+        {"space": "digits"},
+        {"space": "nowhere"},
+        {"arch_start_epoch": 99},
+        {"seed": "7"},
+    ):
         with pytest.raises((ValueError, FileNotFoundError)):
             search_run(run.name, **{"seed": 7, **wrong})
         assert provenance(run) == before
@@ -529,7 +600,10 @@ def test_what_was_searched_is_read_from_the_search_not_from_the_last_record(prep
 def test_without_a_space_it_is_that_of_the_costs_and_another_one_is_refused(prepared):
     run = prepared
     wider = space_file(run, chs=(4, 6, 8, 12))
-    with refused(ValueError, r"space '.*' is not the one that the run's costs are of, made up \(chs differ\): run"):
+    with refused(
+        ValueError,
+        r"space '.*' is not the one that the run's costs are of, made up \(chs differ\): run",
+    ):
         search_run(run.name, space=wider)
     faster = space_file(run, name="mine", search=SEARCH.model_copy(update={"lr": 0.01}))
     search_run(run.name, space=faster)
@@ -539,26 +613,37 @@ def test_without_a_space_it_is_that_of_the_costs_and_another_one_is_refused(prep
 def test_nothing_is_made_of_an_unfinished_search(prepared, monkeypatch):
     run = prepared
     with monkeypatch.context() as patch:
-        add = pkgutil.resolve_name("densenas.engine:Position.add")
-        patch.setattr("densenas.engine.Position.add", interrupting(add, 6))
+        add = pkgutil.resolve_name("densenas.training.engine:Position.add")
+        patch.setattr("densenas.training.engine.Position.add", interrupting(add, 6))
         with pytest.raises(KeyboardInterrupt):
             search_run(run.name)
-    with refused(ValueError, r"the search of run 'made-up' has done 1 of 3 epochs: run 03-search again, it goes on"):
+    with refused(
+        ValueError,
+        r"the search of run 'made-up' has done 1 of 3 epochs: run 03-search again, it goes on",
+    ):
         finished_search(run)
 
 
 def test_nothing_is_made_of_a_search_with_other_costs_or_images(prepared, monkeypatch):
     run = prepared
     search_run(run.name)
-    table = run.costs()
+    table = read_costs(run)
     table.scaled(2.0).write(run.reports / "cost.json")
-    with refused(ValueError, r"run 'made-up' has other costs now than it was searched with: run 03-search again"):
+    with refused(
+        ValueError,
+        r"run 'made-up' has other costs now than it was searched with: run 03-search again",
+    ):
         finished_search(run)
     table.write(run.reports / "cost.json")
     monkeypatch.setattr("densenas.search.load", lambda _: image_data(seed=1))
-    with refused(ValueError, r"run 'made-up' has other images now than it was searched on: run 03-search again"):
+    with refused(
+        ValueError,
+        r"run 'made-up' has other images now than it was searched on: run 03-search again",
+    ):
         finished_search(run)
-    with refused(ValueError, r"run 'made-up' has another number of classes now than it was searched with"):
+    with refused(
+        ValueError, r"run 'made-up' has another number of classes now than it was searched with"
+    ):
         load_search(run, table, 4)
 
 
@@ -570,7 +655,10 @@ def test_loading_a_damaged_search_names_the_file_and_the_way_out(content, run):
         torch.save({"configuration": json.dumps({}), "net": {}}, path)
     else:
         path.write_bytes(content)
-    with refused(ValueError, r"search\.pt (is damaged|does not hold a search of space made up).*: run 03-search again"):
+    with refused(
+        ValueError,
+        r"search\.pt (is damaged|does not hold a search of space made up).*: run 03-search again",
+    ):
         load_search(run, TABLE, 3)
 
 
@@ -594,9 +682,18 @@ def test_a_search_of_another_version_or_with_spoilt_weights_is_refused_in_a_sent
     with refused(ValueError, r"has other costs now than it was searched with: run 03-search again"):
         load_search(run, TABLE, 3)
     for change, sentence in (
-        (lambda c: c["net"]["classifier.bias"].fill_(math.nan), r"holds values that are not finite \(net\.classifier"),
-        (lambda c: c["trace"]["entries"].clear(), r"does not hold what such a training keeps as 'trace'"),
-        (lambda c: c["position"].update(history=5), r"does not hold what such a training keeps as 'position'"),
+        (
+            lambda c: c["net"]["classifier.bias"].fill_(math.nan),
+            r"holds values that are not finite \(net\.classifier",
+        ),
+        (
+            lambda c: c["trace"]["entries"].clear(),
+            r"does not hold what such a training keeps as 'trace'",
+        ),
+        (
+            lambda c: c["position"].update(history=5),
+            r"does not hold what such a training keeps as 'position'",
+        ),
     ):
         path.write_bytes(whole)
         remade(path, change)

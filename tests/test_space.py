@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import densenas
 from densenas import Architecture, CostTable, SearchSpace
-from densenas.architecture import Block
-from densenas.derivation import Lattice
-from densenas.space import PRESETS
+from densenas.method.architecture import Block
+from densenas.method.derivation import Lattice
+from densenas.method.space import PRESETS
 
 FOLDER = Path(densenas.__file__).parent / "spaces"
 DIGITS = SearchSpace.load("digits")
@@ -50,7 +50,9 @@ def test_preset_paths_by_brute_force(name):
 
 
 def test_a_space_whose_networks_cannot_be_weighed_is_refused_before(tmp_path):
-    table = CostTable.mult_adds(DIGITS.model_copy(update={"num_layers": (0, 40, 0, 0, 0, 0, 0)}), 32, 10)
+    table = CostTable.mult_adds(
+        DIGITS.model_copy(update={"num_layers": (0, 40, 0, 0, 0, 0, 0)}), 32, 10
+    )
     with refused(ValueError, r"num_layers and the 5 stack_ops allow 1\.61e\+24 sequences of ops"):
         Lattice(table)
 
@@ -99,39 +101,99 @@ def first_ops(head, stack):
 
 
 BROKEN = {
-    "maps too few": (changed("fm_sizes", to=[16, 8, 8, 8, 4, 4]), r"fm_sizes has 6 entries, 7 are needed"),
-    "depths too many": (changed("num_layers", to=[0] * 8), r"num_layers has 8 entries, 7 are needed"),
-    "stage of the final node": (changed("stage", to=[0, 1, 1, 1, 2, 2, 2]), r"stage has 7 entries, 8.*final node"),
-    "widths too few": (changed("chs", to=[8, 12]), r"fm_sizes has 7 entries, 2 are needed for the 2 blocks of chs"),
+    "maps too few": (
+        changed("fm_sizes", to=[16, 8, 8, 8, 4, 4]),
+        r"fm_sizes has 6 entries, 7 are needed",
+    ),
+    "depths too many": (
+        changed("num_layers", to=[0] * 8),
+        r"num_layers has 8 entries, 7 are needed",
+    ),
+    "stage of the final node": (
+        changed("stage", to=[0, 1, 1, 1, 2, 2, 2]),
+        r"stage has 7 entries, 8.*final node",
+    ),
+    "widths too few": (
+        changed("chs", to=[8, 12]),
+        r"fm_sizes has 7 entries, 2 are needed for the 2 blocks of chs",
+    ),
     "a single block": (
         lambda c: c.update(chs=[8], fm_sizes=[16], stage=[0, 1], num_layers=[0]),
         r"chs lists fewer than 2 blocks",
     ),
-    "no blocks": (lambda c: c.update(chs=[], fm_sizes=[], stage=[0], num_layers=[]), r"chs lists fewer than 2 blocks"),
+    "no blocks": (
+        lambda c: c.update(chs=[], fm_sizes=[], stage=[0], num_layers=[]),
+        r"chs lists fewer than 2 blocks",
+    ),
     "width 0": (changed("chs", 3, to=0), r"block 3 has width 0, widths must be positive"),
-    "width negative": (changed("chs", 6, to=-64), r"block 6 has width -64, widths must be positive"),
+    "width negative": (
+        changed("chs", 6, to=-64),
+        r"block 6 has width -64, widths must be positive",
+    ),
     "map 0": (changed("fm_sizes", 6, to=0), r"block 6 has a map of 0, a map cannot shrink below 1"),
-    "map negative": (changed("fm_sizes", 5, to=-4), r"block 5 has a map of -4, a map cannot shrink below 1"),
-    "map grows": (changed("fm_sizes", 4, to=16), r"block 4 has a larger map than block 3, maps cannot grow"),
-    "stem map": (changed("fm_sizes", 0, to=32), r"block 0 has a map of 32, the stem halves input_size = 32 to 16"),
+    "map negative": (
+        changed("fm_sizes", 5, to=-4),
+        r"block 5 has a map of -4, a map cannot shrink below 1",
+    ),
+    "map grows": (
+        changed("fm_sizes", 4, to=16),
+        r"block 4 has a larger map than block 3, maps cannot grow",
+    ),
+    "stem map": (
+        changed("fm_sizes", 0, to=32),
+        r"block 0 has a map of 32, the stem halves input_size = 32 to 16",
+    ),
     "map quartered": (
         changed("fm_sizes", to=[16, 8, 8, 8, 2, 2, 2]),
         r"block 3 has no path to the end .*one halving of the map",
     ),
-    "map not halved": (changed("fm_sizes", to=[16, 8, 8, 6, 4, 4, 4]), r"block 2 has no path to the end .*one halving"),
-    "stage skipped": (changed("stage", to=[0, 1, 1, 1, 3, 3, 3, 4]), r"block 3 has no path to the end .*one stage"),
-    "final stage skipped": (changed("stage", 7, to=4), r"block 6 has no path to the end .*one stage"),
-    "stage goes back": (changed("stage", 5, to=1), r"block 5 is in stage 1, before block 4; stages cannot go back"),
-    "final stage goes back": (changed("stage", 7, to=1), r"final node is in stage 1, before block 6; .*cannot go back"),
-    "depth negative": (changed("num_layers", 2, to=-1), r"block 2 has -1 layers, depth cannot be negative"),
-    "layers in the stem": (changed("num_layers", 0, to=1), r"block 0 is the stem.*num_layers must start with 0"),
-    "unknown head op": (changed("head_ops", 1, to="mbconv_k4_t3"), r"head_ops: unknown op 'mbconv_k4_t3', known are"),
-    "unknown stack op": (changed("stack_ops", 0, to="identity"), r"stack_ops: unknown op 'identity', known are"),
+    "map not halved": (
+        changed("fm_sizes", to=[16, 8, 8, 6, 4, 4, 4]),
+        r"block 2 has no path to the end .*one halving",
+    ),
+    "stage skipped": (
+        changed("stage", to=[0, 1, 1, 1, 3, 3, 3, 4]),
+        r"block 3 has no path to the end .*one stage",
+    ),
+    "final stage skipped": (
+        changed("stage", 7, to=4),
+        r"block 6 has no path to the end .*one stage",
+    ),
+    "stage goes back": (
+        changed("stage", 5, to=1),
+        r"block 5 is in stage 1, before block 4; stages cannot go back",
+    ),
+    "final stage goes back": (
+        changed("stage", 7, to=1),
+        r"final node is in stage 1, before block 6; .*cannot go back",
+    ),
+    "depth negative": (
+        changed("num_layers", 2, to=-1),
+        r"block 2 has -1 layers, depth cannot be negative",
+    ),
+    "layers in the stem": (
+        changed("num_layers", 0, to=1),
+        r"block 0 is the stem.*num_layers must start with 0",
+    ),
+    "unknown head op": (
+        changed("head_ops", 1, to="mbconv_k4_t3"),
+        r"head_ops: unknown op 'mbconv_k4_t3', known are",
+    ),
+    "unknown stack op": (
+        changed("stack_ops", 0, to="identity"),
+        r"stack_ops: unknown op 'identity', known are",
+    ),
     "op twice": (changed("stack_ops", 0, to="skip_connect"), r"stack_ops: lists an op twice"),
-    "skip in head": (changed("head_ops", 0, to="skip_connect"), r"head_ops holds skip_connect.*cannot change width"),
+    "skip in head": (
+        changed("head_ops", 0, to="skip_connect"),
+        r"head_ops holds skip_connect.*cannot change width",
+    ),
     "no head ops": (changed("head_ops", to=[]), r"head_ops is empty, every edge needs a candidate"),
     "no stack ops": (changed("stack_ops", to=[]), r"stack_ops is empty, but num_layers asks"),
-    "families mixed": (changed("stack_ops", 0, to="basic_block"), r"stack_ops: MobileNetV2 and ResNet ops are mixed"),
+    "families mixed": (
+        changed("stack_ops", 0, to="basic_block"),
+        r"stack_ops: MobileNetV2 and ResNet ops are mixed",
+    ),
     "two ResNet blocks mixed": (
         first_ops(["basic_block"], ["bottleneck"]),
         r"basic_block and bottleneck leave different widths.*cannot be mixed",
@@ -140,43 +202,121 @@ BROKEN = {
         lambda c: c.update(head_ops=["basic_block"], stack_ops=["basic_block"], init_dim=16),
         r"block 0 is 8 wide, but a ResNet stem leaves init_dim = 16",
     ),
-    "no connections": (changed("max_connections", to=0), r"max_connections: .*greater than or equal to 1 \(got 0\)"),
-    "input size 0": (changed("input_size", to=0), r"input_size: .*greater than or equal to 1 \(got 0\)"),
-    "misspelled": (lambda c: c.update(max_conections=4), r"no setting 'max_conections'.*misspelled"),
-    "misspelled in search": (changed("search", "epohcs", to=4), r"no setting 'search\.epohcs'.*misspelled"),
-    "misspelled in retrain": (changed("retrain", "warmup", to=4), r"no setting 'retrain\.warmup'.*misspelled"),
+    "no connections": (
+        changed("max_connections", to=0),
+        r"max_connections: .*greater than or equal to 1 \(got 0\)",
+    ),
+    "input size 0": (
+        changed("input_size", to=0),
+        r"input_size: .*greater than or equal to 1 \(got 0\)",
+    ),
+    "misspelled": (
+        lambda c: c.update(max_conections=4),
+        r"no setting 'max_conections'.*misspelled",
+    ),
+    "misspelled in search": (
+        changed("search", "epohcs", to=4),
+        r"no setting 'search\.epohcs'.*misspelled",
+    ),
+    "misspelled in retrain": (
+        changed("retrain", "warmup", to=4),
+        r"no setting 'retrain\.warmup'.*misspelled",
+    ),
     "chs missing": (changed("chs", to=None), r"setting 'chs' is missing"),
     "search missing": (changed("search", to=None), r"setting 'search' is missing"),
-    "epochs missing": (changed("search", "epochs", to=None), r"setting 'search\.epochs' is missing"),
-    "epochs 0": (changed("search", "epochs", to=0), r"search\.epochs: .*greater than or equal to 1 \(got 0\)"),
-    "learning rate as text": (changed("retrain", "lr", to="fast"), r"retrain\.lr: .*valid number.*\(got 'fast'\)"),
+    "epochs missing": (
+        changed("search", "epochs", to=None),
+        r"setting 'search\.epochs' is missing",
+    ),
+    "epochs 0": (
+        changed("search", "epochs", to=0),
+        r"search\.epochs: .*greater than or equal to 1 \(got 0\)",
+    ),
+    "learning rate as text": (
+        changed("retrain", "lr", to="fast"),
+        r"retrain\.lr: .*valid number.*\(got 'fast'\)",
+    ),
     "chs as text": (changed("chs", to="wide"), r"chs: .*\(got 'wide'\)"),
     "a width as text": (changed("chs", 2, to="wide"), r"chs\.2: .*valid integer.*\(got 'wide'\)"),
-    "a width as a fraction": (changed("chs", 2, to=12.5), r"chs\.2: .*valid integer.*\(got 12\.5\)"),
-    "last_dim as a list": (changed("last_dim", to=[128]), r"last_dim: .*valid integer.*\(got \[128\]\)"),
+    "a width as a fraction": (
+        changed("chs", 2, to=12.5),
+        r"chs\.2: .*valid integer.*\(got 12\.5\)",
+    ),
+    "last_dim as a list": (
+        changed("last_dim", to=[128]),
+        r"last_dim: .*valid integer.*\(got \[128\]\)",
+    ),
     "search as a list": (changed("search", to=[1]), r"search: .*valid dictionary.*\(got \[1\]\)"),
     "a number as a setting": (changed(7, to="seven"), r"setting.*\b7\b|\b7\b.*setting"),
-    "epochs true": (changed("search", "epochs", to=True), r"search\.epochs: .*valid integer \(got True\)"),
-    "epochs as text": (changed("search", "epochs", to="16"), r"search\.epochs: .*valid integer \(got '16'\)"),
-    "epochs for ever": (changed("search", "epochs", to=10**9), r"search\.epochs: .*less than or equal to 100000"),
+    "epochs true": (
+        changed("search", "epochs", to=True),
+        r"search\.epochs: .*valid integer \(got True\)",
+    ),
+    "epochs as text": (
+        changed("search", "epochs", to="16"),
+        r"search\.epochs: .*valid integer \(got '16'\)",
+    ),
+    "epochs for ever": (
+        changed("search", "epochs", to=10**9),
+        r"search\.epochs: .*less than or equal to 100000",
+    ),
     "lr true": (changed("retrain", "lr", to=True), r"retrain\.lr: .*valid number \(got True\)"),
-    "lr infinite": (changed("search", "lr", to=float("inf")), r"search\.lr: .*finite number \(got inf\)"),
-    "lr nan": (changed("retrain", "lr", to=float("nan")), r"retrain\.lr: .*finite number \(got nan\)"),
+    "lr infinite": (
+        changed("search", "lr", to=float("inf")),
+        r"search\.lr: .*finite number \(got inf\)",
+    ),
+    "lr nan": (
+        changed("retrain", "lr", to=float("nan")),
+        r"retrain\.lr: .*finite number \(got nan\)",
+    ),
     "lr huge": (changed("retrain", "lr", to=10**400), r"retrain\.lr: .*number \(got 1000.* …\)$"),
-    "lr a negative zero": (changed("retrain", "lr", to=-0.0), r"retrain\.lr: .*greater than 0 \(got -0\.0\)"),
-    "weight decay nan": (changed("search", "weight_decay", to=float("nan")), r"search\.weight_decay: .*finite"),
-    "log base infinite": (changed("search", "log_base", to=float("inf")), r"search\.log_base: .*finite"),
-    "temperature nan": (changed("search", "softmax_temp", to=float("nan")), r"search\.softmax_temp: .*finite"),
-    "betas": (changed("search", "arch_betas", to=[2, 3]), r"search\.arch_betas\.0: .*less than 1 \(got 2\)"),
+    "lr a negative zero": (
+        changed("retrain", "lr", to=-0.0),
+        r"retrain\.lr: .*greater than 0 \(got -0\.0\)",
+    ),
+    "weight decay nan": (
+        changed("search", "weight_decay", to=float("nan")),
+        r"search\.weight_decay: .*finite",
+    ),
+    "log base infinite": (
+        changed("search", "log_base", to=float("inf")),
+        r"search\.log_base: .*finite",
+    ),
+    "temperature nan": (
+        changed("search", "softmax_temp", to=float("nan")),
+        r"search\.softmax_temp: .*finite",
+    ),
+    "betas": (
+        changed("search", "arch_betas", to=[2, 3]),
+        r"search\.arch_betas\.0: .*less than 1 \(got 2\)",
+    ),
     "one beta": (changed("search", "arch_betas", to=[0.5]), r"search\.arch_betas"),
-    "lr_min above lr": (changed("search", "lr_min", to=0.3), r"search: lr_min is 0\.3, more than lr = 0\.2, from where the rate falls$"),
-    "retrain's lr_min above lr": (changed("retrain", "lr_min", to=0.2), r"retrain: lr_min is 0\.2, more than lr = 0\.1"),
+    "lr_min above lr": (
+        changed("search", "lr_min", to=0.3),
+        r"search: lr_min is 0\.3, more than lr = 0\.2, from where the rate falls$",
+    ),
+    "retrain's lr_min above lr": (
+        changed("retrain", "lr_min", to=0.2),
+        r"retrain: lr_min is 0\.2, more than lr = 0\.1",
+    ),
     "width of millions": (changed("chs", 2, to=10**12), r"chs\.2: .*less than or equal to 65536"),
-    "input of millions": (changed("input_size", to=10**9), r"input_size: .*less than or equal to 8192"),
+    "input of millions": (
+        changed("input_size", to=10**9),
+        r"input_size: .*less than or equal to 8192",
+    ),
     "a width true": (changed("chs", 2, to=True), r"chs\.2: .*valid integer"),
-    "maps as fractions": (changed("fm_sizes", 0, to=16.0), r"fm_sizes\.0: .*valid integer \(got 16\.0\)"),
-    "40 layers": (changed("num_layers", 3, to=40), r"5 stack_ops allow 1\.61e\+24 sequences of ops, at most 200,000"),
-    "layers without end": (changed("num_layers", 3, to=10**9), r"num_layers\.3: .*less than or equal to 64"),
+    "maps as fractions": (
+        changed("fm_sizes", 0, to=16.0),
+        r"fm_sizes\.0: .*valid integer \(got 16\.0\)",
+    ),
+    "40 layers": (
+        changed("num_layers", 3, to=40),
+        r"5 stack_ops allow 1\.61e\+24 sequences of ops, at most 200,000",
+    ),
+    "layers without end": (
+        changed("num_layers", 3, to=10**9),
+        r"num_layers\.3: .*less than or equal to 64",
+    ),
     "1,000 blocks": (changed("chs", to=[8] * 1000), r"chs: .*at most 128 items"),
     "a name of two lines": (changed("name", to="a\nb"), r"name: "),
 }
@@ -204,7 +344,10 @@ def test_broken_space(name, tmp_path):
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "not valid YAML|not UTF-8|not a? ?text"),
         (b"chs: [8]\nretrain:\n  lr: 0.1\n  lr: 0.2\n", "line 4: the setting 'lr' is there twice"),
-        (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 1: anchors and aliases .* are not read"),
+        (
+            b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n",
+            "line 1: anchors and aliases .* are not read",
+        ),
         (b"a: *a\n", "line 1: anchors and aliases"),
         (b"[" * 100_000, "nested more than 10 deep"),
         (b"- " * 100_000, "nested more than 10 deep"),
@@ -213,8 +356,14 @@ def test_broken_space(name, tmp_path):
         (b"input_size: 040", "line 1: 040 would be read as octal"),
         (b"input_size: 1:30", "line 1: 1:30 would be read as octal or sexagesimal"),
         (b"input_size: 1e400", "input_size: .*valid integer"),
-        (WHOLE.replace(b"eps: 0.001", b"eps: 1e-3"), r"bn_eps: .*YAML takes 1e-4 .* for text, write 1\.0e-4 .*\(got '1e-3'\)"),
-        (WHOLE.replace(b"eps: 0.001", b"eps: 1.0e3"), r"bn_eps: .*for text, write .* 1\.0e\+4 \(got '1\.0e3'\)"),
+        (
+            WHOLE.replace(b"eps: 0.001", b"eps: 1e-3"),
+            r"bn_eps: .*YAML takes 1e-4 .* for text, write 1\.0e-4 .*\(got '1e-3'\)",
+        ),
+        (
+            WHOLE.replace(b"eps: 0.001", b"eps: 1.0e3"),
+            r"bn_eps: .*for text, write .* 1\.0e\+4 \(got '1\.0e3'\)",
+        ),
         (WHOLE.replace(b"eps: 0.001", b"eps: 1.0e+400"), r"bn_eps: .*finite number \(got inf\)"),
         (b"input_size: 2024-13-01", "not valid YAML: month"),
         (b"input_size: !!int x", "line 1: the tag .* is not read"),
@@ -222,11 +371,32 @@ def test_broken_space(name, tmp_path):
         (b"#" * (1 << 25), "larger than 16 MiB"),
     ],
     ids=[
-        "bracket left open", "tab", "list", "word", "empty", "code", "binary", "twice", "bomb", "alias", "deep", "deep block",
-        "digits", "hexadecimal", "octal", "sexagesimal", "exponent", "exponent as text", "exponent without sign", "infinite", "date", "tag",
-        "half a megabyte", "many megabytes",
+        "bracket left open",
+        "tab",
+        "list",
+        "word",
+        "empty",
+        "code",
+        "binary",
+        "twice",
+        "bomb",
+        "alias",
+        "deep",
+        "deep block",
+        "digits",
+        "hexadecimal",
+        "octal",
+        "sexagesimal",
+        "exponent",
+        "exponent as text",
+        "exponent without sign",
+        "infinite",
+        "date",
+        "tag",
+        "half a megabyte",
+        "many megabytes",
     ],
-)  # fmt: skip
+)
 def test_broken_file(text, pattern, tmp_path):
     path = tmp_path / "broken.yml"
     path.write_bytes(text)
@@ -243,9 +413,15 @@ def test_a_file_that_would_be_waited_for_is_none(tmp_path):
 
 def test_a_space_of_one_width_finds_its_architecture_among_millions_of_paths():
     space = make_space(
-        init_dim=8, chs=[8] * 40, fm_sizes=[16] * 40, stage=[0] * 41, num_layers=[0] * 40, max_connections=10,
-        head_ops=["mbconv_k3_t3"], stack_ops=[],
-    )  # fmt: skip
+        init_dim=8,
+        chs=[8] * 40,
+        fm_sizes=[16] * 40,
+        stage=[0] * 41,
+        num_layers=[0] * 40,
+        max_connections=10,
+        head_ops=["mbconv_k3_t3"],
+        stack_ops=[],
+    )
     arch = space.architecture((*range(19), 25, 35, 40), [("mbconv_k3_t3", ())] * 20)
     assert space.path_of(arch) == (*range(19), 20, 30, 40)  # the first of them
 
@@ -258,7 +434,9 @@ def test_the_space_of_the_broken_ones_works_unbroken(tmp_path):
 
 @pytest.mark.parametrize(("size", "block"), [(1, 1), (2, 1), (3, 4), (4, 4), (0, 1), (-5, 1)])
 def test_input_too_small(size, block):
-    with refused(ValueError, rf"digits: block {block} would shrink a map below 1 at input size {size}$"):
+    with refused(
+        ValueError, rf"digits: block {block} would shrink a map below 1 at input size {size}$"
+    ):
         DIGITS.maps(size)
 
 

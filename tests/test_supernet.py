@@ -30,19 +30,30 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from densenas import Choice, CostTable, SearchSpace, SuperNet, ops
+from densenas import Choice, CostTable, SearchSpace, SuperNet
+from densenas.method import ops
 
 NO_LAYERS = make_space(
-    init_dim=3, chs=[3, 5, 7], fm_sizes=[16, 8, 8], stage=[0, 1, 1, 1], num_layers=[0, 0, 0],
-    head_ops=["mbconv_k3_t3"], stack_ops=[],
-)  # fmt: skip
+    init_dim=3,
+    chs=[3, 5, 7],
+    fm_sizes=[16, 8, 8],
+    stage=[0, 1, 1, 1],
+    num_layers=[0, 0, 0],
+    head_ops=["mbconv_k3_t3"],
+    stack_ops=[],
+)
 seeds = st.integers(0, 2**31)
 
 
 def everything(space):
     """All candidates of every mixed layer, as a choice."""
-    head = [[[*range(len(space.head_ops))] for _ in before(space, j)] for j in range(1, space.num_blocks)]
-    stack = [[[*range(len(space.stack_ops))] for _ in range(count)] for count in space.num_layers[1:]]
+    head = [
+        [[*range(len(space.head_ops))] for _ in before(space, j)]
+        for j in range(1, space.num_blocks)
+    ]
+    stack = [
+        [[*range(len(space.stack_ops))] for _ in range(count)] for count in space.num_layers[1:]
+    ]
     return Choice(head, stack)
 
 
@@ -68,9 +79,13 @@ def expected_cost(net, table, choice):
         cost = table.stem + table.final[before(space, last).index(path[-2])] + table.classifier
         for i, j in pairwise(path[:-1]):
             row = before(space, j).index(i)
-            cost += layer_cost(net.alpha_head[j - 1][row].tolist(), table.head[j - 1][row], choice.head[j - 1][row])
+            cost += layer_cost(
+                net.alpha_head[j - 1][row].tolist(), table.head[j - 1][row], choice.head[j - 1][row]
+            )
             for layer, active in enumerate(choice.stack[j - 1]):
-                cost += layer_cost(net.alpha_stack[j - 1][layer].tolist(), table.stack[j - 1][layer], active)
+                cost += layer_cost(
+                    net.alpha_stack[j - 1][layer].tolist(), table.stack[j - 1][layer], active
+                )
         expected += path_probability(probabilities, path) * cost
     return expected
 
@@ -82,19 +97,28 @@ def test_cost_is_the_expectation_over_all_paths(space, seed, spare_rows):
     assert net.cost(table).item() == pytest.approx(expected, rel=1e-9)
     for count in (1, 2):
         choice = net.sample(count, torch.Generator().manual_seed(seed))
-        assert net.cost(table, choice).item() == pytest.approx(expected_cost(net, table, choice), rel=1e-9)
+        assert net.cost(table, choice).item() == pytest.approx(
+            expected_cost(net, table, choice), rel=1e-9
+        )
 
 
 @given(spaces(), seeds)
 def test_cost_in_mult_adds(space, seed):
-    net, table = random_supernet(space, seed), CostTable.mult_adds(space, smallest_input(space), num_classes=3)
-    assert net.cost(table).item() == pytest.approx(expected_cost(net, table, everything(space)), rel=1e-9)
+    net, table = (
+        random_supernet(space, seed),
+        CostTable.mult_adds(space, smallest_input(space), num_classes=3),
+    )
+    assert net.cost(table).item() == pytest.approx(
+        expected_cost(net, table, everything(space)), rel=1e-9
+    )
 
 
 def test_cost_is_a_scalar_in_the_networks_precision():
     net, table = SuperNet(SMALL, 3), CostTable.mult_adds(SMALL, 16, 3)
     assert (net.cost(table).shape, net.cost(table).dtype) == ((), torch.float32)
-    assert net.cost(table).item() == pytest.approx(expected_cost(net, table, everything(SMALL)), rel=1e-5)
+    assert net.cost(table).item() == pytest.approx(
+        expected_cost(net, table, everything(SMALL)), rel=1e-5
+    )
 
 
 def test_cost_refuses_another_spaces_table():
@@ -109,7 +133,9 @@ def test_gradients_of_the_cost(count):
     parameters = [parameter for parameter in net.arch_parameters() if parameter.numel()]
     assert torch.autograd.gradcheck(lambda *_: net.cost(table, choice), parameters)
     net.cost(table, choice).backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in parameters if parameter.shape[-1] > 1)
+    assert all(
+        parameter.grad.abs().max() > 0 for parameter in parameters if parameter.shape[-1] > 1
+    )
     assert all(weight.grad is None for weight in net.weight_parameters())
 
 
@@ -121,8 +147,14 @@ def derived_by_hand(net, table):
     """The best of all paths as a net_config, and what the table says that it costs."""
     space, probabilities = net.space, edge_probabilities(net)
     path = max(block_paths(space), key=lambda path: path_probability(probabilities, path))
-    cost = table.stem + table.final[before(space, space.num_blocks).index(path[-2])] + table.classifier
-    pieces = [f"[[{space.init_dim}, {space.chs[0]}], 'mbconv_k3_t1', [], 0, 1]"] if is_mbv2(space) else []
+    cost = (
+        table.stem + table.final[before(space, space.num_blocks).index(path[-2])] + table.classifier
+    )
+    pieces = (
+        [f"[[{space.init_dim}, {space.chs[0]}], 'mbconv_k3_t1', [], 0, 1]"]
+        if is_mbv2(space)
+        else []
+    )
     for i, j in pairwise(path[:-1]):
         row = before(space, j).index(i)
         head = argmax(net.alpha_head[j - 1][row].tolist())
@@ -131,7 +163,9 @@ def derived_by_hand(net, table):
         cost += sum(table.stack[j - 1][layer][index] for layer, index in enumerate(best))
         names = [space.stack_ops[index] for index in best if space.stack_ops[index] != SKIP]
         stride = space.fm_sizes[i] // space.fm_sizes[j]
-        pieces.append(f"[[{space.chs[i]}, {space.chs[j]}], '{space.head_ops[head]}', {names}, {len(names)}, {stride}]")
+        pieces.append(
+            f"[[{space.chs[i]}, {space.chs[j]}], '{space.head_ops[head]}', {names}, {len(names)}, {stride}]"
+        )
     if is_mbv2(space):
         pieces.append(f"[[{space.chs[path[-2]]}, {space.last_dim}], 'conv1_1']")
     return path, "|".join(pieces), cost
@@ -155,12 +189,20 @@ def test_derivation_is_the_best_of_all_paths(space, seed):
 def test_derivation_is_not_the_greedy_path():
     """0 → 1 is the likeliest first edge, but what follows it is split three ways."""
     space = make_space(
-        init_dim=3, chs=[3, 4, 5, 6], fm_sizes=[16] * 4, stage=[0] * 5, num_layers=[0] * 4, max_connections=4,
-        head_ops=["mbconv_k3_t3"], stack_ops=[SKIP],
-    )  # fmt: skip
+        init_dim=3,
+        chs=[3, 4, 5, 6],
+        fm_sizes=[16] * 4,
+        stage=[0] * 5,
+        num_layers=[0] * 4,
+        max_connections=4,
+        head_ops=["mbconv_k3_t3"],
+        stack_ops=[SKIP],
+    )
     net = SuperNet(space, 2)
     with torch.no_grad():
-        for beta, shares in zip(net.beta, ([0.4, 0.05, 0.25, 0.3], [0.34, 0.33, 0.33], [0.5, 0.5], [1.0]), strict=True):
+        for beta, shares in zip(
+            net.beta, ([0.4, 0.05, 0.25, 0.3], [0.34, 0.33, 0.33], [0.5, 0.5], [1.0]), strict=True
+        ):
             beta.copy_(torch.tensor(shares).log())
     assert net.best_path() == [0, 4]
 
@@ -169,19 +211,28 @@ def test_derivation_is_not_the_greedy_path():
 def test_resnet_space_in_which_the_stem_could_feed_the_final_node(op):
     """Such a path has no block, which a net_config cannot say: refused as a space, or never the derived path."""
     settings = {
-        "init_dim": 4, "chs": [4, 6], "fm_sizes": [16, 16], "stage": [0, 0, 0], "num_layers": [0, 0],
-        "head_ops": [op], "stack_ops": [op],
-    }  # fmt: skip
+        "init_dim": 4,
+        "chs": [4, 6],
+        "fm_sizes": [16, 16],
+        "stage": [0, 0, 0],
+        "num_layers": [0, 0],
+        "head_ops": [op],
+        "stack_ops": [op],
+    }
     with pytest.raises(ValueError, match=r"block 0 .*final node"):
         make_space(**settings)
 
 
 def test_space_without_any_stacked_layer():
     net, table = random_supernet(NO_LAYERS, 0), CostTable.mult_adds(NO_LAYERS, 32, 3)
-    assert net.cost(table).item() == pytest.approx(expected_cost(net, table, everything(NO_LAYERS)), rel=1e-9)
+    assert net.cost(table).item() == pytest.approx(
+        expected_cost(net, table, everything(NO_LAYERS)), rel=1e-9
+    )
     choice = net.sample(1, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(net(noise(NO_LAYERS, 0).double(), choice), net(noise(NO_LAYERS, 0).double()))
+        assert torch.equal(
+            net(noise(NO_LAYERS, 0).double(), choice), net(noise(NO_LAYERS, 0).double())
+        )
     assert table.total(net.derive()) == pytest.approx(derived_by_hand(net, table)[2])
 
 
@@ -222,20 +273,34 @@ def test_sampling_nothing_is_refused(count):
 def test_sampling_follows_softmax_of_alpha_without_replacement():
     """Chi-square against the exact probabilities of singles and of pairs, over many equal layers."""
     space = make_space(
-        init_dim=2, chs=[2, 3], fm_sizes=[16, 16], stage=[0, 0, 0], num_layers=[0, 50], max_connections=1,
-        head_ops=["mbconv_k3_t1"], stack_ops=["mbconv_k3_t1", "mbconv_k5_t1", "mbconv_k7_t1", SKIP],
-    )  # fmt: skip
+        init_dim=2,
+        chs=[2, 3],
+        fm_sizes=[16, 16],
+        stage=[0, 0, 0],
+        num_layers=[0, 50],
+        max_connections=1,
+        head_ops=["mbconv_k3_t1"],
+        stack_ops=["mbconv_k3_t1", "mbconv_k5_t1", "mbconv_k7_t1", SKIP],
+    )
     net, generator = SuperNet(space, 2), torch.Generator().manual_seed(0)
     alpha = [0.0, 1.0, -1.5, 0.4]
     with torch.no_grad():
         net.alpha_stack[0].copy_(torch.tensor(alpha).expand(50, 4))
     p = softmax(alpha)
     singles = {(a,): p[a] for a in range(4)}
-    pairs = {(a, b): p[a] * p[b] * (1 / (1 - p[a]) + 1 / (1 - p[b])) for a, b in combinations(range(4), 2)}
+    pairs = {
+        (a, b): p[a] * p[b] * (1 / (1 - p[a]) + 1 / (1 - p[b]))
+        for a, b in combinations(range(4), 2)
+    }
     for count, shares in ((1, singles), (2, pairs)):
-        drawn = Counter(tuple(sorted(row)) for _ in range(80) for row in net.sample(count, generator).stack[0])
+        drawn = Counter(
+            tuple(sorted(row)) for _ in range(80) for row in net.sample(count, generator).stack[0]
+        )
         assert set(drawn) <= set(shares)
-        assert sum((drawn[key] - 4000 * share) ** 2 / (4000 * share) for key, share in shares.items()) < 30
+        assert (
+            sum((drawn[key] - 4000 * share) ** 2 / (4000 * share) for key, share in shares.items())
+            < 30
+        )
 
 
 def test_sampling_survives_certainty():
@@ -250,7 +315,9 @@ def test_sampling_survives_certainty():
 
 
 def noise(space, seed):
-    return torch.randn(4, 3, space.input_size, space.input_size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        4, 3, space.input_size, space.input_size, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def distance(ours, theirs):
@@ -260,8 +327,14 @@ def distance(ours, theirs):
 @settings(max_examples=12)
 @given(spaces(), seeds)
 def test_choosing_everything_is_the_whole_network(space, seed):
-    net, choice, images = random_supernet(space, seed, dtype=torch.float32), everything(space), noise(space, seed)
-    backwards = Choice(*([[row[::-1] for row in rows] for rows in part] for part in (choice.head, choice.stack)))
+    net, choice, images = (
+        random_supernet(space, seed, dtype=torch.float32),
+        everything(space),
+        noise(space, seed),
+    )
+    backwards = Choice(
+        *([[row[::-1] for row in rows] for rows in part] for part in (choice.head, choice.stack))
+    )
     with torch.no_grad():
         logits = net(images)
         assert logits.shape == (4, 3)
@@ -302,7 +375,9 @@ def test_shares_of_two_sampled_candidates_come_from_these_two_alone():
         for alpha in net.alpha_stack:
             alpha[:, [0, 2]] -= 2
         assert distance(net(images, choice), logits) < 1e-3
-        assert net.cost(random_table(SMALL, 2), choice).item() == pytest.approx(cost.item(), rel=1e-5)
+        assert net.cost(random_table(SMALL, 2), choice).item() == pytest.approx(
+            cost.item(), rel=1e-5
+        )
         net.alpha_head[0][:, 2] += 1
         assert distance(net(images, choice), logits) > 1e-2
 
@@ -322,7 +397,10 @@ def spoiled(change):
         (lambda c: c.stack[0].append([0]), r"choice\.stack: block 1 has 2 layers, the space has 1"),
         (lambda c: c.head[2].__setitem__(0, [0, 3]), r"choice\.head: block 3 .*\[0, 3\].* 0 to 2"),
         (lambda c: c.stack[1].__setitem__(1, [-1]), r"choice\.stack: block 2 .*\[-1\].* 0 to 3"),
-        (lambda c: c.stack[1].__setitem__(0, [2, 2]), r"choice\.stack: block 2 .*\[2, 2\].*different"),
+        (
+            lambda c: c.stack[1].__setitem__(0, [2, 2]),
+            r"choice\.stack: block 2 .*\[2, 2\].*different",
+        ),
         (lambda c: c.head[0].__setitem__(0, []), r"choice\.head: block 1 .*\[\].*different"),
     ],
 )
@@ -346,7 +424,9 @@ def test_mult_adds_of_every_op(op, in_channels, width, size, stride):
     with torch.device("meta"):
         module = ops.build_op(op, in_channels, width, stride, ops.batch_norm(affine=True))
         images = torch.empty(2, in_channels, size, size)
-        assert ops.mult_adds(op, in_channels, width, size, stride) == counted_mult_adds(module, images)
+        assert ops.mult_adds(op, in_channels, width, size, stride) == counted_mult_adds(
+            module, images
+        )
         assert module(images).shape[1] == ops.out_channels(op, width)
 
 
@@ -364,7 +444,9 @@ def test_size_of_derived_networks(space, seed, more, num_classes):
         net = arch.build(num_classes)
         counted = counted_mult_adds(net, torch.empty(2, 3, size, size))
     assert arch.mult_adds(size, num_classes) == pytest.approx(counted / 1e6, rel=1e-12)
-    assert arch.params(num_classes) == pytest.approx(sum(p.numel() for p in net.parameters()) / 1e6, rel=1e-12)
+    assert arch.params(num_classes) == pytest.approx(
+        sum(p.numel() for p in net.parameters()) / 1e6, rel=1e-12
+    )
 
 
 @given(spaces(skip_reg=False), seeds, st.integers(0, 40))
@@ -402,7 +484,12 @@ def test_cost_table_adds_up_to_the_whole_supernet(space, more):
 def test_final_node_fed_from_two_map_sizes(settings, size):
     """The edge rule lets a block with twice the last map feed the final node: blocks 1 and 2 here."""
     space = make_space(
-        chs=[4, 5, 6], fm_sizes=[16, 16, 8], stage=[0, 1, 1, 2], num_layers=[0, 1, 0], max_connections=2, **settings
+        chs=[4, 5, 6],
+        fm_sizes=[16, 16, 8],
+        stage=[0, 1, 1, 2],
+        num_layers=[0, 1, 0],
+        max_connections=2,
+        **settings,
     )
     assert before(space, 3) == [2, 1]
     net, table = SuperNet(space, 3), CostTable.mult_adds(space, size, 3)
@@ -489,16 +576,22 @@ def test_a_literal_with_code_in_it_is_not_run(tmp_path):
         f"open({str(touched)!r}, 'w')",
     ):
         path.write_text(text)
-        with refused(ValueError, r"lat_list is neither a cost table of ours nor a published latency list"):
+        with refused(
+            ValueError, r"lat_list is neither a cost table of ours nor a published latency list"
+        ):
             CostTable.read(path)
         assert not touched.exists()
 
 
 def own_format(change=lambda record: None, **settings):
     record = {
-        "kind": "mult_adds", "unit": "million Mult-Adds", "conditions": {"input_size": 16, "num_classes": 3},
-        "space": SMALL.model_dump(mode="json"), "table": random_table(SMALL, 0).nested(), **settings,
-    }  # fmt: skip
+        "kind": "mult_adds",
+        "unit": "million Mult-Adds",
+        "conditions": {"input_size": 16, "num_classes": 3},
+        "space": SMALL.model_dump(mode="json"),
+        "table": random_table(SMALL, 0).nested(),
+        **settings,
+    }
     change(record)
     return json.dumps(record)
 
@@ -531,39 +624,76 @@ JUNK = {
     "mapping nested too deep": ('{"a":' * 100_000, r"Invalid JSON"),
     "blocks are numbers": (repr([1.0, [1.0] * 6, [1.0], 1.0]), LIST + r".* at 1\.0"),
     "JSON cut off": (own_format()[:-100], r"Invalid JSON"),
-    "JSON without a space": (own_format(lambda record: record.pop("space")), r"the setting 'space' is missing"),
-    "JSON without a table": (own_format(lambda record: record.pop("table")), r"the setting 'table' is missing"),
+    "JSON without a space": (
+        own_format(lambda record: record.pop("space")),
+        r"the setting 'space' is missing",
+    ),
+    "JSON without a table": (
+        own_format(lambda record: record.pop("table")),
+        r"the setting 'table' is missing",
+    ),
     "JSON with a broken space": (
-        own_format(lambda record: record["space"].update(chs=[4, 0, 8, 10])), r"space: block 1 has width 0",
+        own_format(lambda record: record["space"].update(chs=[4, 0, 8, 10])),
+        r"space: block 1 has width 0",
     ),
     "JSON with a space of words": (own_format(space="digits"), r"space: .*\(got 'digits'\)"),
     "JSON with a space of another version": (
-        own_format(lambda record: record["space"].update(depth=3)), r"no setting 'space\.depth'",
+        own_format(lambda record: record["space"].update(depth=3)),
+        r"no setting 'space\.depth'",
     ),
-    "JSON of another size": (own_format(lambda record: record["table"][1].pop()), r"does not fit space made up: 2 bl"),
-    "JSON with a flat block": (entry(1, 2, 0, to=1.0), r"table\.1\.2\.0: .*valid array \(got 1\.0\)"),
+    "JSON of another size": (
+        own_format(lambda record: record["table"][1].pop()),
+        r"does not fit space made up: 2 bl",
+    ),
+    "JSON with a flat block": (
+        entry(1, 2, 0, to=1.0),
+        r"table\.1\.2\.0: .*valid array \(got 1\.0\)",
+    ),
     "JSON with an unknown kind": (own_format(kind="euro"), r"kind: .*\(got 'euro'\)"),
     "JSON with a list as kind": (own_format(kind=["latency"]), r"kind: "),
-    "JSON with another unit": (own_format(unit="ms"), r"unit is 'ms', that of mult_adds is million Mult-Adds"),
-    "JSON without conditions": (own_format(lambda record: record.pop("conditions")), r"'conditions' is missing"),
-    "JSON with empty conditions": (own_format(conditions={}), r"conditions: the setting 'input_size' is missing"),
-    "JSON without classes": (own_format(conditions={"input_size": 16}), r"conditions: .*'num_classes' is missing"),
+    "JSON with another unit": (
+        own_format(unit="ms"),
+        r"unit is 'ms', that of mult_adds is million Mult-Adds",
+    ),
+    "JSON without conditions": (
+        own_format(lambda record: record.pop("conditions")),
+        r"'conditions' is missing",
+    ),
+    "JSON with empty conditions": (
+        own_format(conditions={}),
+        r"conditions: the setting 'input_size' is missing",
+    ),
+    "JSON without classes": (
+        own_format(conditions={"input_size": 16}),
+        r"conditions: .*'num_classes' is missing",
+    ),
     "JSON with a size as text": (
-        own_format(conditions={"input_size": "16", "num_classes": 3}), r"conditions: input_size: .*\(got '16'\)",
+        own_format(conditions={"input_size": "16", "num_classes": 3}),
+        r"conditions: input_size: .*\(got '16'\)",
     ),
     "JSON of no device": (
-        own_format(kind="latency", unit="ms", conditions=MEASURED), r"conditions: the setting 'device' is missing",
+        own_format(kind="latency", unit="ms", conditions=MEASURED),
+        r"conditions: the setting 'device' is missing",
     ),
     "JSON with a word as cost": (entry(0, to="cheap"), r"stem is 'cheap'"),
     "JSON with a negative cost": (entry(3, to=-1.0), r"classifier is -1\.0"),
     "JSON with NaN": (entry(1, 2, 0, 1, 0, to=math.nan), r"block 3, edge 1→3, mbconv_k3_t3 is nan"),
-    "JSON with infinity": (entry(1, 1, 1, 0, 2, to=math.inf), r"block 2, layer 1, mbconv_k5_t6 is inf"),
+    "JSON with infinity": (
+        entry(1, 1, 1, 0, 2, to=math.inf),
+        r"block 2, layer 1, mbconv_k5_t6 is inf",
+    ),
     "JSON with a truth value": (entry(2, 0, to=True), r"final edge 3→4 is True"),
-    "JSON with nothing": (entry(1, 0, 0, 0, 0, to=None), r"block 1, edge 0→1, mbconv_k3_t3 is None"),
+    "JSON with nothing": (
+        entry(1, 0, 0, 0, 0, to=None),
+        r"block 1, edge 0→1, mbconv_k3_t3 is None",
+    ),
     "JSON with a huge number": (entry(0, to=10**400), r"stem is 1000.* …$"),
-    "a list with infinity": (repr(random_table(SMALL, 0).nested()).replace("[", "[1e400, ", 1), LIST),
+    "a list with infinity": (
+        repr(random_table(SMALL, 0).nested()).replace("[", "[1e400, ", 1),
+        LIST,
+    ),
     "binary": (b"\x80\x02\xff\xfe", r"not a text file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", JUNK)
@@ -575,12 +705,17 @@ def test_junk_is_refused_in_one_sentence_that_names_file_and_entry(name, tmp_pat
         CostTable.read(path)
 
 
-@pytest.mark.parametrize(("text", "shown"), [("1e400", "inf"), ("-0.5", "-0.5"), ("True", "True"), ("'1'", "'1'")])
+@pytest.mark.parametrize(
+    ("text", "shown"), [("1e400", "inf"), ("-0.5", "-0.5"), ("True", "True"), ("'1'", "'1'")]
+)
 def test_an_entry_of_a_published_literal_is_named(text, shown, tmp_path):
     path = tmp_path / "lat_list"
     _, *rest = random_table(SMALL, 0).nested()
     path.write_text(f"[{text}, {repr(rest)[1:]}")
-    with refused(ValueError, rf"lat_list: .*an entry that is not a finite number of at least 0: stem is {shown}$"):
+    with refused(
+        ValueError,
+        rf"lat_list: .*an entry that is not a finite number of at least 0: stem is {shown}$",
+    ):
         CostTable.read(path, SMALL)
 
 

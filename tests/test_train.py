@@ -298,7 +298,8 @@ def test_nothing_is_made_where_the_network_cannot_be_trained(run):
 def test_a_batch_larger_than_the_set(run):
     recipe = RETRAIN.model_copy(update={"batch_size": 1024})
     with refused(
-        ValueError, r"batch_size is 1,024, but train with val has 40 images: set batch_size to at most that"
+        ValueError,
+        r"batch_size is 1,024, but train with val has 40 images: set batch_size to at most that",
     ):
         retrain(run, DATA, ARCH, recipe)
 
@@ -485,5 +486,7 @@ def test_a_seed_that_is_no_whole_number_is_refused(seed, run):
 def test_a_network_whose_outputs_are_not_finite_has_no_accuracy():
     net = ARCH.build(3)
     net.input_block[1].running_var.fill_(-1.0)
-    with refused(ValueError, r"what the network makes of test is not finite: its weights are spoilt"):
+    with refused(
+        ValueError, r"what the network makes of test is not finite: its weights are spoilt"
+    ):
         evaluate(net, DATA, device="cpu")

@@ -18,20 +18,39 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 
-from densenas import ops
-from densenas.architecture import Architecture
-from densenas.cost import CostTable
-from densenas.derivation import Candidate, visit_probabilities
-from densenas.space import SearchSpace
+from densenas.method import ops
+from densenas.method.architecture import Architecture
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Candidate, visit_probabilities
+from densenas.method.space import SearchSpace
 
-from .style import COLOURS, GREY, INK, KINDS, RED, SMALL, WIDTH, bare, canvas, heat_map, integers, legend_below, tint
+from .style import (
+    COLOURS,
+    GREY,
+    INK,
+    KINDS,
+    RED,
+    SMALL,
+    WIDTH,
+    bare,
+    canvas,
+    heat_map,
+    integers,
+    legend_below,
+    tint,
+)
 
 
 def _stages(space: SearchSpace) -> tuple[dict[int, Any], list[Patch]]:
     """The colour of each stage, and the legend's entries for them."""
-    colours = {stage: COLOURS[k % len(COLOURS)] for k, stage in enumerate(sorted({*space.stage[:-1]}))}
+    colours = {
+        stage: COLOURS[k % len(COLOURS)] for k, stage in enumerate(sorted({*space.stage[:-1]}))
+    }
     names = {stage: f"stage {stage}" + " (stem)" * (stage == space.stage[0]) for stage in colours}
-    return colours, [Patch(facecolor=tint(colour), edgecolor=colour, label=names[s]) for s, colour in colours.items()]
+    return colours, [
+        Patch(facecolor=tint(colour), edgecolor=colour, label=names[s])
+        for s, colour in colours.items()
+    ]
 
 
 def edge_look(share: float, chosen: bool = False) -> dict[str, Any]:
@@ -42,7 +61,9 @@ def edge_look(share: float, chosen: bool = False) -> dict[str, Any]:
     return {"color": INK, "linewidth": width, "alpha": 0.1 + 0.9 * share}
 
 
-def search_space(space: SearchSpace, p: Tensor | None = None, path: list[int] | None = None) -> Figure:
+def search_space(
+    space: SearchSpace, p: Tensor | None = None, path: list[int] | None = None
+) -> Figure:
     """The blocks of a space in order, their width inside and stages as colours, with all edges as arrows.
 
     Arrows above the blocks keep the map (stride 1), those below halve it (stride 2); the bands are maps of one size,
@@ -52,7 +73,10 @@ def search_space(space: SearchSpace, p: Tensor | None = None, path: list[int] | 
     (colours, handles), nodes = _stages(space), space.num_blocks + 1
     pitch = min(0.9, (WIDTH - 0.9) / nodes)  # inches from block to block
     half, bend = 0.3, 0.6  # half a block's height; an arrow's height over half its length
-    reach = {s: max([bend * (j - i) / 2 for i, j in space.edges if space.stride(i, j) == s], default=0) for s in (1, 2)}
+    reach = {
+        s: max([bend * (j - i) / 2 for i, j in space.edges if space.stride(i, j) == s], default=0)
+        for s in (1, 2)
+    }
     top, bottom = half + reach[1] + 0.15, -half - reach[2] - 0.15
     floor = bottom - 0.3 / pitch
     figure, (axes,) = canvas(max(4.5, pitch * nodes + 0.9), pitch * (top - floor) + 1.1)
@@ -70,22 +94,45 @@ def search_space(space: SearchSpace, p: Tensor | None = None, path: list[int] | 
         style = {"color": INK, "linewidth": 1.1, "alpha": 0.5}
         if p is not None or (i, j) in chosen:
             style = edge_look(0 if p is None else float(p[i, j]), (i, j) in chosen)
-        line = {"connectionstyle": f"arc3,rad={-side * bend}", "arrowstyle": "-|>", "mutation_scale": 6}
+        line = {
+            "connectionstyle": f"arc3,rad={-side * bend}",
+            "arrowstyle": "-|>",
+            "mutation_scale": 6,
+        }
         ends = (i + 0.15, side * half), (j - 0.15, side * half)
-        axes.add_patch(FancyArrowPatch(*ends, shrinkA=0, shrinkB=0, gid=f"edge-{i}-{j}", **line, **style))
+        axes.add_patch(
+            FancyArrowPatch(*ends, shrinkA=0, shrinkB=0, gid=f"edge-{i}-{j}", **line, **style)
+        )
     for node, width in enumerate((*space.chs, space.last_dim)):
         colour = colours[space.stage[node]] if node < nodes - 1 else GREY
-        style = {"edgecolor": RED, "linewidth": 2} if node in (path or ()) else {"edgecolor": colour, "linewidth": 1}
-        box = FancyBboxPatch((node - 0.34, 0.08 - half), 0.68, 2 * half - 0.16, boxstyle="round,pad=0.08", zorder=4)
+        style = (
+            {"edgecolor": RED, "linewidth": 2}
+            if node in (path or ())
+            else {"edgecolor": colour, "linewidth": 1}
+        )
+        box = FancyBboxPatch(
+            (node - 0.34, 0.08 - half), 0.68, 2 * half - 0.16, boxstyle="round,pad=0.08", zorder=4
+        )
         axes.add_patch(box).set(facecolor=tint(colour), gid=f"node-{node}", **style)
-        axes.text(node, 0, width, ha="center", va="center", size=10 if pitch > 0.6 else SMALL, color=INK, zorder=5)
+        axes.text(
+            node,
+            0,
+            width,
+            ha="center",
+            va="center",
+            size=10 if pitch > 0.6 else SMALL,
+            color=INK,
+            zorder=5,
+        )
     heights = [(half + top) / 2, 0, (floor + bottom) / 2, (bottom - half) / 2]
     names = ["stride 1", "width\n(channels)", "map (px)", "stride 2"]
     axes.set_yticks(heights[: 4 if reach[2] else 3], names[: 4 if reach[2] else 3])
     axes.set_xticks(range(nodes), [*range(nodes - 1), "final"])
     bare(axes)
     if p is not None:
-        handles += [Line2D([], [], **edge_look(share), label=f"p = {share:g}") for share in (0.1, 0.5, 1)]
+        handles += [
+            Line2D([], [], **edge_look(share), label=f"p = {share:g}") for share in (0.1, 0.5, 1)
+        ]
     if path:
         handles.append(Line2D([], [], color=RED, linewidth=2, label="derived path"))
     legend_below(figure, handles)
@@ -100,8 +147,14 @@ def restyled(space: SearchSpace, p: Tensor, path: Sequence[int]) -> str:
     rules, chosen = [], set(pairwise(path))
     for i, j in space.edges:
         style = edge_look(float(p[i, j]), (i, j) in chosen)
-        colour, line = to_hex(style["color"]), f"stroke-width:{style['linewidth']:.2f};opacity:{style['alpha']:.2f}"
-        rules += [f"#edge-{i}-{j} path{{stroke:{colour};{line}}}", f"#edge-{i}-{j} path+path{{fill:{colour}}}"]
+        colour, line = (
+            to_hex(style["color"]),
+            f"stroke-width:{style['linewidth']:.2f};opacity:{style['alpha']:.2f}",
+        )
+        rules += [
+            f"#edge-{i}-{j} path{{stroke:{colour};{line}}}",
+            f"#edge-{i}-{j} path+path{{fill:{colour}}}",
+        ]
     for node, share in enumerate(visit_probabilities(p).tolist()):
         red = f";stroke:{RED};stroke-width:2" if node in path else ""
         rules.append(f"#node-{node} path{{fill-opacity:{share:.2f}{red}}}")
@@ -127,16 +180,24 @@ def path_probabilities(space: SearchSpace, trace: list[Tensor]) -> Figure:
         axes.set_axis_off()
     for axes, k in zip(above, moments, strict=False):
         mesh = heat_map(axes, np.ma.array(trace[k], mask=~edges), Normalize(0, 1))
-        axes.set(title=f"after {k} epoch{'s' * (k > 1)}" if k else "start", xlabel="to node", aspect="equal")
+        axes.set(
+            title=f"after {k} epoch{'s' * (k > 1)}" if k else "start",
+            xlabel="to node",
+            aspect="equal",
+        )
         _number_cells(axes.xaxis, edges.shape[1], 8)
         _number_cells(axes.yaxis, edges.shape[0], 8)
     above[0].set_ylabel("from block")
     visits = torch.stack([visit_probabilities(p)[:-1] for p in trace], dim=1).numpy()
     heat_map(below, visits, Normalize(0, 1))
-    below.set(title="probability that a path visits the block", xlabel="epochs searched", ylabel="block")
+    below.set(
+        title="probability that a path visits the block", xlabel="epochs searched", ylabel="block"
+    )
     _number_cells(below.xaxis, len(trace), 21)
     _number_cells(below.yaxis, len(visits), 12)
-    figure.colorbar(mesh, ax=[*above, below], label="probability", aspect=40).outline.set_visible(False)
+    figure.colorbar(mesh, ax=[*above, below], label="probability", aspect=40).outline.set_visible(
+        False
+    )
     return figure
 
 
@@ -147,14 +208,23 @@ def _op_name(op: str) -> str:
     return op.removesuffix("_connect").removesuffix("_block")
 
 
-def _op_tables(space: SearchSpace, tables: Sequence[np.ndarray], norm: Normalize, formatted: str, **bar: Any) -> Figure:
+def _op_tables(
+    space: SearchSpace, tables: Sequence[np.ndarray], norm: Normalize, formatted: str, **bar: Any
+) -> Figure:
     """Heat maps of a value per candidate: a row for each edge and for each stacked layer, long tables in pieces.
 
     `tables` are (edges into blocks, head ops) and (layers, stack ops).
     """
     edges = [(j, f"{i}→{j}") for i, j in space.head_edges]
-    stacked = [(j, f"block {j}, layer {k + 1}") for j, count in enumerate(space.num_layers) for k in range(count)]
-    parts = [("shape alignment", 0.6, edges, space.head_ops), ("stacked layers", 1.1, stacked, space.stack_ops)]
+    stacked = [
+        (j, f"block {j}, layer {k + 1}")
+        for j, count in enumerate(space.num_layers)
+        for k in range(count)
+    ]
+    parts = [
+        ("shape alignment", 0.6, edges, space.head_ops),
+        ("stacked layers", 1.1, stacked, space.stack_ops),
+    ]
     for rows_at_most in (30, 40, 58):  # as low as fits the width
         panels, width = [], 0.2
         for (title, margin, rows, names), table in zip(parts, tables, strict=True):
@@ -165,7 +235,10 @@ def _op_tables(space: SearchSpace, tables: Sequence[np.ndarray], norm: Normalize
             width += pieces * (margin + 0.5 * len(names))
         if width <= WIDTH:
             break
-    longest, columns = max(2, *(len(table) for _, _, table, _ in panels)), [len(names) for *_, names in panels]
+    longest, columns = (
+        max(2, *(len(table) for _, _, table, _ in panels)),
+        [len(names) for *_, names in panels],
+    )
     width, height = min(max(width, 4), WIDTH), 1.4 + 0.14 * longest
     figure, all_axes = canvas(width, height, [range(len(panels))], width_ratios=columns)
     for axes, (title, rows, table, names) in zip(all_axes, panels, strict=True):
@@ -173,7 +246,9 @@ def _op_tables(space: SearchSpace, tables: Sequence[np.ndarray], norm: Normalize
         borders = [k for k in range(1, len(rows)) if rows[k][0] != rows[k - 1][0]]
         axes.hlines(borders, 0, len(names), color=INK, linewidth=0.8)
         axes.set_ylim(longest, 0)
-        axes.set_xticks(np.arange(len(names)) + 0.5, [_op_name(op).replace(" ", "\n") for op in names])
+        axes.set_xticks(
+            np.arange(len(names)) + 0.5, [_op_name(op).replace(" ", "\n") for op in names]
+        )
         axes.set_yticks(np.arange(len(rows)) + 0.5, [text for _, text in rows])
         axes.tick_params(labelsize=SMALL, labeltop=True, labelbottom=False)
         axes.set_title(title, loc="left")
@@ -194,19 +269,33 @@ def operation_probabilities(space: SearchSpace, head: Tensor, stack: Tensor) -> 
 
 def cost_table(table: CostTable) -> Figure:
     """The cost of every candidate in the table's unit, in colours on a logarithmic scale; white costs nothing."""
-    tables = [np.ma.masked_equal(part.numpy(), 0) for part in table.tensors(torch.zeros((), dtype=torch.float64))[:2]]
+    tables = [
+        np.ma.masked_equal(part.numpy(), 0)
+        for part in table.tensors(torch.zeros((), dtype=torch.float64))[:2]
+    ]
     values = np.ma.concatenate([table.ravel() for table in tables]).compressed()
     low, high = (values.min(), values.max()) if len(values) else (1, 1)
-    norm, decimals = LogNorm(low, max(high, 2 * low)), min(3, max(0, 2 - math.floor(math.log10(high))))
+    norm, decimals = (
+        LogNorm(low, max(high, 2 * low)),
+        min(3, max(0, 2 - math.floor(math.log10(high)))),
+    )
     ticks = LogLocator(subs=(1, 2, 5) if high > 30 * low else (1, 2, 3, 5, 7))
-    ticks = ticks if high >= 2 * low else sorted({low, high})  # within one octave the locator's labels overlap
-    bar = {"label": f"cost of the candidate ({table.unit}; white: 0)", "format": "{x:.4g}", "ticks": ticks}
+    ticks = (
+        ticks if high >= 2 * low else sorted({low, high})
+    )  # within one octave the locator's labels overlap
+    bar = {
+        "label": f"cost of the candidate ({table.unit}; white: 0)",
+        "format": "{x:.4g}",
+        "ticks": ticks,
+    }
     figure = _op_tables(table.space, tables, norm, f".{decimals}f", **bar)
     figure.axes[-1].minorticks_off()
     return figure
 
 
-def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: list[Candidate]) -> Figure:
+def block_counts_and_widths(
+    space: SearchSpace, trace: list[Tensor], derived: list[Candidate]
+) -> Figure:
     """Left, how many blocks of each stage a path visits on average, over the epochs of a trace of p (blocks, nodes),
     and how many the derived architectures have (one for each of the trace's last entries), without the stem.
     Right, the channels of the last one's layers, and as thin lines the widths that its stages offer.
@@ -214,19 +303,36 @@ def block_counts_and_widths(space: SearchSpace, trace: list[Tensor], derived: li
     colours, handles = _stages(space)
     figure, (left, right) = canvas(WIDTH, 3.6, ((0, 1),))
     visits = torch.stack([visit_probabilities(p) for p in trace]).numpy()
-    members = {s: [block for block in range(1, space.num_blocks) if space.stage[block] == s] for s in colours}
+    members = {
+        s: [block for block in range(1, space.num_blocks) if space.stage[block] == s]
+        for s in colours
+    }
     counts = [visits[:, blocks].sum(axis=1) for blocks in members.values()]
-    left.stackplot(range(len(trace)), counts, colors=[tint(c, 0.7) for c in colours.values()], linewidth=0)
+    left.stackplot(
+        range(len(trace)), counts, colors=[tint(c, 0.7) for c in colours.values()], linewidth=0
+    )
     searched = [len(one.architecture.routing_blocks) for one in derived]
     left.step(range(len(trace) - len(derived), len(trace)), searched, where="mid", color=RED)
     left.set(xlabel="epochs searched", xlim=(0, max(1, len(trace) - 1)))
-    left.set(ylabel="blocks (expected, stacked by stage)", ylim=(0, 1.05 * max(*searched, *sum(counts))))
+    left.set(
+        ylabel="blocks (expected, stacked by stage)", ylim=(0, 1.05 * max(*searched, *sum(counts)))
+    )
     integers(left.xaxis, left.yaxis, right.xaxis)
     depth = 0
-    for block, number in zip(derived[-1].architecture.routing_blocks, derived[-1].path[1:-1], strict=True):
+    for block, number in zip(
+        derived[-1].architecture.routing_blocks, derived[-1].path[1:-1], strict=True
+    ):
         end, colour = depth + 1 + len(block.stack), colours[space.stage[number]]
-        right.add_patch(Rectangle((depth, 0), end - depth, block.out_ch, facecolor=tint(colour, 0.4), linewidth=0))
-        offered = [width for width, stage in zip(space.chs, space.stage, strict=False) if stage == space.stage[number]]
+        right.add_patch(
+            Rectangle(
+                (depth, 0), end - depth, block.out_ch, facecolor=tint(colour, 0.4), linewidth=0
+            )
+        )
+        offered = [
+            width
+            for width, stage in zip(space.chs, space.stage, strict=False)
+            if stage == space.stage[number]
+        ]
         right.hlines(offered, depth, end, color=colour, linewidth=1)
         right.hlines(block.out_ch, depth, end, color=RED, linewidth=2.5)
         right.axvline(end, color=GREY, linewidth=0.8, linestyle=":")
@@ -248,7 +354,9 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
     for arch in named.values():
         blocks = [((block.head, *block.stack), block.out_ch, block.stride) for block in arch.blocks]
         x, row = -0.75 if arch.blocks[0].stride == 2 else -0.25, []
-        for operations, width, stride in blocks + [(("conv1_1",), arch.last_dim, 1)] * bool(arch.last_dim):
+        for operations, width, stride in blocks + [(("conv1_1",), arch.last_dim, 1)] * bool(
+            arch.last_dim
+        ):
             x += 0.75 if stride == 2 else 0.25
             row.append((x, operations, width))
             x += len(operations)
@@ -259,28 +367,45 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
     text = {"size": SMALL, "ha": "center", "va": "center", "color": INK}
     kinds, expansions = set(), set()
     for y, (x, operations, width) in ((y, block) for y, row in enumerate(rows) for block in row):
-        axes.add_patch(Rectangle((x - 0.06, y - 0.46), len(operations) + 0.12, 0.92, facecolor="0.96", edgecolor=GREY))
+        axes.add_patch(
+            Rectangle(
+                (x - 0.06, y - 0.46), len(operations) + 0.12, 0.92, facecolor="0.96", edgecolor=GREY
+            )
+        )
         for centre, op in enumerate(operations, start=1):
             name, _, expansion = _op_name(op).partition(" e")
             height, colour = {"1": 0.28, "3": 0.42}.get(expansion, 0.84), tint(KINDS[name], 0.75)
-            axes.bar(x + centre - 0.5, height, 0.9, y - height / 2, color=colour, linewidth=0, zorder=2)
+            axes.bar(
+                x + centre - 0.5, height, 0.9, y - height / 2, color=colour, linewidth=0, zorder=2
+            )
             kinds.add(name)
             expansions |= {(height, expansion)} if expansion else set()
         count = len(operations)
-        centres = np.arange(count) + 0.5 if bar > 0.14 else [count / 2] * (count * bar > 0.14)  # where numbers fit
+        centres = (
+            np.arange(count) + 0.5 if bar > 0.14 else [count / 2] * (count * bar > 0.14)
+        )  # where numbers fit
         for centre in centres:
-            axes.text(x + centre, y, width, rotation=0 if bar * count / len(centres) > 0.3 else 90, **text)
+            axes.text(
+                x + centre, y, width, rotation=0 if bar * count / len(centres) > 0.3 else 90, **text
+            )
     counts = [(len(arch.routing_blocks), arch.num_layers) for arch in named.values()]
-    labels = [f"{name}\nblocks: {b}, layers: {n}" for name, (b, n) in zip(named, counts, strict=True)]
+    labels = [
+        f"{name}\nblocks: {b}, layers: {n}" for name, (b, n) in zip(named, counts, strict=True)
+    ]
     axes.set_yticks(range(len(named)), labels)
     axes.set(xlim=(-0.2, extent + 0.2), ylim=(len(named) - 0.45, -0.55), xticks=[])
     axes.set_xlabel("layers, from input to output (inside: width in channels; wide gaps: stride 2)")
     bare(axes)
     meaning = {"basic": "BasicBlock", "bottleneck": "Bottleneck", "conv1_1": "1×1 convolution"}
     meaning |= {f"k{size}": f"kernel {size}×{size}" for size in (3, 5, 7)}
-    handles = [Patch(color=tint(KINDS[kind], 0.75), label=meaning[kind]) for kind in KINDS if kind in kinds]
+    handles = [
+        Patch(color=tint(KINDS[kind], 0.75), label=meaning[kind]) for kind in KINDS if kind in kinds
+    ]
     tall = {"linestyle": "", "marker": "|", "markeredgewidth": 6, "color": GREY}
-    handles += [Line2D([], [], markersize=14 * h, label=f"expansion {e}", **tall) for h, e in sorted(expansions)]
+    handles += [
+        Line2D([], [], markersize=14 * h, label=f"expansion {e}", **tall)
+        for h, e in sorted(expansions)
+    ]
     legend_below(figure, handles)
     return figure
 
@@ -295,7 +420,9 @@ def shapes(groups: Mapping[str, Sequence[Architecture]]) -> Figure:
         for arch in members:
             halvings = list(accumulate(block.stride // 2 for block in arch.routing_blocks))
             counts += [(group, k, halvings.count(k)) for k in {*halvings}]
-            along = [block.out_ch for block in arch.routing_blocks for _ in (block.head, *block.stack)]
+            along = [
+                block.out_ch for block in arch.routing_blocks for _ in (block.head, *block.stack)
+            ]
             widths += [(group, layer, width) for layer, width in enumerate(along, start=1)]
     figure, (left, right) = canvas(WIDTH, 3.6, ((0, 1),))
     look = dict(zip(groups, [RED, *COLOURS], strict=False))
@@ -309,6 +436,8 @@ def shapes(groups: Mapping[str, Sequence[Architecture]]) -> Figure:
     right.set(xlabel="layer", ylabel="width (channels)", ylim=(0, None))
     integers(right.xaxis, left.yaxis)
     names = [f"{group} (n = {len(members)})" for group, members in groups.items()]
-    handles = [Patch(color=look[group], label=name) for group, name in zip(groups, names, strict=True)]
+    handles = [
+        Patch(color=look[group], label=name) for group, name in zip(groups, names, strict=True)
+    ]
     legend_below(figure, handles)
     return figure

@@ -17,7 +17,21 @@ from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from .style import BLUE, COLOURS, GREY, INK, ORANGE, RED, SMALL, WIDTH, canvas, heat_map, integers, legend_below, tint
+from .style import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    SMALL,
+    WIDTH,
+    canvas,
+    heat_map,
+    integers,
+    legend_below,
+    tint,
+)
 
 MANY = 20  # classes, beyond which they are neither all named nor numbered
 
@@ -30,13 +44,22 @@ def _short_names(names: Sequence[str], longest: int = 16) -> list[str]:
 
 
 def _legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, handlelength=1.5)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, handlelength=1.5
+    )
 
 
-def _curves(axes: Axes, history: pd.DataFrame, columns: Mapping[str, str], label: str, scale: float = 1) -> None:
+def _curves(
+    axes: Axes, history: pd.DataFrame, columns: Mapping[str, str], label: str, scale: float = 1
+) -> None:
     """The columns (name: legend) of a history over its epochs, with few epochs also their points."""
     lines = scale * history.set_index("epoch").reindex(columns=[*columns]).rename(columns=columns)
-    style = {"style": ["-", "--"], "color": [BLUE, ORANGE], "marker": "o" if len(lines) < 25 else None, "markersize": 3}
+    style = {
+        "style": ["-", "--"],
+        "color": [BLUE, ORANGE],
+        "marker": "o" if len(lines) < 25 else None,
+        "markersize": 3,
+    }
     lines.plot(ax=axes, xlabel="epoch", ylabel=label, legend=False, **style)
     integers(axes.xaxis)
     if len(columns) > 1:
@@ -49,16 +72,30 @@ def search_history(history: pd.DataFrame, unit: str) -> Figure:
     are trained too.
     """
     figure, panels = canvas(WIDTH, 3.1, (range(3),))
-    _curves(panels[0], history, {"train_top1": "train", "val_top1": "val"}, "top-1 accuracy (%)", 100)
+    _curves(
+        panels[0], history, {"train_top1": "train", "val_top1": "val"}, "top-1 accuracy (%)", 100
+    )
     _curves(panels[1], history, {"train_loss": "train", "val_loss": "val"}, "cross-entropy (nats)")
-    _curves(panels[2], history, {"expected_cost": "expected", "derived_cost": "derived"}, f"cost ({unit})")
+    _curves(
+        panels[2],
+        history,
+        {"expected_cost": "expected", "derived_cost": "derived"},
+        f"cost ({unit})",
+    )
     if "target_cost" in history:
-        panels[2].axhline(history["target_cost"].iloc[-1], color=RED, linewidth=1, zorder=1, label="target")
+        panels[2].axhline(
+            history["target_cost"].iloc[-1], color=RED, linewidth=1, zorder=1, label="target"
+        )
         _legend_above(panels[2])
-    updated = history.loc[history["val_loss"].notna(), "epoch"] if "val_loss" in history else history[:0]
+    updated = (
+        history.loc[history["val_loss"].notna(), "epoch"] if "val_loss" in history else history[:0]
+    )
     if len(updated):
         label = f"from epoch {updated.iloc[0]} on alpha and beta are trained too"
-        lines = [axes.axvline(updated.iloc[0], color=GREY, linestyle=":", zorder=1, label=label) for axes in panels]
+        lines = [
+            axes.axvline(updated.iloc[0], color=GREY, linestyle=":", zorder=1, label=label)
+            for axes in panels
+        ]
         legend_below(figure, lines[:1])
     return figure
 
@@ -66,9 +103,18 @@ def search_history(history: pd.DataFrame, unit: str) -> Figure:
 def search_health(history: pd.DataFrame) -> Figure:
     """How decided a search is and for what, over its epochs; columns as `Probabilities.health` gives them."""
     figure, panels = canvas(WIDTH, 2.9, (range(3),))
-    _curves(panels[0], history, {"alpha_entropy": "alpha", "beta_entropy": "beta"}, "entropy (1: undecided)")
     _curves(
-        panels[1], history, {"cheapest_share": "cheapest op", "skip_share": "skip"}, "expected share on a path (%)", 100
+        panels[0],
+        history,
+        {"alpha_entropy": "alpha", "beta_entropy": "beta"},
+        "entropy (1: undecided)",
+    )
+    _curves(
+        panels[1],
+        history,
+        {"cheapest_share": "cheapest op", "skip_share": "skip"},
+        "expected share on a path (%)",
+        100,
     )
     _curves(panels[2], history, {"expected_layers": ""}, "expected depth (layers)")
     for axes in panels[:2]:
@@ -80,9 +126,22 @@ def predicted_latency(frame: pd.DataFrame) -> Figure:
     """Measured latency of whole networks against the sum of their ops; columns predicted, corrected, measured (ms)."""
     figure, (axes,) = canvas(4.6, 4.2)
     axes.plot(
-        frame["predicted"], frame["measured"], "o", color=BLUE, markersize=8, fillstyle="none", label="sum of the ops"
+        frame["predicted"],
+        frame["measured"],
+        "o",
+        color=BLUE,
+        markersize=8,
+        fillstyle="none",
+        label="sum of the ops",
     )
-    axes.plot(frame["corrected"], frame["measured"], "s", color=ORANGE, markersize=4, label="times one factor")
+    axes.plot(
+        frame["corrected"],
+        frame["measured"],
+        "s",
+        color=ORANGE,
+        markersize=4,
+        label="times one factor",
+    )
     both = 0, 1.05 * frame.to_numpy().max()
     axes.plot(both, both, color=GREY, linewidth=0.9, zorder=1)
     axes.set(xlabel="predicted (ms)", ylabel="measured (ms)", xlim=both, ylim=both, aspect="equal")
@@ -108,14 +167,27 @@ def pareto(points: pd.DataFrame) -> pd.DataFrame:
 def _scatter(axes: Axes, points: pd.DataFrame, groups: Sequence[str], x_label: str) -> None:
     """The points by group, with the Pareto front as steps."""
     front = pareto(points)[["cost", "top1"]].to_numpy().repeat(2, axis=0)
-    axes.plot(front[1:, 0], front[:-1, 1], color=GREY, linewidth=0.9, zorder=1, label="Pareto front")
+    axes.plot(
+        front[1:, 0], front[:-1, 1], color=GREY, linewidth=0.9, zorder=1, label="Pareto front"
+    )
     colours = cycle(COLOURS)
-    for group, marker in zip(sorted(groups, key="DenseNAS".__ne__), "osD^vP*X" * len(groups), strict=False):
+    for group, marker in zip(
+        sorted(groups, key="DenseNAS".__ne__), "osD^vP*X" * len(groups), strict=False
+    ):
         members = points[points["group"] == group].sort_values("cost", kind="stable")
         style = (
-            {"color": RED, "linestyle": "-"} if group == "DenseNAS" else {"color": next(colours), "linestyle": "none"}
+            {"color": RED, "linestyle": "-"}
+            if group == "DenseNAS"
+            else {"color": next(colours), "linestyle": "none"}
         )
-        style |= {"marker": marker, "markersize": 6, "zorder": 3, "label": group, "elinewidth": 1.2, "capsize": 3}
+        style |= {
+            "marker": marker,
+            "markersize": 6,
+            "zorder": 3,
+            "label": group,
+            "elinewidth": 1.2,
+            "capsize": 3,
+        }
         axes.errorbar(members["cost"], members["top1"], members.get("std"), **style)
     axes.margins(x=0.18, y=0.12)
     axes.set_ylim(top=min(axes.get_ylim()[1], 101))
@@ -125,13 +197,22 @@ def _scatter(axes: Axes, points: pd.DataFrame, groups: Sequence[str], x_label: s
 def _label(axes: Axes, points: pd.DataFrame) -> None:
     """Writes each name near its point: of a fixed list of places the nearest that covers no point, line or name."""
     axes.figure.draw_without_rendering()  # settles the layout, on which distances depend
-    lines = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xydata()) > 1]
+    lines = [
+        line.get_xydata()
+        for line in axes.lines
+        if line.get_linestyle() != "None" and len(line.get_xydata()) > 1
+    ]
     along = [Path(line).interpolated(30).vertices for line in lines]
     places = points[["cost", "top1"]].to_numpy()
-    dots, point = axes.transData.transform(np.concatenate([*along, *[places] * 10])), axes.figure.dpi / 72
+    dots, point = (
+        axes.transData.transform(np.concatenate([*along, *[places] * 10])),
+        axes.figure.dpi / 72,
+    )
     ruler, names = axes.text(0, 0, "", size=SMALL), []
     arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-    for name, xy, centre in zip(points["name"], places, axes.transData.transform(places), strict=True):
+    for name, xy, centre in zip(
+        points["name"], places, axes.transData.transform(places), strict=True
+    ):
         ruler.set_text(name)
         size, options = np.array(ruler.get_window_extent().size), []
         for distance, angle in product((5, 9, 14, 20, 28, 38), np.arange(16) * np.pi / 8):
@@ -164,15 +245,41 @@ def evidence(results: pd.DataFrame) -> Figure:
     and top1 (share of 1). Faint points are networks, strong ones a design's mean at a target with standard deviation.
     """
     figure, (axes,) = canvas(7, 4.4)
-    look = zip(["DenseNAS", *sorted({*results["design"]} - {"DenseNAS"})], [RED, *COLOURS], "oDs^v", strict=False)
+    look = zip(
+        ["DenseNAS", *sorted({*results["design"]} - {"DenseNAS"})],
+        [RED, *COLOURS],
+        "oDs^v",
+        strict=False,
+    )
     for design, colour, marker in look:
         rows = results[results["design"] == design].assign(top1=100 * results["top1"])
-        axes.plot(rows["mult_adds_m"], rows["top1"], marker, color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
+        axes.plot(
+            rows["mult_adds_m"],
+            rows["top1"],
+            marker,
+            color=colour,
+            alpha=0.3,
+            markersize=4,
+            markeredgewidth=0,
+        )
         groups = rows.groupby("target")
         means, deviation = groups[["mult_adds_m", "top1"]].mean(), groups["top1"].std()
         label = f"{design} (n = {groups.size().min()} a target)"
-        style = {"color": colour, "marker": marker, "markersize": 6, "capsize": 3, "linewidth": 1.2, "label": label}
-        axes.errorbar(means["mult_adds_m"], means["top1"], deviation, zorder=4 if design == "DenseNAS" else 3, **style)
+        style = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 6,
+            "capsize": 3,
+            "linewidth": 1.2,
+            "label": label,
+        }
+        axes.errorbar(
+            means["mult_adds_m"],
+            means["top1"],
+            deviation,
+            zorder=4 if design == "DenseNAS" else 3,
+            **style,
+        )
     axes.set(xlabel="Mult-Adds (millions)", ylabel="top-1 accuracy on test (%)")
     legend_below(figure, [*axes.get_legend_handles_labels()[0]])
     return figure
@@ -183,15 +290,28 @@ def one_shot_ranking(ranking: pd.DataFrame) -> Figure:
     Mult-Adds), one_shot and retrained (shares of 1).
     """
     figure, (axes,) = canvas(4.8, 4)
-    for (target, rows), colour, marker in zip(ranking.groupby("target"), COLOURS, "osD^vP*", strict=False):
+    for (target, rows), colour, marker in zip(
+        ranking.groupby("target"), COLOURS, "osD^vP*", strict=False
+    ):
         label = f"{target:g} M Mult-Adds"
-        axes.plot(100 * rows["one_shot"], 100 * rows["retrained"], marker, color=colour, markersize=5, label=label)
-    axes.set(xlabel="path in the supernet, top-1 on val (%)", ylabel="trained alone, top-1 on test (%)")
+        axes.plot(
+            100 * rows["one_shot"],
+            100 * rows["retrained"],
+            marker,
+            color=colour,
+            markersize=5,
+            label=label,
+        )
+    axes.set(
+        xlabel="path in the supernet, top-1 on val (%)", ylabel="trained alone, top-1 on test (%)"
+    )
     legend_below(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
-def published_accuracy(paper: Mapping[str, Any], against: Literal["mult_adds", "latency"]) -> Figure:
+def published_accuracy(
+    paper: Mapping[str, Any], against: Literal["mult_adds", "latency"]
+) -> Figure:
     """ImageNet top-1 accuracy of published networks against their Mult-Adds or latency, in both of the paper's spaces.
 
     `paper` is what data/paper.json holds. Networks without the wanted number are left out, the unnamed points of the
@@ -199,17 +319,29 @@ def published_accuracy(paper: Mapping[str, Any], against: Literal["mult_adds", "
     """
     published, families = paper["published"], {"DenseNAS": "DenseNAS", "Random": "random search"}
     families |= dict.fromkeys(("MobileNet", "ResNet"), "designed by hand") | {"": "other search"}
-    extra = {"mobilenetv2": ("model", "FLOPs", "latency_ms", "top1"), "resnet": ("model", "FLOPs", "top1")}
-    x_label = {"mult_adds": "Mult-Adds (millions)", "latency": "latency (ms, TITAN XP, batch 32)"}[against]
+    extra = {
+        "mobilenetv2": ("model", "FLOPs", "latency_ms", "top1"),
+        "resnet": ("model", "FLOPs", "top1"),
+    }
+    x_label = {"mult_adds": "Mult-Adds (millions)", "latency": "latency (ms, TITAN XP, batch 32)"}[
+        against
+    ]
     figure, panels = canvas(WIDTH, 4.6, (range(2),), width_ratios=(1.4, 1))
     drawn = []
-    for axes, space, title in zip(panels, extra, ("MobileNetV2 space", "ResNet space"), strict=True):
+    for axes, space, title in zip(
+        panels, extra, ("MobileNetV2 space", "ResNet space"), strict=True
+    ):
         named, curve = published[f"{space}_space"], published[f"{space}_curve_extra"]
         rows = [dict(zip(published[f"{space}_space_columns"], row, strict=True)) for row in named]
         points = pd.DataFrame(rows + [dict(zip(extra[space], row, strict=True)) for row in curve])
         points["name"] = points["model"].where(points.index < len(named), "")
-        points["group"] = [next(group for key, group in families.items() if key in name) for name in points["model"]]
-        flops = points["FLOPs"].str[:-1].astype(float) * points["FLOPs"].str[-1].map({"M": 1, "B": 1000})
+        points["group"] = [
+            next(group for key, group in families.items() if key in name)
+            for name in points["model"]
+        ]
+        flops = points["FLOPs"].str[:-1].astype(float) * points["FLOPs"].str[-1].map(
+            {"M": 1, "B": 1000}
+        )
         points["cost"] = flops if against == "mult_adds" else points["latency_ms"]
         points = points.dropna(subset="cost")
         axes.set_title(title)
@@ -228,7 +360,9 @@ def confusion(matrix: list[list[int]], classes: list[str]) -> Figure:
     counts, many = np.array(matrix), len(classes) > MANY
     side = min(6.2, 2.6 + 0.4 * len(classes))
     figure, (left, right) = canvas(side + 1.8, side, ((0, 1),), width_ratios=(4.5, 1))
-    mesh = heat_map(left, np.ma.masked_equal(counts, 0), LogNorm(1, max(2, counts.max())), "" if many else "d")
+    mesh = heat_map(
+        left, np.ma.masked_equal(counts, 0), LogNorm(1, max(2, counts.max())), "" if many else "d"
+    )
     names, ticks = _short_names(classes), np.arange(0, len(classes), math.ceil(len(classes) / MANY))
     rotation = 90 if max(map(len, names)) * min(len(names), MANY) > 60 else 0
     left.set_xticks(ticks + 0.5, [names[k] for k in ticks], rotation=rotation)
@@ -236,7 +370,13 @@ def confusion(matrix: list[list[int]], classes: list[str]) -> Figure:
     left.set(xlabel="prediction" if many else "prediction (numbers: images)", ylabel="truth")
     with np.errstate(invalid="ignore"):
         accuracy = 100 * counts.diagonal() / counts.sum(axis=1)
-    right.barh(np.arange(len(classes)) + 0.5, accuracy, height=1 if many else 0.7, color=tint(BLUE, 0.7), linewidth=0)
+    right.barh(
+        np.arange(len(classes)) + 0.5,
+        accuracy,
+        height=1 if many else 0.7,
+        color=tint(BLUE, 0.7),
+        linewidth=0,
+    )
     right.axvline(np.nanmean(accuracy), color=INK, linestyle=":")
     right.set(xlabel="accuracy (%)", xlim=(0, 100), ylim=(len(classes), 0), yticks=[])
     right.set_title(f"mean {np.nanmean(accuracy):.1f} %", weight="normal")
@@ -267,12 +407,16 @@ def class_counts(counts: Mapping[str, list[int]], classes: list[str]) -> Figure:
     figure, (axes,) = canvas(WIDTH if len(classes) > 6 else 6, 3.2)
     if len(classes) > MANY:
         for split, numbers in counts.items():
-            axes.step(range(1, len(classes) + 1), sorted(numbers, reverse=True), where="mid", label=split)
+            axes.step(
+                range(1, len(classes) + 1), sorted(numbers, reverse=True), where="mid", label=split
+            )
         axes.set(xlabel="classes, largest first (each split by itself)", ylim=(0, None))
     else:
         names = _short_names(classes)
         rotation = 90 if max(map(len, names)) * len(names) > 100 else 0
-        pd.DataFrame(counts, index=names).plot.bar(ax=axes, width=0.8, color=COLOURS, linewidth=0, rot=rotation)
+        pd.DataFrame(counts, index=names).plot.bar(
+            ax=axes, width=0.8, color=COLOURS, linewidth=0, rot=rotation
+        )
         axes.grid(False, axis="x")
         axes.set(xlabel="class")
     axes.set_ylabel("images")
@@ -289,7 +433,13 @@ def image_sizes(sizes: list[tuple[int, int]]) -> Figure:
     left.scatter(widths, heights, s=14, color=BLUE, alpha=0.35, linewidth=0)
     limit = 1.1 * max(widths.max(), heights.max())
     left.axline((0, 0), (1, 1), color=GREY, linestyle=":")
-    left.set(xlabel="width (pixels)", ylabel="height (pixels)", xlim=(0, limit), ylim=(0, limit), aspect="equal")
+    left.set(
+        xlabel="width (pixels)",
+        ylabel="height (pixels)",
+        xlim=(0, limit),
+        ylim=(0, limit),
+        aspect="equal",
+    )
     right.hist(np.minimum(widths, heights), bins=40, range=(0, limit), color=BLUE, linewidth=0)
     right.set(xlabel="shorter side (pixels)", ylabel="images", xlim=(0, limit))
     return figure

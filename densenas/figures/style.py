@@ -18,7 +18,9 @@ from matplotlib.ticker import MaxNLocator
 WIDTH = 9.0  # inches, of the widest figures
 SMALL = 8  # points, the smallest text
 INK, GREY, RED = "0.15", "0.6", "#d40020"  # red: what was derived, and DenseNAS among others
-BLUE, ORANGE, GREEN, _, PINK, TAN, _, _, _, SKY = sns.color_palette("colorblind")  # without what resembles red
+BLUE, ORANGE, GREEN, _, PINK, TAN, _, _, _, SKY = sns.color_palette(
+    "colorblind"
+)  # without what resembles red
 COLOURS = [BLUE, ORANGE, GREEN, PINK, "#d4c000", SKY, TAN]
 KINDS = {"k3": SKY, "k5": ORANGE, "k7": GREEN, "basic": SKY, "bottleneck": PINK, "conv1_1": "0.75"}
 HEAT = ListedColormap(sns.color_palette("mako_r", as_cmap=True)(np.linspace(0, 0.85, 256)))
@@ -26,7 +28,12 @@ HEAT = ListedColormap(sns.color_palette("mako_r", as_cmap=True)(np.linspace(0, 0
 # The style of all figures; SVG files hold text as text and are the same bytes for the same data.
 sizes = dict.fromkeys(("font.size", "axes.labelsize"), 9) | {"axes.titlesize": 9.5}
 sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5)
-lines = {"axes.linewidth": 0.8, "grid.linewidth": 0.6, "lines.linewidth": 1.6, "patch.linewidth": 0.8}
+lines = {
+    "axes.linewidth": 0.8,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "patch.linewidth": 0.8,
+}
 fonts = {"font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}  # the first comes with matplotlib
 files = {"svg.fonttype": "none", "svg.hashsalt": "densenas", "figure.dpi": 100}
 rc = {"legend.frameon": False, "legend.columnspacing": 1.4, "axes.titleweight": "bold"}
@@ -42,7 +49,9 @@ def canvas(
 ) -> tuple[Figure, list[Axes]]:
     """A figure of so many inches with its axes in the order of the mosaic's numbers."""
     mosaic = [[*row] for row in mosaic]
-    figure, axes = plt.subplot_mosaic(mosaic, figsize=(width, height), layout="constrained", **options)
+    figure, axes = plt.subplot_mosaic(
+        mosaic, figsize=(width, height), layout="constrained", **options
+    )
     plt.close(figure)  # it lives on as an object; left open, a notebook would show it twice
     return figure, list(axes.values())
 
@@ -71,7 +80,12 @@ def heat_map(axes: Axes, matrix: np.ndarray, norm: Normalize, formatted: str = "
     axes.set_ylim(len(matrix), 0)
     bare(axes)
     for (row, column), value in np.ma.ndenumerate(matrix) if formatted else ():
-        style = {"color": "white" if norm(value) > 0.4 else INK, "size": SMALL, "ha": "center", "va": "center"}
+        style = {
+            "color": "white" if norm(value) > 0.4 else INK,
+            "size": SMALL,
+            "ha": "center",
+            "va": "center",
+        }
         axes.text(column + 0.5, row + 0.5, format(value, formatted), **style)
     return mesh
 

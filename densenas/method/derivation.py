@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from densenas import ops
-from densenas.architecture import Architecture
-from densenas.config import refuse
-from densenas.cost import CostTable
+from densenas.files import refuse
+from densenas.method import ops
+from densenas.method.architecture import Architecture
+from densenas.method.cost import CostTable
 
 BINS = 16384  # of cost, from nothing to the dearest network of interest
 
@@ -32,7 +32,9 @@ def visit_probabilities(p: Tensor) -> Tensor:
     The forward recursion over p (blocks, nodes), v_0 = 1 and v_j = Σ_i v_i p_ij, is one triangular system.
     """
     eye = torch.eye(len(p), dtype=p.dtype, device=p.device)
-    visits = torch.linalg.solve_triangular((eye - p[:, :-1]).T, eye[:, :1], upper=False, unitriangular=True)
+    visits = torch.linalg.solve_triangular(
+        (eye - p[:, :-1]).T, eye[:, :1], upper=False, unitriangular=True
+    )
     return torch.cat([visits, p[:, -1:].T @ visits]).flatten()
 
 
@@ -80,7 +82,11 @@ class Lattice:
     """
 
     def __init__(
-        self, table: CostTable, p: Tensor | None = None, head: Tensor | None = None, stack: Tensor | None = None
+        self,
+        table: CostTable,
+        p: Tensor | None = None,
+        head: Tensor | None = None,
+        stack: Tensor | None = None,
     ) -> None:
         self.table, self.space = table, table.space
         self.space.refuse_endless()
@@ -89,12 +95,16 @@ class Lattice:
         head = torch.ones(len(space.head_edges), len(space.head_ops)) if head is None else head
         stack = torch.ones(sum(space.num_layers), len(space.stack_ops)) if stack is None else stack
         log_p = p.double().log().tolist()
-        log_head, log_stack = ([(row - row.max()).tolist() for row in v.double().log()] for v in (head, stack))
+        log_head, log_stack = (
+            [(row - row.max()).tolist() for row in v.double().log()] for v in (head, stack)
+        )
         self.start, self.end, layers = 1, 2 * last, iter(log_stack)
         self.arcs: dict[int, list[Arc]] = {state: [] for state in range(self.start, self.end)}
         for j in range(1, last):
             self.arcs[2 * j] = self._stacks(j, [*islice(layers, space.num_layers[j])])
-        for (i, j), chances, costs in zip(space.head_edges, log_head, chain(*table.head), strict=True):
+        for (i, j), chances, costs in zip(
+            space.head_edges, log_head, chain(*table.head), strict=True
+        ):
             for op, chance, cost in zip(space.head_ops, chances, costs, strict=True):
                 self.arcs[2 * i + 1].append(Arc(2 * j, (op,), log_p[i][j] + chance, cost))
         for i, cost in table.derived_ends().items():
@@ -118,7 +128,9 @@ class Lattice:
     def _candidate(self, arcs: list[Arc]) -> Candidate:
         edges, stacks = arcs[::2], arcs[1::2]
         path = (0, *(edge.to // 2 for edge in edges))
-        chosen = [(edge.ops[0], inside.ops) for edge, inside in zip(edges[:-1], stacks, strict=True)]
+        chosen = [
+            (edge.ops[0], inside.ops) for edge, inside in zip(edges[:-1], stacks, strict=True)
+        ]
         log_p, cost = sum(arc.log_p for arc in arcs), sum(arc.cost for arc in arcs)
         return Candidate(self.space.architecture(path, chosen), path, log_p, self.table.stem + cost)
 
@@ -126,11 +138,17 @@ class Lattice:
         """The k most probable architectures, the best first."""
         walks: dict[int, list[tuple[float, tuple[Arc, ...]]]] = {self.end: [(0.0, ())]}
         for state in sorted(self.arcs, reverse=True):
-            onward = ((arc.log_p + log_p, (arc, *rest)) for arc in self.arcs[state] for log_p, rest in walks[arc.to])
+            onward = (
+                (arc.log_p + log_p, (arc, *rest))
+                for arc in self.arcs[state]
+                for log_p, rest in walks[arc.to]
+            )
             walks[state] = heapq.nlargest(k, onward, key=lambda walk: walk[0])
         return [self._candidate([*arcs]) for _, arcs in walks[self.start]]
 
-    def _walk(self, position: int, width: float, choose: Callable[[list[tuple[Arc, int]]], int]) -> Candidate:
+    def _walk(
+        self, position: int, width: float, choose: Callable[[list[tuple[Arc, int]]], int]
+    ) -> Candidate:
         """From start to end at a cost of so many bins; `choose` picks one of the arcs, each with the bins it leaves."""
         state, walk = self.start, []
         while state != self.end:
@@ -162,7 +180,9 @@ class Lattice:
         cost found is inside for sure.
         """
         width = high / BINS
-        margin = width * (self.space.num_blocks + 1)  # half a bin for each of at most two arcs a block
+        margin = width * (
+            self.space.num_blocks + 1
+        )  # half a bin for each of at most two arcs a block
         first = max(0, math.ceil((low - self.table.stem + margin) / width))
         final = max(0, math.floor((high - self.table.stem - margin) / width) + 1)
         best = {self.end: np.where(np.arange(BINS + 1) == 0, 0.0, -np.inf)}
@@ -174,7 +194,9 @@ class Lattice:
                     np.maximum(here, best[arc.to][: BINS + 1 - shift] + arc.log_p, out=here)
         window = best[self.start][first:final]
         if not np.isfinite(window).any():
-            raise ValueError(self._none(low, high) + ", it reaches from {:.4g} to {:.4g}".format(*self.reach))
+            raise ValueError(
+                self._none(low, high) + ", it reaches from {:.4g} to {:.4g}".format(*self.reach)
+            )
 
         def choose(ways: list[tuple[Arc, int]]) -> int:
             return np.argmax([best[arc.to][rest] + arc.log_p for arc, rest in ways])

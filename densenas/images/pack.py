@@ -27,10 +27,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from densenas.config import atomic, write_text
-from densenas.decoding import SHORTER, decode, middle
-from densenas.run import progress
-from densenas.store import (
+from densenas.files import atomic, write_text
+from densenas.images.decoding import SHORTER, decode, middle
+from densenas.images.store import (
     MEND,
     SUMS,
     TABLES,
@@ -43,7 +42,8 @@ from densenas.store import (
     reason_of,
     resume,
     sha256,
-)  # fmt: skip
+)
+from densenas.runs.run import progress
 
 CORES = len(os.sched_getaffinity(0))
 CHUNK = 64  # images a commit: what a kill can cost

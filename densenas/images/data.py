@@ -16,20 +16,25 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from densenas.config import Augment, Dataset, Strict, read_json, write_text
-from densenas.folders import named
-from densenas.loading import transform
-from densenas.pack import Item, Packed, read_manifest, verify, write_pack
-from densenas.run import Run
-from densenas.settings import DataConfig
-from densenas.sources import CLASSES, read_source, root_of
-from densenas.store import sha256
+from densenas.files import Strict, read_json, write_text
+from densenas.images.folders import named
+from densenas.images.loading import transform
+from densenas.images.pack import Item, Packed, read_manifest, verify, write_pack
+from densenas.images.sources import CLASSES, read_source, root_of
+from densenas.images.store import sha256
+from densenas.runs.run import Run
+from densenas.settings import Augment, DataConfig, Dataset
 
 TEST_FRACTION = 0.2  # where a data set brings no test split of its own
 SPLITS = ("train", "val", "test")
 RESIDENT_BYTES = 1 << 30  # decoded, up to which a data set is held in memory
-SAMPLE = 2000  # images that stand for a set too large to be held, in its mean and standard deviation
-IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and standard deviation, as every published model has
+SAMPLE = (
+    2000  # images that stand for a set too large to be held, in its mean and standard deviation
+)
+IMAGENET = (
+    [0.485, 0.456, 0.406],
+    [0.229, 0.224, 0.225],
+)  # mean and standard deviation, as every published model has
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,9 @@ class ImageData:
     std: list[float]
     digest: str  # of all images, labels and splits, and of how they are read
     augment: Augment = "weak"  # what training does to an image
-    resident: bool = True  # held in memory at image_size, or else read from the pack again in every epoch
+    resident: bool = (
+        True  # held in memory at image_size, or else read from the pack again in every epoch
+    )
 
     @property
     def splits(self) -> dict[str, Split | Packed]:
@@ -273,14 +280,20 @@ def _classes(found: list[str], wanted: int | list[str] | None) -> list[str]:
         raise ValueError("num_classes names a class twice")
     foreign = [name for name in classes if name not in found]
     if foreign:
-        raise ValueError(f"num_classes names {named(foreign)}, which is not a class of the data set")
+        raise ValueError(
+            f"num_classes names {named(foreign)}, which is not a class of the data set"
+        )
     if len(classes) < 2:
-        have = f"only the class '{classes[0]}' is there" if classes else "num_classes names no class"
+        have = (
+            f"only the class '{classes[0]}' is there" if classes else "num_classes names no class"
+        )
         raise ValueError(f"{have}, at least 2 are needed")
     return classes
 
 
-def _assign(items: list[Item], val_fraction: float, seed: int, grows: bool = True) -> dict[str, str]:
+def _assign(
+    items: list[Item], val_fraction: float, seed: int, grows: bool = True
+) -> dict[str, str]:
     """train, val or test for every key: what the source says, and what it leaves open by a hash of the key.
 
     A test split drawn here has no seed in its hash: another seed must not leak test images into training.
@@ -308,7 +321,12 @@ def _draw(keys: list[str], fraction: float, salt: str, grows: bool) -> list[str]
     """
 
     def share(key: str) -> float:
-        return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
+        return (
+            int.from_bytes(
+                hashlib.sha256(f"{salt}:{key}".encode("utf-8", "surrogateescape")).digest()[:8]
+            )
+            / 2**64
+        )
 
     ordered = sorted(keys, key=share)
     below = sum(share(key) < fraction for key in keys) if grows else round(fraction * len(keys))
@@ -344,10 +362,19 @@ def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
     if data.resident:
         parts = [data.train.images, data.val.images]
     else:
-        steps, every = transform(None, data.image_size), max(1, (len(data.train) + len(data.val)) // SAMPLE)
-        parts = [steps(part.read(k))[None] for part in (data.train, data.val) for k in range(0, len(part), every)]
+        steps, every = (
+            transform(None, data.image_size),
+            max(1, (len(data.train) + len(data.val)) // SAMPLE),
+        )
+        parts = [
+            steps(part.read(k))[None]
+            for part in (data.train, data.val)
+            for k in range(0, len(part), every)
+        ]
     counts = sum(
-        torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        torch.stack(
+            [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+        )
         for images in parts
     )
     share, values = counts.double() / counts[0].sum(), torch.arange(256, dtype=torch.float64) / 255

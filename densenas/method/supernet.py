@@ -12,14 +12,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from densenas import ops
-from densenas.architecture import Architecture
-from densenas.config import refuse
-from densenas.cost import CostTable
-from densenas.derivation import expected_cost
-from densenas.space import Layer, SearchSpace
+from densenas.files import refuse
+from densenas.method import ops
+from densenas.method.architecture import Architecture
+from densenas.method.cost import CostTable
+from densenas.method.derivation import expected_cost
+from densenas.method.space import Layer, SearchSpace
 
-Term = tuple[int, Tensor | None]  # an active candidate and its weight; None for a weight that can only be 1
+Term = tuple[
+    int, Tensor | None
+]  # an active candidate and its weight; None for a weight that can only be 1
 Indices = list[list[list[int]]]  # block → edge or layer → candidates
 
 
@@ -60,23 +62,37 @@ class SuperNet(nn.Module):
         norm = ops.batch_norm(affine=False, eps=space.bn_eps, momentum=space.bn_momentum)
         activation = nn.ReLU6 if space.net_type == "mbv2" else nn.ReLU
         self.stem = ops.conv_norm(3, space.init_dim, norm, activation, kernel_size=3, stride=2)
-        self.stem.extend(ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem)
+        self.stem.extend(
+            ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem
+        )
         head, stack, final = space.layers(space.input_size)
-        self.blocks = nn.ModuleList(RoutingBlock(*rows, norm) for rows in zip(head, stack, strict=True))
-        self.final = nn.ModuleList(ops.conv_norm(channels, out, norm, nn.ReLU6) for _, channels, out, *_ in final)
+        self.blocks = nn.ModuleList(
+            RoutingBlock(*rows, norm) for rows in zip(head, stack, strict=True)
+        )
+        self.final = nn.ModuleList(
+            ops.conv_norm(channels, out, norm, nn.ReLU6) for _, channels, out, *_ in final
+        )
         self.classifier = nn.Linear(space.last_dim, num_classes)
         ops.init_weights(self)
 
         def logits(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape))
 
-        self.beta = nn.ParameterList(logits(len(space.outgoing(i))) for i in range(space.num_blocks))
+        self.beta = nn.ParameterList(
+            logits(len(space.outgoing(i))) for i in range(space.num_blocks)
+        )
         self.alpha_head = nn.ParameterList(logits(len(rows), len(space.head_ops)) for rows in head)
-        self.alpha_stack = nn.ParameterList(logits(len(rows), len(space.stack_ops)) for rows in stack)
+        self.alpha_stack = nn.ParameterList(
+            logits(len(rows), len(space.stack_ops)) for rows in stack
+        )
         self._incoming = [space.incoming(node) for node in range(space.num_blocks + 1)]
         # Where edges stand in the matrix of their probabilities, kept on the device so that no step waits for the host.
         final = [(i, space.num_blocks) for i in self._incoming[-1]]
-        for name, edges in (("_edge", space.edges), ("_head_edge", space.head_edges), ("_final_edge", final)):
+        for name, edges in (
+            ("_edge", space.edges),
+            ("_head_edge", space.head_edges),
+            ("_final_edge", final),
+        ):
             self.register_buffer(name, torch.tensor(edges).T.contiguous(), persistent=False)
 
     def arch_parameters(self) -> list[nn.Parameter]:
@@ -85,7 +101,9 @@ class SuperNet(nn.Module):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Everything else that is trained."""
-        return [p for name, p in self.named_parameters() if not name.startswith(("alpha_", "beta."))]
+        return [
+            p for name, p in self.named_parameters() if not name.startswith(("alpha_", "beta."))
+        ]
 
     def path_probabilities(self) -> Tensor:
         """p_ij = softmax(beta_i / temperature) as a matrix (blocks, nodes), 0 where there is no edge (section 3.2)."""
@@ -160,7 +178,9 @@ class SuperNet(nn.Module):
         with torch.no_grad():
             both = self.alpha_head, self.alpha_stack
             for alphas, mixture, mass in zip(both, self._mixtures(choice), before, strict=True):
-                shift = (mass - mixture.logits.logsumexp(dim=1))[:, None] * (mixture.logits > -torch.inf)
+                shift = (mass - mixture.logits.logsumexp(dim=1))[:, None] * (
+                    mixture.logits > -torch.inf
+                )
                 torch._foreach_add_([*alphas], shift.split([len(alpha) for alpha in alphas]))
 
     @torch.no_grad()
@@ -184,13 +204,19 @@ class Mixture:
     def __init__(self, alphas: nn.ParameterList, choice: Indices | None, what: str) -> None:
         alpha = torch.cat([*alphas])
         layers, candidates = alpha.shape
-        self.rows = [[*range(candidates)]] * layers if choice is None else _rows(choice, alphas, what)
-        active = [row * candidates + index for row, indices in enumerate(self.rows) for index in indices]
+        self.rows = (
+            [[*range(candidates)]] * layers if choice is None else _rows(choice, alphas, what)
+        )
+        active = [
+            row * candidates + index for row, indices in enumerate(self.rows) for index in indices
+        ]
         # Pinned, the copy does not make the host wait for the device.
         index = torch.tensor(active, dtype=torch.long, pin_memory=alpha.is_cuda)
         self.active = index.to(alpha.device, non_blocking=True)
         logits = torch.full_like(alpha, -torch.inf).flatten()
-        self.logits = logits.index_put((self.active,), alpha.flatten()[self.active]).view(layers, candidates)
+        self.logits = logits.index_put((self.active,), alpha.flatten()[self.active]).view(
+            layers, candidates
+        )
         self.weights = self.logits.softmax(dim=1)
 
     def active_layers(self, scale: Tensor | None = None) -> Iterator[list[Term]]:
@@ -202,7 +228,9 @@ class Mixture:
             yield [(row[0], None)] if scale is None and len(row) == 1 else terms
 
 
-def mixed(candidates: nn.ModuleList, x: Tensor, terms: list[Term], y: Tensor | None = None) -> Tensor:
+def mixed(
+    candidates: nn.ModuleList, x: Tensor, terms: list[Term], y: Tensor | None = None
+) -> Tensor:
     """y + Σ weight · candidate(x) over the active candidates of one mixed layer (section 3.2)."""
     for index, weight in terms:
         out = candidates[index](x)
@@ -215,14 +243,20 @@ def mixed(candidates: nn.ModuleList, x: Tensor, terms: list[Term], y: Tensor | N
 def _rows(choice: Indices, alphas: nn.ParameterList, what: str) -> list[list[int]]:
     """The layers of all blocks in one list; ValueError where a choice does not fit the supernet."""
     if len(choice) != len(alphas):
-        raise ValueError(f"choice.{what} has {len(choice)} blocks, the space has {len(alphas)} after the stem")
+        raise ValueError(
+            f"choice.{what} has {len(choice)} blocks, the space has {len(alphas)} after the stem"
+        )
     for block, (layers, alpha) in enumerate(zip(choice, alphas, strict=True), start=1):
         if len(layers) != len(alpha):
-            raise ValueError(f"choice.{what}: block {block} has {len(layers)} layers, the space has {len(alpha)}")
+            raise ValueError(
+                f"choice.{what}: block {block} has {len(layers)} layers, the space has {len(alpha)}"
+            )
         for row in layers:
             if not row or len(set(row)) < len(row) or min(row) < 0 or max(row) >= alpha.shape[1]:
                 expected = f"expected different ones of 0 to {alpha.shape[1] - 1}"
-                raise ValueError(f"choice.{what}: block {block} has the candidates {row}, {expected}")
+                raise ValueError(
+                    f"choice.{what}: block {block} has the candidates {row}, {expected}"
+                )
     return [row for layers in choice for row in layers]
 
 
@@ -232,7 +266,9 @@ def best_paths(space: SearchSpace, p: Tensor, k: int = 1) -> list[tuple[float, t
     """
     log_p, ways = p.double().log().tolist(), {space.num_blocks: [(0.0, (space.num_blocks,))]}
     for i in reversed(range(space.num_blocks)):
-        onward = ((log_p[i][j] + rest, (i, *path)) for j in space.outgoing(i) for rest, path in ways[j])
+        onward = (
+            (log_p[i][j] + rest, (i, *path)) for j in space.outgoing(i) for rest, path in ways[j]
+        )
         ways[i] = heapq.nlargest(k, onward, key=lambda way: way[0])
     return [(math.exp(log_probability), path) for log_probability, path in ways[0]]
 
@@ -244,11 +280,16 @@ def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Archit
     """
     path = best_paths(space, p)[0][1]
     rows = {edge: row for row, edge in enumerate(space.head_edges)}
-    best_head, best_stack = head.argmax(dim=1).tolist(), stack.argmax(dim=1).tolist() if stack.numel() else []
+    best_head, best_stack = (
+        head.argmax(dim=1).tolist(),
+        stack.argmax(dim=1).tolist() if stack.numel() else [],
+    )
     chosen = []
     for i, j in pairwise(path[:-1]):
         first = sum(space.num_layers[:j])
-        layers = [space.stack_ops[index] for index in best_stack[first : first + space.num_layers[j]]]
+        layers = [
+            space.stack_ops[index] for index in best_stack[first : first + space.num_layers[j]]
+        ]
         kept = tuple(op for op in layers if op != ops.SKIP)
         chosen.append((space.head_ops[best_head[rows[i, j]]], kept))
     return space.architecture(path, chosen)

@@ -20,10 +20,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
-from torch.multiprocessing.spawn import ProcessContext, ProcessException, ProcessExitedException, start_processes
+from torch.multiprocessing.spawn import (
+    ProcessContext,
+    ProcessException,
+    ProcessExitedException,
+    start_processes,
+)
 
-from densenas.device import pick_device
-from densenas.loading import rank_and_world
+from densenas.images.loading import rank_and_world
+from densenas.training.device import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
 GOES_ON = "goes on from the last checkpoint, with any number of devices"
@@ -39,12 +44,16 @@ def check_devices(device: str, devices: int) -> None:
     if type(devices) is not int or devices < 1:
         raise ValueError(f"devices is {devices!r}, expected at least 1")
     if devices > 1 and ":" in device:
-        raise ValueError(f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda")
+        raise ValueError(
+            f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda"
+        )
     most, what = len(os.sched_getaffinity(0)), "processor cores"
     if pick_device(device).type == "cuda":
         most, what = torch.cuda.device_count(), "GPUs"
     if devices > most:
-        raise ValueError(f"devices is {devices}, expected at least 1 and at most {most}, the {what} of this machine")
+        raise ValueError(
+            f"devices is {devices}, expected at least 1 and at most {most}, the {what} of this machine"
+        )
 
 
 def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settings: Any) -> None:
@@ -85,11 +94,15 @@ def _failure(error: ProcessException, devices: int, folder: Path) -> Exception:
     lost = isinstance(error, ProcessExitedException) and error.exit_code < 0
     if lost or not reports:
         ended = str(error).strip().splitlines()[-1]
-        return RuntimeError(f"process {error.error_index} of {devices} ended ({ended}); the same call {GOES_ON}")
+        return RuntimeError(
+            f"process {error.error_index} of {devices} ended ({ended}); the same call {GOES_ON}"
+        )
     _, rank, kind, sentence = min(reports)
     if kind in TOLD:
         return getattr(builtins, kind)(sentence)
-    return RuntimeError(f"process {rank} of {devices} ended ({kind}: {sentence}); the same call {GOES_ON}")
+    return RuntimeError(
+        f"process {rank} of {devices} ended ({kind}: {sentence}); the same call {GOES_ON}"
+    )
 
 
 def _member(
@@ -103,7 +116,12 @@ def _member(
     """The function as one of the processes that `launch` started; what it raises is kept in `folder` with its time."""
     # Not to outlive whoever launched it; a shell may have told it to ignore SIGINT, which PyTorch would send.
     _prctl_pr_set_pdeathsig(signal.SIGTERM)
-    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", world)):
+    for name, value in (
+        ("RANK", rank),
+        ("WORLD_SIZE", world),
+        ("LOCAL_RANK", rank),
+        ("LOCAL_WORLD_SIZE", world),
+    ):
         os.environ[name] = str(value)
     # They meet over a file and the loopback device. Torchrun's way would ask a name server for this machine's own name,
     # which in a container nobody may know, and wait for the answer again and again.
@@ -126,21 +144,33 @@ def _line(error: Exception) -> str:
 
 
 @record
-def together(function: Callable[..., Any], arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+def together(
+    function: Callable[..., Any], arguments: tuple[Any, ...], settings: Mapping[str, Any]
+) -> None:
     """The function as one of the processes that torchrun started; where it fails, the last line says what to do."""
-    device, rank, world = settings.get("device", "auto"), os.environ["RANK"], os.environ["WORLD_SIZE"]
+    device, rank, world = (
+        settings.get("device", "auto"),
+        os.environ["RANK"],
+        os.environ["WORLD_SIZE"],
+    )
     try:
         if int(world) > 1 and ":" in device:
-            raise ValueError(f"devices is {world}, but device '{device}' is one alone: expected auto or cuda")
+            raise ValueError(
+                f"devices is {world}, but device '{device}' is one alone: expected auto or cuda"
+            )
         check_devices(device, int(os.environ["LOCAL_WORLD_SIZE"]))
         with _group(device):
             function(*arguments, **settings)
     except Exception as error:
         kind = type(error).__name__
         if kind in TOLD:
-            sys.tracebacklimit = 0  # torchrun adds many lines of its own, the sentence shall be found among them
+            sys.tracebacklimit = (
+                0  # torchrun adds many lines of its own, the sentence shall be found among them
+            )
             raise
-        told = f"process {rank} of {world} ended ({kind}: {_line(error)}); the same command {GOES_ON}"
+        told = (
+            f"process {rank} of {world} ended ({kind}: {_line(error)}); the same command {GOES_ON}"
+        )
         raise RuntimeError(told) from error
 
 
@@ -152,7 +182,9 @@ def _group(device: str, **meeting: Any) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **meeting)
     # More threads than cores would make a small network many times slower.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(
+        max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
+    )
     yield
     dist.destroy_process_group()  # not after a failure: it could wait for the others for ever
 

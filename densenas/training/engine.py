@@ -2,17 +2,12 @@
 
 All random numbers of a step are a function of (seed, epoch, pass, step), and so are its images: what a checkpoint
 needs besides weights is only where it was written, and a run that goes on from one ends with the same bytes.
-`torchrun … -m densenas.engine RUN STAGE` runs a stage on several machines.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import pkgutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,17 +19,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from densenas.checkpoint import first_not_finite, keep_previous, load_checkpoint, save_checkpoint
-from densenas.config import DATA, RetrainRecipe, SearchRecipe, writing
-from densenas.device import keep_freed_memory, warn_of_long_spins
-from densenas.loading import Batches, rank_and_world, seed_of
-from densenas.processes import STOPPED, Interruption, together
-from densenas.run import Run, progress
-from densenas.settings import RunConfig
+from densenas.files import writing
+from densenas.images.loading import Batches, rank_and_world, seed_of
+from densenas.recipes import RetrainRecipe, SearchRecipe
+from densenas.runs.run import Run, progress
+from densenas.training.checkpoint import (
+    first_not_finite,
+    keep_previous,
+    load_checkpoint,
+    save_checkpoint,
+)
+from densenas.training.device import keep_freed_memory, warn_of_long_spins
+from densenas.training.processes import Interruption
 
 CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
 SHARED = "every machine needs the same runs/ and reports/ folders"
-STAGES = {"03-search": "densenas.search:search_run", "05-retrain": "densenas.train:retrain_run"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ class Position:
 class Training:
     """What `fit` goes on from: a position and the parts' state, kept in runs/<run>/<stage>.pt."""
 
-    def __init__(self, run: Run, stage: str, configuration: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: Run, stage: str, configuration: Mapping[str, Any], parts: Mapping[str, Any]
+    ) -> None:
         self.stage, self.configuration, self.position = stage, configuration, Position()
         self.parts = {"position": self.position, **parts}
         self.path = run.work / f"{stage}.pt"
@@ -117,7 +118,9 @@ class Training:
         load_checkpoint(self.path, self.configuration, self.parts)
         if self.world > 1 and self.rank == 0:
             dist.barrier()
-        self._agree(json.dumps(vars(self.position)), f"processes would go on from different steps, {SHARED}")
+        self._agree(
+            json.dumps(vars(self.position)), f"processes would go on from different steps, {SHARED}"
+        )
 
     def _agree(self, value: Any, sentence: str) -> None:
         """Raises RuntimeError on every process where one of them has another value."""
@@ -135,7 +138,11 @@ class Training:
 
     def not_finite(self, what: str) -> FloatingPointError:
         where = f"{self.stage}, epoch {len(self.position.history)}: {what} is not finite at step {self.position.steps}"
-        kept = f"{self.path.name} is from before it" if self.path.exists() else "there is no checkpoint yet"
+        kept = (
+            f"{self.path.name} is from before it"
+            if self.path.exists()
+            else "there is no checkpoint yet"
+        )
         return FloatingPointError(f"{where} ({kept}); lower lr and rerun")
 
     def _state(self) -> dict[str, Any]:
@@ -233,7 +240,9 @@ def fit(
                 one.prepare()
                 clock = time.perf_counter()
                 for images, labels in one.batches.epoch(epoch, start=position.steps):
-                    torch.manual_seed(seed_of(configuration["seed"], stage, epoch, number, position.steps))
+                    torch.manual_seed(
+                        seed_of(configuration["seed"], stage, epoch, number, position.steps)
+                    )
                     try:
                         # Where the host waits for the device; a search draws its candidates from alpha right behind it.
                         loss, top1 = one.step(images, labels).tolist()
@@ -242,7 +251,9 @@ def fit(
                     if not math.isfinite(loss):
                         raise training.not_finite(f"the {one.name} loss")
                     position.add(loss, top1)
-                    position.row["seconds"] = position.row.get("seconds", 0.0) + time.perf_counter() - clock
+                    position.row["seconds"] = (
+                        position.row.get("seconds", 0.0) + time.perf_counter() - clock
+                    )
                     clock = time.perf_counter()
                     display.step(position)
                     stopping = interruption.asked and training.rank == 0
@@ -288,7 +299,11 @@ def check_training(seed: Any, batch_size: int, splits: Mapping[str, int]) -> Non
 
 
 def descend(
-    loss: Tensor, logits: Tensor, labels: Tensor, parameters: list[nn.Parameter], penalty: Tensor | float = 0.0
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    parameters: list[nn.Parameter],
+    penalty: Tensor | float = 0.0,
 ) -> Tensor:
     """Computes the gradients of loss + penalty; returns the loss and the share of correct predictions as one tensor.
 
@@ -303,11 +318,15 @@ def descend(
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         parts = (flat / world).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+        torch._foreach_copy_(
+            tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        )
     return outcome
 
 
-def fused_sgd(parameters: list[nn.Parameter], recipe: SearchRecipe | RetrainRecipe) -> torch.optim.SGD:
+def fused_sgd(
+    parameters: list[nn.Parameter], recipe: SearchRecipe | RetrainRecipe
+) -> torch.optim.SGD:
     """SGD as one kernel over the parameters that have a gradient.
 
     Momentum starts at zero everywhere, which is the same as without: the kernel refuses parameters with and without
@@ -320,7 +339,9 @@ def fused_sgd(parameters: list[nn.Parameter], recipe: SearchRecipe | RetrainReci
     return optimizer
 
 
-def cosine(optimizer: torch.optim.Optimizer, steps: int, lr_min: float, warmup: int = 0) -> LambdaLR:
+def cosine(
+    optimizer: torch.optim.Optimizer, steps: int, lr_min: float, warmup: int = 0
+) -> LambdaLR:
     """Per step: linear from `lr_min` over `warmup` steps, then half a cosine down to `lr_min` at `steps`."""
     floor = lr_min / optimizer.param_groups[0]["lr"]
 
@@ -331,32 +352,3 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int, lr_min: float, warmup: 
         return floor + (1 - floor) * (1 + math.cos(math.pi * share)) / 2
 
     return LambdaLR(optimizer, factor)
-
-
-def main() -> None:
-    """`torchrun … -m densenas.engine RUN STAGE`: this process's part; without torchrun all of it."""
-    parser = argparse.ArgumentParser("torchrun … -m densenas.engine", description="Runs a stage on several machines.")
-    parser.add_argument("run", help="name of the run")
-    parser.add_argument("stage", choices=[*STAGES], help="what to do of it")
-    parser.add_argument("configuration", nargs="?", help="the run's YAML file, data/configs/RUN.yml unless given")
-    asked = parser.parse_args()
-    try:
-        config = RunConfig.load(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
-        parameters = config.parameters(asked.run)[asked.stage]
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
-    del parameters["devices"]  # torchrun decides
-    function, name = pkgutil.resolve_name(STAGES[asked.stage]), parameters.pop("run")
-    if "WORLD_SIZE" in os.environ:
-        together(function, (name,), parameters)
-        return
-    try:
-        function(name, **parameters)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(STOPPED)
-
-
-if __name__ == "__main__":
-    main()

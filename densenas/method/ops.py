@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from densenas.config import refuse
+from densenas.files import refuse
 
 aten = torch.ops.aten
 MBCONV = re.compile(r"mbconv_k([357])_t([136])")
@@ -72,7 +72,9 @@ def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> 
     downsample = in_channels * out * after if stride > 1 or in_channels != out else 0
     if op == "basic_block":
         return 9 * in_channels * width * after + 9 * width * width * after + downsample
-    return in_channels * width * before + 9 * width * width * after + width * out * after + downsample
+    return (
+        in_channels * width * before + 9 * width * width * after + width * out * after + downsample
+    )
 
 
 def cheapest(names: Sequence[str]) -> list[int]:
@@ -96,11 +98,18 @@ class _NormActConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, norm, conv) -> Tensor:
+    def forward(
+        ctx, x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor, norm, conv
+    ) -> Tensor:
         statistics = norm.running_mean, norm.running_var
-        y, mean, invstd = torch.native_batch_norm(x, scale, shift, *statistics, True, norm.momentum, norm.eps)
+        y, mean, invstd = torch.native_batch_norm(
+            x, scale, shift, *statistics, True, norm.momentum, norm.eps
+        )
         ctx.save_for_backward(x, scale, shift, weight, mean, invstd)
-        ctx.eps, ctx.conv = norm.eps, (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+        ctx.eps, ctx.conv = (
+            norm.eps,
+            (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups),
+        )
         return torch.convolution(F.hardtanh_(y, 0.0, 6.0), weight.to(y.dtype), None, *ctx.conv)
 
     @staticmethod
@@ -112,15 +121,25 @@ class _NormActConv(torch.autograd.Function):
         if trained:
             F.hardtanh_(y, 0.0, 6.0)
         # oneDNN's own weight gradient of such a convolution takes many times its forward pass.
-        own = trained and groups > 1 and weight.shape[-1] > 3 and x.device.type == "cpu" and x.dtype == torch.float32
+        own = (
+            trained
+            and groups > 1
+            and weight.shape[-1] > 3
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+        )
         wanted = [True, trained and not own, False]
-        grad_y, grad_weight, _ = aten.convolution_backward.default(grad, y, weight.to(y.dtype), None, *ctx.conv, wanted)
+        grad_y, grad_weight, _ = aten.convolution_backward.default(
+            grad, y, weight.to(y.dtype), None, *ctx.conv, wanted
+        )
         if own:
             grad_weight = _depthwise_weight_gradient(y, weight, grad, stride[0])
         aten.hardtanh_backward.grad_input(grad_y, y, 0.0, 6.0, grad_input=grad_y)
         del y
         statistics = None, None, mean, invstd, True, ctx.eps
-        grads = aten.native_batch_norm_backward.default(grad_y, x, scale, *statistics, ctx.needs_input_grad[:3])
+        grads = aten.native_batch_norm_backward.default(
+            grad_y, x, scale, *statistics, ctx.needs_input_grad[:3]
+        )
         return *grads, grad_weight, None, None
 
 
@@ -131,7 +150,10 @@ def _depthwise_weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, stride: 
     share = 1 if x[0].numel() > 100_000 else len(x)
     for images, grads in zip(x.split(share), grad.split(share), strict=True):
         planes = len(images) * len(weight)
-        image, kernels = images.reshape(1, planes, *x.shape[2:]), grads.reshape(planes, 1, *grad.shape[2:])
+        image, kernels = (
+            images.reshape(1, planes, *x.shape[2:]),
+            grads.reshape(planes, 1, *grad.shape[2:]),
+        )
         each = F.conv2d(image, kernels, padding=kernel // 2, dilation=stride, groups=planes)
         total += each[..., :kernel, :kernel].reshape(-1, *weight.shape).sum(dim=0)
     return total
@@ -146,31 +168,46 @@ def norm_act_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Tensor:
     return _NormActConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv)
 
 
-def conv_norm(in_channels: int, out: int, norm: Norm, act: type[nn.Module] | None = None, **conv: int) -> nn.Sequential:
+def conv_norm(
+    in_channels: int, out: int, norm: Norm, act: type[nn.Module] | None = None, **conv: int
+) -> nn.Sequential:
     """Convolution without bias (1×1 unless told otherwise), batch norm and, where given, an activation."""
     kernel = conv.pop("kernel_size", 1)
-    layers = [nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv), norm(out)]
+    layers = [
+        nn.Conv2d(in_channels, out, kernel, padding=kernel // 2, bias=False, **conv),
+        norm(out),
+    ]
     return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
 class MBConv(nn.Module):
     """Inverted residual: 1×1 expand, depthwise k×k, linear 1×1 project (MobileNetV2)."""
 
-    def __init__(self, in_channels: int, out: int, stride: int, kernel: int, expansion: int, norm: Norm) -> None:
+    def __init__(
+        self, in_channels: int, out: int, stride: int, kernel: int, expansion: int, norm: Norm
+    ) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.residual = stride == 1 and in_channels == out
-        self.expand_conv = conv_norm(in_channels, hidden, norm, nn.ReLU6) if expansion > 1 else nn.Identity()
+        self.expand_conv = (
+            conv_norm(in_channels, hidden, norm, nn.ReLU6) if expansion > 1 else nn.Identity()
+        )
         depthwise = {"kernel_size": kernel, "stride": stride, "groups": hidden}
         self.depthwise_conv = conv_norm(hidden, hidden, norm, nn.ReLU6, **depthwise)
         # Without an expansion its last batch norm has affine parameters even in the supernet.
-        self.project_conv = conv_norm(hidden, out, partial(norm, affine=True) if expansion == 1 else norm)
+        self.project_conv = conv_norm(
+            hidden, out, partial(norm, affine=True) if expansion == 1 else norm
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         expand, depthwise, project = self.expand_conv, self.depthwise_conv, self.project_conv
         if self.training and torch.is_grad_enabled():
             expanded = not isinstance(expand, nn.Identity)
-            hidden = norm_act_conv(expand[0](x), expand[1], depthwise[0]) if expanded else depthwise[0](x)
+            hidden = (
+                norm_act_conv(expand[0](x), expand[1], depthwise[0])
+                if expanded
+                else depthwise[0](x)
+            )
             y = project[1](norm_act_conv(hidden, depthwise[1], project[0]))
         else:
             y = project(depthwise(expand(x)))
@@ -184,10 +221,17 @@ def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> 
     if match := MBCONV.fullmatch(op):
         kernel, expansion = map(int, match.groups())
         return MBConv(in_channels, width, stride, kernel, expansion, norm)
-    from torchvision.models.resnet import BasicBlock, Bottleneck  # takes more than a second, which others need not wait
+    from torchvision.models.resnet import (  # takes more than a second, which others need not wait
+        BasicBlock,
+        Bottleneck,
+    )
 
     out = out_channels(op, width)
-    shortcut = conv_norm(in_channels, out, norm, stride=stride) if stride > 1 or in_channels != out else None
+    shortcut = (
+        conv_norm(in_channels, out, norm, stride=stride)
+        if stride > 1 or in_channels != out
+        else None
+    )
     if op == "basic_block":
         return BasicBlock(in_channels, width, stride, shortcut, norm_layer=norm)
     # Its inner batch norms have affine parameters even in the supernet.

@@ -15,10 +15,10 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from densenas import ops
-from densenas.architecture import Architecture
-from densenas.config import Strict, literal, naming, read_text, shown, write_text
-from densenas.space import PIXELS, PRESETS, Layer, Layers, SearchSpace
+from densenas.files import Strict, literal, naming, read_text, shown, write_text
+from densenas.method import ops
+from densenas.method.architecture import Architecture
+from densenas.method.space import PIXELS, PRESETS, Layer, Layers, SearchSpace
 
 UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
 DEAREST = 1e15  # no op costs as much, in either unit
@@ -79,7 +79,9 @@ class CostTable:
     stack: list[Rows]
     final: list[float]
     classifier: float
-    conditions: dict[str, Any] = field(default_factory=dict)  # input size, classes, and for latency the device
+    conditions: dict[str, Any] = field(
+        default_factory=dict
+    )  # input size, classes, and for latency the device
     _tensors: dict[Any, Tensors] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -114,7 +116,9 @@ class CostTable:
         return UNITS[self.kind]
 
     @classmethod
-    def mult_adds(cls, space: SearchSpace, input_size: int = 224, num_classes: int = 100) -> CostTable:
+    def mult_adds(
+        cls, space: SearchSpace, input_size: int = 224, num_classes: int = 100
+    ) -> CostTable:
         """Mult-Adds in millions for one square image; arithmetic on shapes only, nothing is run or allocated."""
         layers = space.layers(input_size)
         if not isinstance(num_classes, Integral) or num_classes < 1:
@@ -122,29 +126,49 @@ class CostTable:
             raise ValueError(f"num_classes is {num_classes!r}, {expected}")
         side = math.ceil(input_size / 2)
         stem = 27 * space.init_dim * side**2
-        stem += sum(ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1) for block in space.stem)
+        stem += sum(
+            ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1) for block in space.stem
+        )
         ends = stem / 1e6, space.last_dim * num_classes / 1e6
         conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": 1}
-        return cls.of(space, "mult_adds", layers, lambda layer: ops.mult_adds(*layer) / 1e6, *ends, conditions)
+        return cls.of(
+            space, "mult_adds", layers, lambda layer: ops.mult_adds(*layer) / 1e6, *ends, conditions
+        )
 
     @classmethod
     def of(
-        cls, space: SearchSpace, kind: str, layers: Layers, cost: Callable[[Layer], float], stem: float,
-        classifier: float, conditions: dict[str, Any],
-    ) -> CostTable:  # fmt: skip
+        cls,
+        space: SearchSpace,
+        kind: str,
+        layers: Layers,
+        cost: Callable[[Layer], float],
+        stem: float,
+        classifier: float,
+        conditions: dict[str, Any],
+    ) -> CostTable:
         """The table with the cost of each of these layers; `skip_reg` charges a skip a tenth of its row's first op."""
         head, stack, final = layers
 
         def costs(row: list[Layer]) -> list[float]:
             # A skip that costs nothing would be chosen for the cost term's sake alone.
-            return [cost(row[0]) / 10 if space.skip_reg and layer[0] == ops.SKIP else cost(layer) for layer in row]
+            return [
+                cost(row[0]) / 10 if space.skip_reg and layer[0] == ops.SKIP else cost(layer)
+                for layer in row
+            ]
 
         blocks = ([[costs(row) for row in rows] for rows in part] for part in (head, stack))
-        return cls(space, kind, stem, *blocks, [cost(layer) for layer in final], classifier, conditions)
+        return cls(
+            space, kind, stem, *blocks, [cost(layer) for layer in final], classifier, conditions
+        )
 
     def nested(self) -> list[Any]:
         """The published nesting: [stem, [[edges × ops, layers × ops] per block], [final edges], classifier]."""
-        return [self.stem, [[h, s] for h, s in zip(self.head, self.stack, strict=True)], self.final, self.classifier]
+        return [
+            self.stem,
+            [[h, s] for h, s in zip(self.head, self.stack, strict=True)],
+            self.final,
+            self.classifier,
+        ]
 
     def scaled(self, factor: float) -> CostTable:
         """Every entry times a factor, as whole networks ask for where single ops were measured."""
@@ -166,7 +190,9 @@ class CostTable:
         """
         last = self.space.incoming(self.space.num_blocks)
         if self.space.net_type == "res" and self.kind == "mult_adds":
-            return {i: self.space.real_channels(i) * self.conditions["num_classes"] / 1e6 for i in last}
+            return {
+                i: self.space.real_channels(i) * self.conditions["num_classes"] / 1e6 for i in last
+            }
         return {i: cost + self.classifier for i, cost in zip(last, self.final, strict=True)}
 
     def write(self, path: str | Path) -> None:
@@ -248,7 +274,9 @@ class CostTable:
             layers, skips = self.stack[j - 1], [ops.SKIP] if ops.SKIP in space.stack_ops else []
             chosen = (*block.stack, *skips * (len(layers) - len(block.stack)))
             total += self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
-            total += sum(row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=False))
+            total += sum(
+                row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=False)
+            )
         return total
 
     def tensors(self, like: Tensor) -> Tensors:
@@ -260,10 +288,19 @@ class CostTable:
         key, space, last = (like.device, like.dtype), self.space, self.space.num_blocks
         if key not in self._tensors:
             head, edges = like.new_tensor([*chain(*self.head)]), like.new_zeros(last, last + 1)
-            rows = [*chain(*(rows[:used] for rows, used in zip(self.stack, space.num_layers[1:], strict=True)))]
+            rows = [
+                *chain(
+                    *(
+                        rows[:used]
+                        for rows, used in zip(self.stack, space.num_layers[1:], strict=True)
+                    )
+                )
+            ]
             stack = like.new_tensor(rows).reshape(len(rows), len(space.stack_ops))
             edges[space.incoming(last), last] = like.new_tensor(self.final)
-            owner = torch.arange(last).repeat_interleave(torch.tensor(space.num_layers)).to(like.device)
+            owner = (
+                torch.arange(last).repeat_interleave(torch.tensor(space.num_layers)).to(like.device)
+            )
             where = tuple(torch.tensor(space.head_edges, device=like.device).T)
             self._tensors[key] = head, stack, edges, where, owner
         return self._tensors[key]
@@ -275,7 +312,9 @@ def _parts(nested: Nesting) -> tuple[float, list[Rows], list[Rows], list[float],
     return stem, [head for head, _ in blocks], [stack for _, stack in blocks], final, classifier
 
 
-def _mismatch(space: SearchSpace, head: list[Rows], stack: list[Rows], final: list[float]) -> str | None:
+def _mismatch(
+    space: SearchSpace, head: list[Rows], stack: list[Rows], final: list[float]
+) -> str | None:
     """What keeps a nesting from fitting a space, in words; None where it fits."""
     if len(head) != space.num_blocks - 1:
         return f"{len(head)} blocks in the table, {space.num_blocks - 1} in the space"
@@ -283,7 +322,9 @@ def _mismatch(space: SearchSpace, head: list[Rows], stack: list[Rows], final: li
         needed = len(space.incoming(j))
         if len(edges) != needed or any(len(row) != len(space.head_ops) for row in edges):
             return f"block {j} needs {needed} edges of {len(space.head_ops)} ops"
-        if len(layers) < space.num_layers[j] or any(len(row) != len(space.stack_ops) for row in layers):
+        if len(layers) < space.num_layers[j] or any(
+            len(row) != len(space.stack_ops) for row in layers
+        ):
             return f"block {j} needs {space.num_layers[j]} layers of {len(space.stack_ops)} ops"
     if len(final) != len(space.incoming(space.num_blocks)):
         return f"{len(final)} final edges in the table, {len(space.incoming(space.num_blocks))} in the space"

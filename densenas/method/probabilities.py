@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenas import ops
-from densenas.cost import CostTable
-from densenas.derivation import Candidate, Lattice, visit_probabilities
-from densenas.space import SearchSpace
-from densenas.supernet import SuperNet
+from densenas.method import ops
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Candidate, Lattice, visit_probabilities
+from densenas.method.space import SearchSpace
+from densenas.method.supernet import SuperNet
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ class Probabilities:
     @classmethod
     @torch.no_grad()
     def of(cls, net: SuperNet) -> Probabilities:
-        head, stack = (torch.cat([*alphas]).softmax(dim=1).cpu() for alphas in (net.alpha_head, net.alpha_stack))
+        head, stack = (
+            torch.cat([*alphas]).softmax(dim=1).cpu()
+            for alphas in (net.alpha_head, net.alpha_stack)
+        )
         return cls(net.path_probabilities().cpu(), head, stack)
 
     def shapes(self) -> tuple[torch.Size, ...]:
@@ -46,7 +49,10 @@ class Probabilities:
 
         def entropy(*parts: Tensor) -> float:
             choices = [(rows > 0).sum(dim=1) for rows in parts]
-            shares = [torch.special.entr(rows).sum(dim=1) / n.log() for rows, n in zip(parts, choices, strict=True)]
+            shares = [
+                torch.special.entr(rows).sum(dim=1) / n.log()
+                for rows, n in zip(parts, choices, strict=True)
+            ]
             open_ones = torch.cat(shares)[torch.cat(choices) > 1]
             return float(open_ones.mean()) if len(open_ones) else 0.0
 

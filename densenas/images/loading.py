@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.transforms import v2
 
-from densenas.config import refuse
-from densenas.decoding import middle
-from densenas.pack import CORES, Packed
+from densenas.files import refuse
+from densenas.images.decoding import middle
+from densenas.images.pack import CORES, Packed
 
 if TYPE_CHECKING:
-    from densenas.data import ImageData
+    from densenas.images.data import ImageData
 
 MIRRORED = ("cifar10", "imagenette", "folder")  # sets in which a mirror image keeps its class
 
@@ -31,7 +31,9 @@ class RandomResizedCrop(v2.RandomResizedCrop):
 
     def forward(self, image: Tensor) -> Tensor:
         top, left, height, width = self.make_params([image]).values()
-        crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+        crop = image[None, :, top : top + height, left : left + width].contiguous(
+            memory_format=torch.channels_last
+        )
         return F.interpolate(crop, self.size, mode="bilinear", antialias=True)[0]
 
 
@@ -70,7 +72,12 @@ class Decoded(Dataset):
 
     def __getitem__(self, request: list[tuple[int, int]]) -> Tensor:
         images = torch.empty(
-            len(request), 3, self.size, self.size, dtype=torch.uint8, memory_format=torch.channels_last
+            len(request),
+            3,
+            self.size,
+            self.size,
+            dtype=torch.uint8,
+            memory_format=torch.channels_last,
         )
         with torch.random.fork_rng(devices=[]):
             for image, (index, seed) in zip(images, request, strict=True):
@@ -88,7 +95,11 @@ def rank_and_world() -> tuple[int, int]:
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device, where that is a GPU without waiting for what it still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 class Batches:
@@ -103,29 +114,47 @@ class Batches:
     """
 
     def __init__(
-        self, data: ImageData, splits: str | Sequence[str], batch_size: int, device: torch.device,
-        seed: int | None = None, *, workers: int | None = None, rank: int = 0, world: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        data: ImageData,
+        splits: str | Sequence[str],
+        batch_size: int,
+        device: torch.device,
+        seed: int | None = None,
+        *,
+        workers: int | None = None,
+        rank: int = 0,
+        world: int | None = None,
+    ) -> None:
         parts = [data.splits[name] for name in ([splits] if isinstance(splits, str) else splits)]
         rank, world = rank_and_world() if world is None else (rank, world)
         unequal = not 0 <= rank < world or batch_size < 1 or batch_size % world > 0
-        refuse(unequal, f"batch_size {batch_size} cannot be shared equally by {world} processes (this is {rank})")
+        refuse(
+            unequal,
+            f"batch_size {batch_size} cannot be shared equally by {world} processes (this is {rank})",
+        )
         self.count = sum(map(len, parts))
         self.batch_size = min(batch_size, self.count) // world * world
         refuse(self.batch_size == 0, f"{self.count} images are too few for {world} processes")
         self.device, self.seed, self.rank, self.world = device, seed, rank, world
         self.mirror = data.dataset in MIRRORED
         # Written out for every pixel: broadcasting along the innermost dimension is four times as slow on a CPU.
-        blank = torch.empty(1, 3, data.image_size, data.image_size, device=device, memory_format=torch.channels_last)
+        blank = torch.empty(
+            1, 3, data.image_size, data.image_size, device=device, memory_format=torch.channels_last
+        )
         moments = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
         self.mean, self.std = (blank.clone().copy_(moment) for moment in moments)
         labels = torch.cat([part.labels for part in parts])
         self.images = self.decoder = None
         if data.resident:
-            self.images, labels = torch.cat([part.images for part in parts]).to(device), labels.to(device)
+            self.images, labels = (
+                torch.cat([part.images for part in parts]).to(device),
+                labels.to(device),
+            )
         else:
             augment = None if seed is None else data.augment
-            self.decoder = Decoded(parts, transform(augment, data.image_size), self.mirror and seed is not None)
+            self.decoder = Decoded(
+                parts, transform(augment, data.image_size), self.mirror and seed is not None
+            )
             # processes on this machine, as torchrun says it
             here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             workers = max(1, CORES // here) if workers is None else workers
@@ -134,29 +163,48 @@ class Batches:
 
     def __len__(self) -> int:
         """Steps of one pass."""
-        return math.ceil(self.count / self.batch_size) if self.seed is None else self.count // self.batch_size
+        return (
+            math.ceil(self.count / self.batch_size)
+            if self.seed is None
+            else self.count // self.batch_size
+        )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one pass from step `start` on: what an undisturbed pass yields from there."""
         position = (self.seed, epoch) if self.seed is not None else ()
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(*position)))
+        order = torch.randperm(
+            self.count, generator=torch.Generator().manual_seed(seed_of(*position))
+        )
         mine = [batch.tensor_split(self.world)[self.rank] for batch in order.split(self.batch_size)]
         steps = range(start, len(self))
-        batches = self._resident(epoch, mine, steps) if self.decoder is None else self._decoded(epoch, mine, steps)
+        batches = (
+            self._resident(epoch, mine, steps)
+            if self.decoder is None
+            else self._decoded(epoch, mine, steps)
+        )
         for images, labels in batches:
             yield images.float().div_(255).sub_(self.mean).div_(self.std), labels
 
-    def _resident(self, epoch: int, mine: list[Tensor], steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+    def _resident(
+        self, epoch: int, mine: list[Tensor], steps: range
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         for step in steps:
             chosen = send(mine[step], self.device)
             images = self.images[chosen]
             if self.seed is not None:
-                images = self._augment(images, torch.Generator().manual_seed(seed_of(self.seed, epoch, step)))
+                images = self._augment(
+                    images, torch.Generator().manual_seed(seed_of(self.seed, epoch, step))
+                )
             yield images, self.labels[chosen]
 
-    def _decoded(self, epoch: int, mine: list[Tensor], steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decoded(
+        self, epoch: int, mine: list[Tensor], steps: range
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         requests = (
-            [(index, 0 if self.seed is None else seed_of(self.seed, epoch, index)) for index in mine[step].tolist()]
+            [
+                (index, 0 if self.seed is None else seed_of(self.seed, epoch, index))
+                for index in mine[step].tolist()
+            ]
             for step in steps
         )
         size = self.piece
@@ -164,17 +212,27 @@ class Batches:
             request[at : at + size] for request in requests for at in range(0, len(request), size)
         )
         loader = DataLoader(
-            self.decoder, batch_size=None, sampler=pieces, num_workers=self.workers,
+            self.decoder,
+            batch_size=None,
+            sampler=pieces,
+            num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(0),  # its draw for the workers must not come from the global one
-        )  # fmt: skip
+            generator=torch.Generator().manual_seed(
+                0
+            ),  # its draw for the workers must not come from the global one
+        )
         sent = iter(loader)
         for step in steps:
             count, side = len(mine[step]), self.decoder.size
             images = torch.empty(
-                count, 3, side, side,
-                dtype=torch.uint8, device=self.device, memory_format=torch.channels_last,
-            )  # fmt: skip
+                count,
+                3,
+                side,
+                side,
+                dtype=torch.uint8,
+                device=self.device,
+                memory_format=torch.channels_last,
+            )
             for at in range(0, count, size):
                 try:
                     images[at : at + size].copy_(next(sent), non_blocking=True)
@@ -213,7 +271,9 @@ class Batches:
         size, reach = images.shape[-1], images.shape[-1] // 8
         offset = torch.randint(0, 2 * reach + 1, (2, self.batch_size), generator=generator)
         mirror = torch.rand(self.batch_size, generator=generator) < (0.5 if self.mirror else 0)
-        offset, mirror = (draw.tensor_split(self.world, dim=-1)[self.rank] for draw in (offset, mirror))
+        offset, mirror = (
+            draw.tensor_split(self.world, dim=-1)[self.rank] for draw in (offset, mirror)
+        )
         rows = offset[0][:, None] + torch.arange(size)
         columns = offset[1][:, None] + torch.arange(size)
         columns = torch.where(mirror[:, None], columns.flip(1), columns)

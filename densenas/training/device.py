@@ -25,7 +25,9 @@ def pick_device(device: str = "auto") -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device '{device}' cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     if where.type == "meta":
         raise ValueError("device 'meta' computes nothing: expected auto, cpu, cuda, cuda:1, …")
     return where
@@ -49,7 +51,9 @@ def warn_of_long_spins() -> None:
 
 
 @contextmanager
-def computing_on(device: str, precision: str, deterministic: bool = False) -> Iterator[torch.device]:
+def computing_on(
+    device: str, precision: str, deterministic: bool = False
+) -> Iterator[torch.device]:
     """The device to compute on; inside, PyTorch's generators, TF32 and determinism are as a repeatable result needs."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")

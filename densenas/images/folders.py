@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from densenas.pack import Item
+from densenas.images.pack import Item
 
 ENDINGS = (*IMG_EXTENSIONS, ".gif")
 # A folder so called, in any case of letters, is a split.

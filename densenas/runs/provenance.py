@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from densenas.config import PACKAGE
+from densenas.files import PACKAGE
 
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "snakemake", "densenas")
 CPUINFO = Path("/proc/cpuinfo")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenas.config import atomic
-from densenas.weights import read_saved
+from densenas.files import atomic
+from densenas.method.weights import read_saved
 
 
 def previous_of(path: Path) -> Path:
@@ -66,7 +66,9 @@ def digest(configuration: Any) -> str:
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
 
-def load_checkpoint(path: Path, configuration: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(
+    path: Path, configuration: Mapping[str, Any], parts: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Puts the last checkpoint of this configuration into `parts` and returns it; None where there is none.
 
     A damaged one is set aside as .damaged and the one before takes its place; one of another configuration is set
@@ -118,7 +120,9 @@ def restore(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path)
             if isinstance(part, torch.optim.Optimizer):
                 _check_shapes(part)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
-            raise ValueError(f"{path} does not hold what such a training keeps as '{name}'") from None
+            raise ValueError(
+                f"{path} does not hold what such a training keeps as '{name}'"
+            ) from None
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:

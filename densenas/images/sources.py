@@ -11,21 +11,40 @@ import pandas as pd
 import torch
 from torchvision import datasets
 
-from densenas.config import DATA
-from densenas.folders import named, read_folder
-from densenas.pack import Item
-from densenas.run import Run
+from densenas.files import DATA
+from densenas.images.folders import named, read_folder
+from densenas.images.pack import Item
+from densenas.runs.run import Run
 
-IMAGENETTE = set(
-    ["n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413", "n03445777", "n03888257"]
-)
+IMAGENETTE = {
+    "n01440764",
+    "n02102040",
+    "n02979186",
+    "n03000684",
+    "n03028079",
+    "n03394916",
+    "n03417042",
+    "n03425413",
+    "n03445777",
+    "n03888257",
+}
 # Of the sets that may have to be downloaded first.
 CLASSES = {
-    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "cifar10": [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ],
     "fashion_mnist": datasets.FashionMNIST.classes,
     "imagenette": IMAGENETTE,
 }
-
 
 
 def read_source(

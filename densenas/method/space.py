@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from densenas import ops
-from densenas.architecture import Architecture, Block
-from densenas.config import PACKAGE, RetrainRecipe, SearchRecipe, Strict, naming, read_yaml, refuse
+from densenas.files import PACKAGE, Strict, naming, read_yaml, refuse
+from densenas.method import ops
+from densenas.method.architecture import Architecture, Block
+from densenas.recipes import RetrainRecipe, SearchRecipe
 
 PRESETS = ("mbv2", "resnet", "bottleneck", "cifar_mbv2", "cifar_resnet", "digits")
 # Far beyond all that is trained, and near enough that nothing computed from a space takes for ever.
@@ -26,7 +27,9 @@ PIXELS = 8192  # of a side
 CHANNELS = 65_536
 Positive = Annotated[int, Field(ge=1)]
 Channels = Annotated[int, Field(le=CHANNELS)]
-Layer = tuple[str, int, int, int, int]  # op, real input channels, nominal width, side of the input map, stride
+Layer = tuple[
+    str, int, int, int, int
+]  # op, real input channels, nominal width, side of the input map, stride
 Layers = tuple[list[list[list[Layer]]], list[list[list[Layer]]], list[Layer]]
 
 
@@ -62,7 +65,9 @@ class SearchSpace(Strict):
         preset = PACKAGE / "spaces" / f"{space}.yml"
         path = preset if space in PRESETS else Path(space)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"no search space '{space}': neither a YAML file nor one of {', '.join(PRESETS)}")
+            raise FileNotFoundError(
+                f"no search space '{space}': neither a YAML file nor one of {', '.join(PRESETS)}"
+            )
         settings = read_yaml(path)
         with naming(f"search space {path.name}"):
             loaded = cls.model_validate({"name": path.stem, **settings})
@@ -80,18 +85,27 @@ class SearchSpace(Strict):
     @model_validator(mode="after")
     def _can_work(self) -> SearchSpace:
         blocks = len(self.chs)
-        for name, nodes in {"fm_sizes": "", "num_layers": "", "stage": " and the final node"}.items():
+        for name, nodes in {
+            "fm_sizes": "",
+            "num_layers": "",
+            "stage": " and the final node",
+        }.items():
             found, needed = len(getattr(self, name)), blocks + bool(nodes)
             wrong = f"{name} has {found} entries, {needed} are needed for the {blocks} blocks of chs{nodes}"
             refuse(found != needed, wrong)
         refuse(blocks < 2, "chs lists fewer than 2 blocks, so there is nothing to search")
         refuse(not self.head_ops, "head_ops is empty, every edge needs a candidate")
-        refuse(ops.SKIP in self.head_ops, "head_ops holds skip_connect, which cannot change width or map")
+        refuse(
+            ops.SKIP in self.head_ops,
+            "head_ops holds skip_connect, which cannot change width or map",
+        )
         bare = any(self.num_layers) and not self.stack_ops
         refuse(bare, "stack_ops is empty, but num_layers asks for stacked layers")
         with naming("head_ops and stack_ops"):
             resnet = ops.family((*self.head_ops, *self.stack_ops)) == "res"
-        wrong = f"block 0 is {self.chs[0]} wide, but a ResNet stem leaves init_dim = {self.init_dim}"
+        wrong = (
+            f"block 0 is {self.chs[0]} wide, but a ResNet stem leaves init_dim = {self.init_dim}"
+        )
         refuse(resnet and self.init_dim != self.chs[0], wrong)
         for block in range(blocks):
             self._block_can_work(block)
@@ -100,7 +114,9 @@ class SearchSpace(Strict):
             unreached = block > 0 and not self.incoming(block)
             refuse(unreached, f"block {block} cannot be reached from any block before it {rule}")
             refuse(not self.outgoing(block), f"block {block} has no path to the end {rule}")
-        empty = "block 0 may feed the final node, but a ResNet network needs at least one routing block"
+        empty = (
+            "block 0 may feed the final node, but a ResNet network needs at least one routing block"
+        )
         refuse(resnet and (0, blocks) in self.edges, empty)
         return self
 
@@ -110,16 +126,24 @@ class SearchSpace(Strict):
         refuse(layers < 0, f"block {block} has {layers} layers, depth cannot be negative")
         refuse(side < 1, f"block {block} has a map of {side}, a map cannot shrink below 1")
         if block == 0:
-            refuse(layers > 0, "block 0 is the stem's output without layers, num_layers must start with 0")
+            refuse(
+                layers > 0,
+                "block 0 is the stem's output without layers, num_layers must start with 0",
+            )
             half = math.ceil(self.input_size / 2)
             halved = f"the stem halves input_size = {self.input_size} to {half}"
             refuse(side != half, f"block 0 has a map of {side}, {halved}")
         else:
             larger = side > self.fm_sizes[block - 1]
-            refuse(larger, f"block {block} has a larger map than block {block - 1}, maps cannot grow")
+            refuse(
+                larger, f"block {block} has a larger map than block {block - 1}, maps cannot grow"
+            )
         stage, onward = self.stage[block : block + 2]
         node = "the final node" if block + 1 == self.num_blocks else f"block {block + 1}"
-        refuse(onward < stage, f"{node} is in stage {onward}, before block {block}; stages cannot go back")
+        refuse(
+            onward < stage,
+            f"{node} is in stage {onward}, before block {block}; stages cannot go back",
+        )
 
     @property
     def net_type(self) -> Literal["mbv2", "res"]:
@@ -162,7 +186,9 @@ class SearchSpace(Strict):
 
     def real_channels(self, block: int) -> int:
         """Channels that leave a block: its width, or four times as many behind Bottlenecks (the stem has none)."""
-        return self.chs[block] if block == 0 else ops.out_channels(self.head_ops[0], self.chs[block])
+        return (
+            self.chs[block] if block == 0 else ops.out_channels(self.head_ops[0], self.chs[block])
+        )
 
     def maps(self, input_size: int) -> list[int]:
         """Side of every block's map for a square input of `input_size` pixels; ValueError where one would vanish."""
@@ -182,13 +208,22 @@ class SearchSpace(Strict):
         """Every candidate in the nesting of a cost table: head (per block from 1 on, per incoming edge, per op), stack
         (per block, per layer, per op) and final (per edge to the final node).
         """
-        sizes, channels = self.maps(input_size), [self.real_channels(block) for block in range(self.num_blocks)]
+        sizes, channels = (
+            self.maps(input_size),
+            [self.real_channels(block) for block in range(self.num_blocks)],
+        )
         head, stack = [], []
         for j, width in enumerate(self.chs[1:], start=1):
             edges = [(channels[i], width, sizes[i], self.stride(i, j)) for i in self.incoming(j)]
             head.append([[(op, *edge) for op in self.head_ops] for edge in edges])
-            stack.append([[(op, channels[j], width, sizes[j], 1) for op in self.stack_ops]] * self.num_layers[j])
-        final = [("conv1_1", channels[i], self.last_dim, sizes[i], 1) for i in self.incoming(self.num_blocks)]
+            stack.append(
+                [[(op, channels[j], width, sizes[j], 1) for op in self.stack_ops]]
+                * self.num_layers[j]
+            )
+        final = [
+            ("conv1_1", channels[i], self.last_dim, sizes[i], 1)
+            for i in self.incoming(self.num_blocks)
+        ]
         return head, stack, final
 
     def path_of(self, arch: Architecture) -> tuple[int, ...]:
@@ -197,7 +232,11 @@ class SearchSpace(Strict):
 
         def fits(i: int, j: int, block: Block) -> bool:
             skipped = (ops.SKIP,) * (self.num_layers[j] - len(block.stack))
-            shape = (block.in_ch, block.out_ch, block.stride) == (self.chs[i], self.chs[j], self.stride(i, j))
+            shape = (block.in_ch, block.out_ch, block.stride) == (
+                self.chs[i],
+                self.chs[j],
+                self.stride(i, j),
+            )
             chosen = block.head in self.head_ops and {*block.stack, *skipped} <= {*self.stack_ops}
             return shape and chosen and len(block.stack) <= self.num_layers[j]
 
@@ -219,13 +258,24 @@ class SearchSpace(Strict):
     @property
     def stem(self) -> tuple[Block, ...]:
         """The block that every network of a MobileNetV2 space starts with; none in a ResNet space."""
-        return (Block(self.init_dim, self.chs[0], "mbconv_k3_t1", (), 1),) if self.net_type == "mbv2" else ()
+        return (
+            (Block(self.init_dim, self.chs[0], "mbconv_k3_t1", (), 1),)
+            if self.net_type == "mbv2"
+            else ()
+        )
 
-    def architecture(self, path: Sequence[int], chosen: Iterable[tuple[str, tuple[str, ...]]]) -> Architecture:
+    def architecture(
+        self, path: Sequence[int], chosen: Iterable[tuple[str, tuple[str, ...]]]
+    ) -> Architecture:
         """The network along a path (nodes from 0 to the final one), with the head op and stack of each block on it."""
         edges = zip(pairwise(path[:-1]), chosen, strict=True)
-        blocks = [Block(self.chs[i], self.chs[j], head, stack, self.stride(i, j)) for (i, j), (head, stack) in edges]
-        return Architecture((*self.stem, *blocks), self.last_dim if self.net_type == "mbv2" else None)
+        blocks = [
+            Block(self.chs[i], self.chs[j], head, stack, self.stride(i, j))
+            for (i, j), (head, stack) in edges
+        ]
+        return Architecture(
+            (*self.stem, *blocks), self.last_dim if self.net_type == "mbv2" else None
+        )
 
     def count_paths(self) -> int:
         """Number of block paths from block 0 to the final node."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from densenas import ops
-from densenas.config import DATA, literal, naming, read_text, refuse, write_text
-from densenas.weights import fill, read_state
+from densenas.files import DATA, literal, naming, read_text, refuse, write_text
+from densenas.method import ops
+from densenas.method.weights import fill, read_state
 
 # Far beyond any published network; a number with some zeros too many must not allocate for ever.
 WIDEST = 100_000  # channels
@@ -35,7 +35,9 @@ class Block:
     stride: int
 
     def __str__(self) -> str:
-        return str([[self.in_ch, self.out_ch], self.head, list(self.stack), len(self.stack), self.stride])
+        return str(
+            [[self.in_ch, self.out_ch], self.head, list(self.stack), len(self.stack), self.stride]
+        )
 
     @classmethod
     def parse(cls, text: str) -> Block:
@@ -52,7 +54,10 @@ class Block:
         if max(in_ch, out_ch) > WIDEST:
             raise ValueError(f"has widths {in_ch} and {out_ch}, widths are at most {WIDEST:,}")
         refuse(stride not in (1, 2), f"has stride {stride}, strides are 1 or 2")
-        refuse(None in map(ops.net_type, (head, *stack)), f"holds {ops.SKIP}, which a derived network drops")
+        refuse(
+            None in map(ops.net_type, (head, *stack)),
+            f"holds {ops.SKIP}, which a derived network drops",
+        )
         return cls(in_ch, out_ch, head, tuple(stack), stride)
 
 
@@ -75,13 +80,22 @@ class Architecture:
             raise ValueError(f"net_config has {layers:,} layers, at most {MOST_LAYERS:,} are built")
         last = self.last_dim
         with naming("net_config"):
-            mobile = ops.family(op for block in self.blocks for op in (block.head, *block.stack)) == "mbv2"
+            mobile = (
+                ops.family(op for block in self.blocks for op in (block.head, *block.stack))
+                == "mbv2"
+            )
             for index, (before, block) in enumerate(pairwise(self.blocks), start=1):
                 wrong = f"block {index} takes {block.in_ch} channels, block {index - 1} leaves {before.out_ch}"
                 refuse(before.out_ch != block.in_ch, wrong)
-            refuse(mobile and last is None, "a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing")
+            refuse(
+                mobile and last is None,
+                "a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing",
+            )
             refuse(not mobile and last is not None, "a ResNet network has no conv1_1 at its end")
-            refuse(last is not None and last < 1, f"conv1_1 leaves {last} channels, widths must be positive")
+            refuse(
+                last is not None and last < 1,
+                f"conv1_1 leaves {last} channels, widths must be positive",
+            )
             if last is not None and last > WIDEST:
                 raise ValueError(f"conv1_1 leaves {last} channels, widths are at most {WIDEST:,}")
 
@@ -115,7 +129,9 @@ class Architecture:
                             break
                 blocks.append(Block.parse(piece))
         arch = cls(tuple(blocks), last_dim)
-        wrong = f"net_config: conv1_1 takes {in_ch} channels, the last block leaves {blocks[-1].out_ch}"
+        wrong = (
+            f"net_config: conv1_1 takes {in_ch} channels, the last block leaves {blocks[-1].out_ch}"
+        )
         refuse(last_dim is not None and in_ch != blocks[-1].out_ch, wrong)
         return arch
 
@@ -125,7 +141,11 @@ class Architecture:
         return cls.parse(text) if text.lstrip().startswith("[") else cls.named(text)
 
     def __str__(self) -> str:
-        last = [] if self.last_dim is None else [f"[[{self.blocks[-1].out_ch}, {self.last_dim}], 'conv1_1']"]
+        last = (
+            []
+            if self.last_dim is None
+            else [f"[[{self.blocks[-1].out_ch}, {self.last_dim}], 'conv1_1']"]
+        )
         return "|".join([str(block) for block in self.blocks] + last)
 
     @classmethod
@@ -133,7 +153,9 @@ class Architecture:
         """A network whose layers are public, e.g. "DenseNAS-A"; KeyError lists the names."""
         known = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))["architectures"]
         if name not in known:
-            raise KeyError(f"no published layer list for '{name}', there is one for {', '.join(known)}")
+            raise KeyError(
+                f"no published layer list for '{name}', there is one for {', '.join(known)}"
+            )
         arch = cls.parse(known[name]["net_config"])
         return cls(arch.blocks, arch.last_dim, {"name": name, **known[name]})
 
@@ -144,7 +166,10 @@ class Architecture:
         total = 27 * channels * size**2
         for block in self.blocks:
             total += ops.mult_adds(block.head, channels, block.out_ch, size, block.stride)
-            size, channels = math.ceil(size / block.stride), ops.out_channels(block.head, block.out_ch)
+            size, channels = (
+                math.ceil(size / block.stride),
+                ops.out_channels(block.head, block.out_ch),
+            )
             total += sum(ops.mult_adds(op, channels, block.out_ch, size, 1) for op in block.stack)
         if self.last_dim:
             total += ops.mult_adds("conv1_1", channels, self.last_dim, size, 1)
@@ -178,16 +203,23 @@ class DerivedNet(nn.Sequential):
         for block in arch.blocks:
             head = ops.build_op(block.head, channels, block.out_ch, block.stride, norm)
             channels = ops.out_channels(block.head, block.out_ch)
-            stack = nn.Sequential(*(ops.build_op(op, channels, block.out_ch, 1, norm) for op in block.stack))
+            stack = nn.Sequential(
+                *(ops.build_op(op, channels, block.out_ch, 1, norm) for op in block.stack)
+            )
             blocks.append(nn.Sequential(OrderedDict(head_layer=head, stack_layers=stack)))
         if arch.last_dim:
             last.add_module("conv1_1", ops.conv_norm(channels, arch.last_dim, norm, nn.ReLU6))
             channels = arch.last_dim
-        super().__init__(OrderedDict(
-            input_block=ops.conv_norm(3, stem, norm, nn.ReLU6, kernel_size=3, stride=2),
-            blocks=blocks, conv1_1_block=last, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
-            classifier=nn.Linear(channels, num_classes),
-        ))  # fmt: skip
+        super().__init__(
+            OrderedDict(
+                input_block=ops.conv_norm(3, stem, norm, nn.ReLU6, kernel_size=3, stride=2),
+                blocks=blocks,
+                conv1_1_block=last,
+                pool=nn.AdaptiveAvgPool2d(1),
+                flatten=nn.Flatten(),
+                classifier=nn.Linear(channels, num_classes),
+            )
+        )
         self.arch = arch
         ops.init_weights(self)
 
@@ -211,7 +243,9 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
     folder = Path(folder)
     for name in ("net_config", "weights.pt"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; a published model folder has net_config and weights.pt")
+            raise FileNotFoundError(
+                f"{folder} holds no {name}; a published model folder has net_config and weights.pt"
+            )
     arch = _read_net_config(folder / "net_config")
     path = folder / "weights.pt"
     stored = read_state(path)

@@ -16,10 +16,8 @@ import pandas as pd
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
-from densenas.config import HOST, ROOT, atomic, naming, read_json, write_text, writing
-from densenas.cost import CostTable
-from densenas.provenance import environment
-from densenas.space import SearchSpace
+from densenas.files import HOST, atomic, naming, read_json, root, write_text, writing
+from densenas.runs.provenance import environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +46,7 @@ class _Prepared(BaseModel):
 class Run:
     """Where a run keeps what: `reports` (small, for readers) and `work` (checkpoints and data, for machines)."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, folder: Path | None = None) -> None:
         if not isinstance(name, str):
             how = "papermill takes it as text with -r, as a number with -p"
             raise ValueError(f"run name {name!r} is no text: {how}")
@@ -56,12 +54,13 @@ class Run:
             usable = "at most 100 letters, digits, '.', '_', '-', none of '.' and '-' first"
             raise ValueError(f"run name {name[:120]!r} is not usable as a folder name: use {usable}")
         self.name = name
-        self.reports = ROOT / "reports" / name
-        self.work = ROOT / "runs" / name
+        self.root = root() if folder is None else folder
+        self.reports = self.root / "reports" / name
+        self.work = self.root / "runs" / name
 
     def part(self, name: str) -> Run:
         """A place of its own in this run's work folder, for one of many trainings that make one report."""
-        part = Run(self.name)
+        part = Run(self.name, self.root)
         part.work = part.reports = self.work / name
         return part
 
@@ -87,27 +86,6 @@ class Run:
                 f"image_size is {image_size}, but {are}: leave it out, or {again}"
             )
         return prepared.image_size, len(prepared.classes)
-
-    def costs(self, space: str | Path | None = None) -> CostTable:
-        """The table that 02-cost kept.
-
-        ValueError where it is damaged, made for other images than the prepared ones, or for another
-        space than asked for; None is the table's own.
-        """
-        path = self.need(self.reports / "cost.json", "02-cost")
-        again = f"run 02-cost of run '{self.name}' again"
-        try:
-            table = CostTable.read(path, SearchSpace.load(space) if space else None)
-        except ValueError as error:
-            raise ValueError(f"{error}; {again}") from None
-        if "input_size" not in table.conditions:
-            raise ValueError(f"{path} does not say for which images it holds: {again}")
-        priced = table.conditions["input_size"], table.conditions["num_classes"]
-        if (self.work / "data.json").exists() and priced != self.images():
-            found = "{} pixels in {} classes".format(*priced)
-            have = "the prepared ones have {} in {}".format(*self.images())
-            raise ValueError(f"{path} prices images of {found}, {have}: {again}")
-        return table
 
     @contextmanager
     def alone(self) -> Iterator[None]:

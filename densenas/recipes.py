@@ -1,0 +1,75 @@
+"""Recipes: how a supernet is searched and a derived network trained, with the paper's numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, model_validator
+
+from densenas.files import Strict, naming
+
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+Images = Annotated[int, Field(ge=2, le=1_000_000)]  # of a batch: batch norm needs two
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SearchRecipe(Strict):
+    """How a supernet is searched; the defaults are the paper's (section 4.1 and the published configuration)."""
+
+    epochs: Epochs  # passes over the training split
+    arch_start_epoch: int = Field(ge=0)  # first epoch (from 0) that also updates alpha and beta
+    batch_size: Images  # images a step
+    log_base: float = Field(
+        gt=1
+    )  # cost at which the cost term equals sub_loss_factor, in the table's unit
+    sub_loss_factor: float = Field(ge=0)  # weight of the cost term
+    softmax_temp: float = Field(1.0, gt=0)  # divides beta, never alpha
+    lr: float = Field(0.2, gt=0)  # weights: SGD, cosine per step down to lr_min
+    lr_min: float = Field(1e-4, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(4e-5, ge=0)
+    arch_lr: float = Field(3e-4, gt=0)  # alpha and beta: Adam
+    arch_betas: tuple[Beta, Beta] = Field((0.5, 0.999), strict=False)
+    arch_weight_decay: float = Field(1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _learns_an_architecture(self) -> SearchRecipe:
+        if self.arch_start_epoch >= self.epochs:
+            never = f"of {self.epochs} epochs none would move alpha and beta"
+            raise ValueError(f"arch_start_epoch is {self.arch_start_epoch}, {never}")
+        _falls(self.lr, self.lr_min)
+        return self
+
+
+class RetrainRecipe(Strict):
+    """How a derived network is trained from scratch; the defaults are the paper's."""
+
+    epochs: Epochs = 240
+    batch_size: Images = 1024
+    lr: float = Field(0.5, gt=0)  # SGD, cosine per step down to lr_min
+    lr_min: float = Field(1e-5, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0)  # linear from lr_min, before the cosine
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(4e-5, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    grad_clip: float | None = Field(None, gt=0)  # largest norm of the gradient; None: unclipped
+
+    @model_validator(mode="after")
+    def _learns(self) -> RetrainRecipe:
+        _falls(self.lr, self.lr_min)
+        return self
+
+
+def _falls(lr: float, lr_min: float) -> None:
+    if lr_min > lr:
+        raise ValueError(f"lr_min is {lr_min:g}, more than lr = {lr:g}, from where the rate falls")
+
+
+Recipe = TypeVar("Recipe", SearchRecipe, RetrainRecipe)
+
+
+def override(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with those settings that are not None; ValueError with one sentence where one cannot be."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    with naming(type(recipe).__name__):
+        return type(recipe)(**{**recipe.model_dump(), **given})

@@ -1,0 +1,48 @@
+"""A stage on one machine of several: `torchrun … -m densenas.stage RUN STAGE`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from densenas.files import DATA
+from densenas.search import search_run
+from densenas.settings import RunConfig
+from densenas.train import retrain_run
+from densenas.training.processes import STOPPED, together
+
+STAGES = {"03-search": search_run, "05-retrain": retrain_run}
+
+
+def main() -> None:
+    """`torchrun … -m densenas.stage RUN STAGE`: this process's part; without torchrun all of it."""
+    parser = argparse.ArgumentParser(
+        "torchrun … -m densenas.stage", description="Runs a stage on several machines."
+    )
+    parser.add_argument("run", help="name of the run")
+    parser.add_argument("stage", choices=[*STAGES], help="what to do of it")
+    parser.add_argument(
+        "configuration", nargs="?", help="the run's YAML file, data/configs/RUN.yml unless given"
+    )
+    asked = parser.parse_args()
+    try:
+        config = RunConfig.load(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
+        parameters = config.parameters(asked.run)[asked.stage]
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    del parameters["devices"]  # torchrun decides
+    function, name = STAGES[asked.stage], parameters.pop("run")
+    if "WORLD_SIZE" in os.environ:
+        together(function, (name,), parameters)
+        return
+    try:
+        function(name, **parameters)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()
