@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import suppress
 
 import pandas as pd
 import torch
-from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, VBox
+from ipywidgets import HTML, DOMWidget, Dropdown, FloatSlider, HBox, IntSlider, VBox
 
 from densenas import figures
 from densenas.files import root
@@ -80,44 +81,46 @@ class Explorer(VBox):
         self.run, self.block = Dropdown(description="run"), Dropdown(description="block")
         self.epoch = IntSlider(description="epoch")
         self.temperature = FloatSlider(min=0.1, max=5, description="temp. T")
-        self.beta, self.graph, self.style, self.numbers, self.ops = (
-            VBox(),
-            *(HTML() for _ in range(4)),
-        )
-        for step, widget in enumerate(
-            (self.space, self.run, self.epoch, self.block, self.temperature)
-        ):
-            widget.observe(lambda _, step=step: self.follow(step), "value")
+        self.beta, self.graph = VBox(), HTML()
+        self.style, self.numbers, self.ops = HTML(), HTML(), HTML()
+        self._observe(self.space, self._change_space)
+        self._observe(self.run, self._change_run)
+        self._observe(self.epoch, self._change_epoch)
+        self._observe(self.block, self._change_block)
+        self._observe(self.temperature, self._show)
         controls = VBox([self.space, self.run, self.epoch, self.temperature, self.block, self.beta])
         super().__init__([HBox([controls, self.graph]), self.style, self.numbers, self.ops])
         self.add_class(f"of-{self.model_id}")
-        self.follow(0)
+        self._follow(self._change_space)
         if run and finished(run, self.table.space):
             self.run.value = run
 
-    def follow(self, first: int) -> None:
-        """After a change of space (0), run (1), epoch (2), block (3), temperature or beta (4)."""
-        if not self.following:  # else it is itself what changed a widget
-            self.following = True
-            try:
-                for step in (self._space, self._run, self._epoch, self._block, self._show)[first:]:
-                    step()
-            finally:
-                self.following = False
+    def _observe(self, widget: DOMWidget, change: Callable[[], None]) -> None:
+        widget.observe(lambda _: self._follow(change), "value")
 
-    def _space(self) -> None:
+    def _follow(self, change: Callable[[], None]) -> None:
+        """Answers a moved widget; a change sets the widgets below its own, which must not be answered again."""
+        if self.following:
+            return
+        self.following = True
+        try:
+            change()
+        finally:
+            self.following = False
+
+    def _change_space(self) -> None:
         space, svg = SearchSpace.load(self.space.value), io.StringIO()
         self.table = CostTable.mult_adds(space, space.input_size, self.num_classes)
         # Drawn once: from then on a style sheet changes it, in milliseconds.
-        figures.search_space(space, undecided(self.table).p, [0]).savefig(
-            svg, format="svg", bbox_inches="tight"
-        )
+        graph = figures.search_space(space, undecided(self.table).p, [0])
+        graph.savefig(svg, format="svg", bbox_inches="tight")
         self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
         self.run.options = [NO_RUN, *searched(space)]
         self.block.options = [(f"{i} ({width} channels)", i) for i, width in enumerate(space.chs)]
         self.run.value, self.block.value = NO_RUN, 0
+        self._change_run()
 
-    def _run(self) -> None:
+    def _change_run(self) -> None:
         space, self.trace = self.table.space, [undecided(self.table)]
         self.temperature.value = space.search.softmax_temp
         if self.run.value != NO_RUN:
@@ -126,25 +129,28 @@ class Explorer(VBox):
             self.table, self.trace = CostTable.mult_adds(space, size, classes), search.trace
             self.temperature.value = search.net.temperature
         self.epoch.max = self.epoch.value = len(self.trace) - 1
+        self._change_epoch()
 
-    def _epoch(self) -> None:
+    def _change_epoch(self) -> None:
         log_p = self.trace[self.epoch.value].p.log()
         self.logits = self.temperature.value * (log_p - log_p.amax(dim=1, keepdim=True))
+        self._change_block()
 
-    def _block(self) -> None:
+    def _change_block(self) -> None:
         i = self.block.value
         edges = {f"β {i}→{j}": float(self.logits[i, j]) for j in self.table.space.outgoing(i)}
         self.beta.children = [
             FloatSlider(x, min=-15, max=15, description=name) for name, x in edges.items()
         ]
         for slider in self.beta.children:
-            slider.observe(lambda _: self.follow(4), "value")
+            self._observe(slider, self._show)
         frame = candidates(self.table, self.trace[self.epoch.value], i)
         frame["text"] = frame["probability"].map("{:.0%}: ".format) + frame["cost"].map(
             "{:.3g} M".format
         )
         table = frame.set_index(["layer", "op"])["text"].unstack(sort=False, fill_value="")
         self.ops.value = table.to_html() if i else ""
+        self._show()
 
     def _show(self) -> None:
         space, i, moment = self.table.space, self.block.value, self.trace[self.epoch.value]
@@ -160,11 +166,9 @@ class Explorer(VBox):
         mult_adds = arch.mult_adds(
             *(self.table.conditions[key] for key in ("input_size", "num_classes"))
         )
-        self.numbers.value = (
-            f"<p>expected cost <b>{expected_cost(self.table, p, moment.head, moment.stack):.4g}</b>,"
-            f" derived network <b>{mult_adds:.4g}</b> million Mult-Adds</p>"
-            + pd.DataFrame(paths, columns=["probability", "most probable paths"])
-            .round(4)
-            .to_html(index=False)
-            + pd.DataFrame({"visited": visit_probabilities(p).tolist()}).T.round(2).to_html()
-        )
+        cost = expected_cost(self.table, p, moment.head, moment.stack)
+        words = f"expected cost <b>{cost:.4g}</b>, derived network <b>{mult_adds:.4g}</b> million Mult-Adds"
+        ranking = pd.DataFrame(paths, columns=["probability", "most probable paths"])
+        visits = pd.DataFrame({"visited": visit_probabilities(p).tolist()}).T
+        tables = ranking.round(4).to_html(index=False) + visits.round(2).to_html()
+        self.numbers.value = f"<p>{words}</p>{tables}"

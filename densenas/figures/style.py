@@ -8,63 +8,86 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, Normalize, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+Look = dict[str, Any]  # keywords of matplotlib, whose values have no common type
+Colour = tuple[float, float, float] | str
+
 WIDTH = 9.0  # inches, of the widest figures
 SMALL = 8  # points, the smallest text
-INK, GREY, RED = "0.15", "0.6", "#d40020"  # red: what was derived, and DenseNAS among others
-BLUE, ORANGE, GREEN, _, PINK, TAN, _, _, _, SKY = sns.color_palette(
-    "colorblind"
-)  # without what resembles red
-COLOURS = [BLUE, ORANGE, GREEN, PINK, "#d4c000", SKY, TAN]
-KINDS = {"k3": SKY, "k5": ORANGE, "k7": GREEN, "basic": SKY, "bottleneck": PINK, "conv1_1": "0.75"}
-HEAT = ListedColormap(sns.color_palette("mako_r", as_cmap=True)(np.linspace(0, 0.85, 256)))
+MANY = 20  # classes, beyond which they are neither all named nor numbered
+INK, GREY = "0.15", "0.6"
+RED = "#d40020"  # what was derived, and DenseNAS among others; the palette is without what resembles it
+BLUE, ORANGE, GREEN, _, PINK, TAN, _, _, _, SKY = sns.color_palette("colorblind")
+COLOURS: list[Colour] = [BLUE, ORANGE, GREEN, PINK, "#d4c000", SKY, TAN]
+HEAT = "YlGnBu"  # of heat maps, pale for little
 
-# The style of all figures; SVG files hold text as text and are the same bytes for the same data.
-sizes = dict.fromkeys(("font.size", "axes.labelsize"), 9) | {"axes.titlesize": 9.5}
-sizes |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5)
-lines = {
+LAYOUT = {
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "legend.columnspacing": 1.4,
     "axes.linewidth": 0.8,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
     "patch.linewidth": 0.8,
+    "figure.dpi": 100,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first comes with matplotlib
+    "text.parse_math": False,  # names come from outside, a $ in them begins no formula
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "densenas",  # the same bytes for the same data
 }
-fonts = {"font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}  # the first comes with matplotlib
-files = {"svg.fonttype": "none", "svg.hashsalt": "densenas", "figure.dpi": 100}
-rc = {"legend.frameon": False, "legend.columnspacing": 1.4, "axes.titleweight": "bold"}
-rc |= {"text.parse_math": False}  # names come from outside, a $ in them begins no formula
-rc |= sizes | lines | fonts | files
-sns.set_theme(style="whitegrid", context="notebook", palette="colorblind", rc=rc)
+sns.set_theme(style="whitegrid", context="notebook", palette="colorblind", rc=LAYOUT)
 # A name in a script that the font lacks shows boxes in a PNG; the SVG holds it as text.
 warnings.filterwarnings("ignore", "Glyph .* missing from font")
 
 
 def canvas(
-    width: float, height: float, mosaic: Sequence[Sequence[int]] = ((0,),), **options: Any
+    width: float, height: float, columns: int = 1, rows: int = 1, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches with its axes in the order of the mosaic's numbers."""
-    mosaic = [[*row] for row in mosaic]
-    figure, axes = plt.subplot_mosaic(
-        mosaic, figsize=(width, height), layout="constrained", **options
+    """A figure of so many inches, and its axes row by row."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
     )
     plt.close(figure)  # it lives on as an object; left open, a notebook would show it twice
-    return figure, list(axes.values())
+    return figure, axes.ravel().tolist()
 
 
-def tint(colour: Any, strength: float = 0.55) -> tuple[float, ...]:
+def tint(colour: Colour, strength: float = 0.55) -> Colour:
     """The colour mixed with white, so that dark text on it is legible."""
-    return tuple(strength * part + 1 - strength for part in to_rgb(colour))
+    red, green, blue = (strength * part + 1 - strength for part in to_rgb(colour))
+    return red, green, blue
 
 
-def legend_below(figure: Figure, handles: list[Any]) -> None:
-    inches = sum(0.55 + 0.065 * len(handle.get_label()) for handle in handles)
+def short_names(names: Sequence[str], longest: int = 16) -> list[str]:
+    """Names of at most so many characters, cut in the middle: many differ only at their end."""
+    end = (longest - 1) // 2
+    begin = longest - 1 - end
+    return [name if len(name) <= longest else f"{name[:begin]}…{name[-end:]}" for name in names]
+
+
+def legend_above(axes: Axes) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, handlelength=1.5
+    )
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
+    """One legend for all axes, in as few rows as fit the figure's width."""
+    inches = sum(0.55 + 0.065 * len(str(handle.get_label())) for handle in handles)
     rows = math.ceil(inches / figure.get_figwidth())
-    figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows))
+    columns = math.ceil(len(handles) / rows)
+    figure.legend(handles=[*handles], loc="outside lower center", ncols=columns)
 
 
 def bare(axes: Axes) -> None:
@@ -73,23 +96,7 @@ def bare(axes: Axes) -> None:
     sns.despine(ax=axes, left=True, bottom=True)
 
 
-def heat_map(axes: Axes, matrix: np.ndarray, norm: Normalize, formatted: str = "") -> Any:
-    """A matrix with row 0 on top; masked cells stay white. `formatted` is how values are written into the cells."""
-    lines = {"rasterized": True} if matrix.size > 2000 else {"edgecolor": "white", "linewidth": 0.5}
-    mesh = axes.pcolormesh(matrix, cmap=HEAT, norm=norm, **lines)
-    axes.set_ylim(len(matrix), 0)
-    bare(axes)
-    for (row, column), value in np.ma.ndenumerate(matrix) if formatted else ():
-        style = {
-            "color": "white" if norm(value) > 0.4 else INK,
-            "size": SMALL,
-            "ha": "center",
-            "va": "center",
-        }
-        axes.text(column + 0.5, row + 0.5, format(value, formatted), **style)
-    return mesh
-
-
-def integers(*axes: Any) -> None:
+def whole_numbers(*axes: Any) -> None:
+    """Ticks at whole numbers only, of an axis of epochs, layers or blocks."""
     for axis in axes:
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
