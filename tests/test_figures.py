@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 from helpers import make_space
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.text import Text
 
@@ -66,7 +65,7 @@ def test_figures_fit_their_canvas(name):
         figures.search_space(space, trace[1], found[0].path),
         figures.path_probabilities(space, trace[:1]),
         figures.path_probabilities(space, [*trace, trace[1]]),
-        figures.candidates(space, moment.head, moment.stack, Normalize(0, 1), "share", ".2f"),
+        figures.candidates(space, moment.head, moment.stack, "share"),
         figures.block_counts_and_widths(space, trace, found[:1]),
         figures.architectures(networks),
         figures.shapes({"DenseNAS": [*networks.values()]}),
@@ -127,7 +126,7 @@ def test_path_probabilities_are_those_of_the_trace():
 
 def test_every_candidate_is_named_and_numbered():
     _, moment, _, _ = after_a_search(DIGITS)
-    figure = figures.candidates(DIGITS, moment.head, moment.stack, Normalize(0, 1), "share", ".2f")
+    figure = figures.candidates(DIGITS, moment.head, moment.stack, "share")
     head, stack = figure.axes
     found = writing(head)
     assert found.count("0.25") == 4 * len(DIGITS.head_edges)
@@ -136,7 +135,7 @@ def test_every_candidate_is_named_and_numbered():
     assert {"block 6, layer 1", "skip"} <= {*writing(stack)}
     costs = torch.tensor([[0.0, 50.0, 2.0, 3.0]] * len(DIGITS.head_edges))
     stack_costs = torch.tensor([[1000.0, 1.0, 1.0, 1.0, 0.0]] * 6)
-    figure = figures.candidates(DIGITS, costs, stack_costs, LogNorm(), "cost", ".3g")
+    figure = figures.candidates(DIGITS, costs, stack_costs, "cost", logarithmic=True)
     assert "1e+03" in writing(figure) and "0" not in writing(figure)
     scales = [axes.collections[0].norm for axes in figure.axes]
     assert {(scale.vmin, scale.vmax) for scale in scales} == {(1, 1000)}  # one for both tables
@@ -187,7 +186,8 @@ def test_curves_leave_out_what_a_history_lacks():
     left, right = figure.axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("left (%)", "right")
     assert [text.get_text() for text in left.get_legend().texts] == ["first", "target"]
-    assert [*left.lines[0].get_ydata()] == [1, 2, 3]
+    assert [*left.lines[0].get_ydata()] == [100, 200, 300]
+    assert [*right.lines[0].get_ydata()] == [1, 2, 3]
     assert {*left.lines[2].get_xdata()} == {*right.lines[1].get_xdata()} == {1}
     assert "from epoch 1 on alpha and beta are trained too" in writing(figure)
 

@@ -32,11 +32,13 @@ MARKERS = "osD^vP*X"
 def curves(history: pd.DataFrame, panels: Mapping[str, Mapping[str, str]]) -> Figure:
     """Columns of a history over its epochs: for each panel, its y label, the columns and their names in the legend.
 
-    A column called target_cost is a red line, and one that the history lacks is left out.
+    A label that ends in (%) has shares of 1 in percent. A column called target_cost is a red line, and one that the
+    history lacks is left out.
     """
     figure, all_axes = canvas(WIDTH, 3, len(panels))
     marker = "o" if len(history) < 25 else None  # few epochs are also points
     for axes, (label, columns) in zip(all_axes, panels.items(), strict=True):
+        scale = 100 if label.endswith("(%)") else 1
         looks = cycle([(BLUE, "-"), (ORANGE, "--")])
         for column, name in columns.items():
             if column not in history:
@@ -44,7 +46,7 @@ def curves(history: pd.DataFrame, panels: Mapping[str, Mapping[str, str]]) -> Fi
             colour, line = (RED, "-") if column == "target_cost" else next(looks)
             axes.plot(
                 history["epoch"],
-                history[column],
+                scale * history[column],
                 label=name,
                 color=colour,
                 linestyle=line,

@@ -13,7 +13,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
@@ -40,6 +40,7 @@ from .style import (
 )
 
 HALF = 0.3  # half a block's height, blocks being 1 apart
+Table = Tensor | list[list[float]]
 BEND = 0.6  # an arrow's height over half its length
 
 
@@ -227,14 +228,19 @@ def op_name(op: str) -> str:
 
 
 def candidates(
-    space: SearchSpace, head: Tensor, stack: Tensor, norm: Normalize, label: str, text: str
+    space: SearchSpace, head: Table, stack: Table, label: str, logarithmic: bool = False
 ) -> Figure:
-    """A value of every candidate, in colours by `norm` and written as the format `text` says; what is 0 stays white.
+    """A value of every candidate, in numbers and colours: shares from 0 to 1, or on a logarithmic scale whatever is
+    positive, where what is 0 stays white; `label` names it.
 
     `head` (edges into blocks, head ops) and `stack` (layers, stack ops) are in the space's order; k5 e6 is an MBConv
     of kernel 5 and expansion 6.
     """
-    norm.autoscale_None(torch.cat([values[values != 0] for values in (head, stack)]))
+    head, stack = torch.as_tensor(head), torch.as_tensor(stack)
+    norm, text = Normalize(0, 1), ".2f"
+    if logarithmic:
+        norm, text = LogNorm(), ".3g"
+        norm.autoscale_None(torch.cat([values[values > 0] for values in (head, stack)]))
     edges = [(j, f"{i}→{j}") for i, j in space.head_edges]
     layers = []
     for block, count in enumerate(space.num_layers):
@@ -250,7 +256,7 @@ def candidates(
         short = [op_name(op).replace(" ", "\n") for op in names]
         table = pd.DataFrame(values.numpy(), [row for _, row in rows], short)
         numbers = {"annot": True, "fmt": text, "annot_kws": {"size": SMALL}}
-        _heat(axes, table, norm=norm, mask=table == 0, **numbers)
+        _heat(axes, table, norm=norm, mask=(table == 0) & logarithmic, **numbers)
         borders = [k for k in range(1, len(rows)) if rows[k][0] != rows[k - 1][0]]
         axes.hlines(borders, 0, len(names), color=INK, linewidth=0.8)
         axes.set_ylim(longest, 0)
