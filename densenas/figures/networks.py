@@ -21,7 +21,6 @@ from densenas.method.space import SearchSpace
 
 from .space import op_name, stage_colours, stage_handles
 from .style import (
-    COLOURS,
     GREEN,
     GREY,
     INK,
@@ -35,6 +34,7 @@ from .style import (
     bare,
     canvas,
     legend_below,
+    palette,
     tint,
     whole_numbers,
 )
@@ -194,8 +194,8 @@ def shapes(groups: Mapping[str, Sequence[Architecture]]) -> Figure:
                     layer += 1
                     widths.append((group, layer, block.out_ch))
     figure, (left, right) = canvas(WIDTH, 3.6, 2)
-    palette = dict(zip(groups, [RED, *COLOURS], strict=False))
-    style = {"hue": "group", "palette": palette, "errorbar": ("pi", 80), "legend": False}
+    colours = palette(groups)
+    style = {"hue": "group", "palette": colours, "errorbar": ("pi", 80), "legend": False}
     dodge = 0.2 if len(groups) > 1 else False
     blocks = pd.DataFrame(counts, columns=["group", "halvings", "blocks"])
     points = {"dodge": dodge, "linestyle": "none", "capsize": 0.05}
@@ -207,6 +207,6 @@ def shapes(groups: Mapping[str, Sequence[Architecture]]) -> Figure:
     whole_numbers(right.xaxis, left.yaxis)
     handles = []
     for group, members in groups.items():
-        handles.append(Patch(color=palette[group], label=f"{group} (n = {len(members)})"))
+        handles.append(Patch(color=colours[group], label=f"{group} (n = {len(members)})"))
     legend_below(figure, handles)
     return figure

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -67,6 +68,12 @@ def tint(colour: Colour, strength: float = 0.55) -> Colour:
     """The colour mixed with white, so that dark text on it is legible."""
     red, green, blue = (strength * part + 1 - strength for part in to_rgb(colour))
     return red, green, blue
+
+
+def palette(names: Iterable[str]) -> dict[str, Colour]:
+    """A colour for each name: red for the first, which is DenseNAS where it is compared."""
+    colours = cycle([RED, *COLOURS])
+    return {name: next(colours) for name in names}
 
 
 def short_names(names: Sequence[str], longest: int = 16) -> list[str]:
