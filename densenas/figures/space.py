@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, to_hex
@@ -26,7 +24,6 @@ from densenas.method.space import SearchSpace
 from .style import (
     COLOURS,
     GREY,
-    HEAT,
     INK,
     RED,
     SMALL,
@@ -35,6 +32,7 @@ from .style import (
     Look,
     bare,
     canvas,
+    heat_map,
     legend_below,
     tint,
 )
@@ -194,30 +192,22 @@ def path_probabilities(space: SearchSpace, trace: list[Tensor]) -> Figure:
         math.ceil(space.num_blocks / 8),
         math.ceil(len(trace) / 20),
     )  # from label to label
+    look: Look = {"norm": Normalize(0, 1), "cbar": False}
     grid = figure.add_gridspec(2, 4, height_ratios=(1, 1.2))
     for column, epoch in enumerate(moments):
         axes = figure.add_subplot(grid[0, column])
         ticks = {"xticklabels": blocks, "yticklabels": blocks}
-        _heat(axes, trace[epoch], mask=absent, norm=Normalize(0, 1), square=True, **ticks)
+        heat_map(axes, trace[epoch], mask=absent, square=True, **ticks, **look)
         title = f"after {epoch} epoch{'s' if epoch > 1 else ''}" if epoch else "start"
         axes.set(title=title, xlabel="to node", ylabel="" if column else "from block")
     below = figure.add_subplot(grid[1, :])
     visits = torch.stack([visit_probabilities(p)[:-1] for p in trace], dim=1)
-    _heat(below, visits, norm=Normalize(0, 1), xticklabels=epochs, yticklabels=blocks)
+    heat_map(below, visits, xticklabels=epochs, yticklabels=blocks, **look)
     title = "probability that a path visits the block"
     below.set(title=title, xlabel="epochs searched", ylabel="block")
     bar = figure.colorbar(below.collections[0], ax=figure.axes, label="probability", aspect=40)
     bar.outline.set_visible(False)
     return figure
-
-
-def _heat(axes: Axes, table: Tensor | pd.DataFrame, **options: Any) -> None:
-    """seaborn's heat map in our colours, without lines between so many cells that these would be hidden."""
-    many = table.shape[0] * table.shape[1] > 1000
-    options |= {"rasterized": True} if many else {"linewidths": 0.5}
-    sns.heatmap(table, ax=axes, cmap=HEAT, cbar=False, **options)
-    axes.tick_params(rotation=0)
-    bare(axes)
 
 
 def op_name(op: str) -> str:
@@ -256,7 +246,7 @@ def candidates(
         short = [op_name(op).replace(" ", "\n") for op in names]
         table = pd.DataFrame(values.numpy(), [row for _, row in rows], short)
         numbers = {"annot": True, "fmt": text, "annot_kws": {"size": SMALL}}
-        _heat(axes, table, norm=norm, mask=(table == 0) & logarithmic, **numbers)
+        heat_map(axes, table, norm=norm, mask=(table == 0) & logarithmic, cbar=False, **numbers)
         borders = [k for k in range(1, len(rows)) if rows[k][0] != rows[k - 1][0]]
         axes.hlines(borders, 0, len(names), color=INK, linewidth=0.8)
         axes.set_ylim(longest, 0)

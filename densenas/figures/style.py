@@ -9,12 +9,14 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 Look = dict[str, Any]  # keywords of matplotlib, whose values have no common type
 Colour = tuple[float, float, float] | str
@@ -26,7 +28,6 @@ INK, GREY = "0.15", "0.6"
 RED = "#d40020"  # what was derived, and DenseNAS among others; the palette is without what resembles it
 BLUE, ORANGE, GREEN, _, PINK, TAN, _, _, _, SKY = sns.color_palette("colorblind")
 COLOURS: list[Colour] = [BLUE, ORANGE, GREEN, PINK, "#d4c000", SKY, TAN]
-HEAT = "YlGnBu"  # of heat maps, pale for little
 
 LAYOUT = {
     "font.size": 9,
@@ -36,6 +37,7 @@ LAYOUT = {
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
     "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8.5,
     "legend.frameon": False,
     "legend.columnspacing": 1.4,
     "axes.linewidth": 0.8,
@@ -101,6 +103,15 @@ def bare(axes: Axes) -> None:
     axes.grid(False)
     axes.tick_params(length=0, pad=2)
     sns.despine(ax=axes, left=True, bottom=True)
+
+
+def heat_map(axes: Axes, table: Tensor | pd.DataFrame, **options: Any) -> None:
+    """seaborn's, in our colours, without lines between so many cells that these would be hidden."""
+    many = table.shape[0] * table.shape[1] > 1000
+    options |= {"rasterized": True} if many else {"linewidths": 0.5}
+    sns.heatmap(table, ax=axes, cmap="YlGnBu", **options)
+    axes.tick_params(rotation=0)
+    bare(axes)
 
 
 def whole_numbers(*axes: Any) -> None:
