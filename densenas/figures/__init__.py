@@ -9,11 +9,10 @@ from densenas.figures.results import accuracy_against_cost, curves, mark_archite
 from densenas.figures.space import candidates, path_probabilities, restyled, search_space
 from densenas.figures.style import (
     COLOURS,
-    HEAT,
     MANY,
-    RED,
     canvas,
-    legend_below,
+    heat_map,
+    legend_above,
     palette,
     short_names,
 )

@@ -121,7 +121,7 @@ def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
                 side = {"xytext": (-4, 3), "ha": "right", "va": "bottom"}
             where: Look = {"xy": (row.cost, row.top1), "textcoords": "offset points"}
             axes.annotate(row.name, **where, **side, size=SMALL, color=INK, zorder=4)
-        axes.margins(x=0.35, y=0.12)
+        axes.margins(x=0.4, y=0.12)
         axes.set(title=title, xlabel=x_label, ylabel="top-1 accuracy (%)")
         axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
