@@ -178,20 +178,17 @@ def path_probabilities(space: SearchSpace, trace: list[Tensor]) -> Figure:
     no edge). Below, the probability that a path visits a block, before the search and after every epoch.
     """
     last = len(trace) - 1
-    first = last  # epoch that changed anything
-    for epoch in range(last, 0, -1):
-        if not torch.equal(trace[epoch], trace[0]):
-            first = epoch
+    first = 0
+    while first < last and torch.equal(trace[first], trace[0]):
+        first += 1
     moments = sorted({0, first, (first + last + 1) // 2, last})
     absent = np.ones(trace[0].shape, bool)
     for edge in space.edges:
         absent[edge] = False
     figure = plt.figure(figsize=(WIDTH, 5.4), layout="constrained")
     plt.close(figure)  # see `canvas`
-    blocks, epochs = (
-        math.ceil(space.num_blocks / 8),
-        math.ceil(len(trace) / 20),
-    )  # from label to label
+    blocks = math.ceil(space.num_blocks / 8)  # from label to label
+    epochs = math.ceil(len(trace) / 20)
     look: Look = {"norm": Normalize(0, 1), "cbar": False}
     grid = figure.add_gridspec(2, 4, height_ratios=(1, 1.2))
     for column, epoch in enumerate(moments):
