@@ -23,8 +23,8 @@ from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import Layer, SearchSpace
+from densenas.runs.progress import progress
 from densenas.runs.provenance import processor
-from densenas.runs.run import progress
 from densenas.training.device import computing_on, pick_device, warn_of_long_spins
 
 SECONDS = 0.01  # of each timing

@@ -120,7 +120,8 @@ def main() -> None:
         from densenas.files import root
         from densenas.preflight import identify
         from densenas.report import tell
-        from densenas.runs.run import Run, locked
+        from densenas.runs.locks import locked
+        from densenas.runs.run import Run
         from densenas.settings import RunConfig
 
         home = root()

@@ -17,7 +17,8 @@ from densenas.method.architecture import Architecture
 from densenas.networks import check_network, code_digest, is_code, network, save_network
 from densenas.pricing import read_costs
 from densenas.recipes import RetrainRecipe, override
-from densenas.runs.run import Run, progress
+from densenas.runs.progress import progress
+from densenas.runs.run import Run
 from densenas.training.device import computing_on
 from densenas.training.engine import (
     Pass,

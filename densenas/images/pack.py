@@ -43,7 +43,7 @@ from densenas.images.store import (
     resume,
     sha256,
 )
-from densenas.runs.run import progress
+from densenas.runs.progress import progress
 from densenas.settings import LARGEST_PACK
 
 CORES = len(os.sched_getaffinity(0))

@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from densenas.files import writing
 from densenas.images.loading import Batches, rank_and_world, seed_of
 from densenas.recipes import RetrainRecipe, SearchRecipe
-from densenas.runs.run import Run, progress
+from densenas.runs.progress import progress
+from densenas.runs.run import Run
 from densenas.training.checkpoint import (
     first_not_finite,
     keep_previous,
