@@ -36,6 +36,22 @@ from densenas.training.engine import (
     fused_sgd,
 )
 
+# Of the last epoch, what metrics.json holds of a search.
+MEASURES = (
+    "train_top1",
+    "train_loss",
+    "val_top1",
+    "val_loss",
+    "expected_cost",
+    "derived_cost",
+    "target_cost",
+    "alpha_entropy",
+    "beta_entropy",
+    "cheapest_share",
+    "skip_share",
+    "expected_layers",
+)
+
 
 @dataclass
 class Search:
@@ -396,3 +412,22 @@ def write_architecture(run: Run, result: Search) -> dict[str, Any]:
     save_published(run.reports, arch)
     write_text(run.reports / "architecture.json", json.dumps(record, indent=1) + "\n")
     return record
+
+
+def record_search(run: Run, result: Search) -> None:
+    """Keeps in metrics.json how a search went, as the section "search"."""
+    table = result.table
+    history = run.history("search")
+    last = history.iloc[-1].to_dict()
+    metrics: dict[str, Any] = {
+        "epochs": len(history),
+        "seconds": history["seconds"].sum(),
+        "cost_unit": table.unit,
+        "n": 1,
+        "warning": collapsed(result.history),
+        "edges": len(table.space.edges),
+        "paths": table.space.count_paths(),
+    }
+    for name in MEASURES:
+        metrics[name] = last.get(name)
+    run.update_json("metrics.json", "search", metrics)

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import identity
+from densenas.export import export
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches, rank_and_world
 from densenas.method.architecture import Architecture
-from densenas.networks import check_network, code_digest, is_code, network, save_network
+from densenas.networks import (
+    check_network,
+    code_digest,
+    is_code,
+    load_network,
+    model_folder,
+    network,
+    save_network,
+)
 from densenas.pricing import read_costs
 from densenas.recipes import RetrainRecipe, override
 from densenas.runs.run import Run, progress
+from densenas.settings import EvaluateSettings
 from densenas.training.device import computing_on
 from densenas.training.engine import (
     Pass,
@@ -189,3 +202,34 @@ def evaluate(
         "images": len(truth),
         "confusion": confusion.tolist(),
     }
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A network of the folder `folder` and what the test images say of it, as in metrics.json."""
+
+    net: nn.Module
+    folder: Path
+    image_size: int
+    result: dict[str, Any]
+
+
+def evaluate_run(run: Run, settings: EvaluateSettings) -> Tested:
+    """`evaluate` as notebook 06 calls it: the run's test images, once; kept in metrics.json with provenance."""
+    data = load(run)
+    folder = model_folder(run, settings.model)
+    net = load_network(folder, len(data.classes), settings.net_config)
+    described = identity.describe(run, net, folder) | size(net, data.image_size)
+    tested = evaluate(net, data, device=settings.device)
+    result = {**tested, **described, "n": 1}
+    run.update_json("metrics.json", "evaluate", {**result, "ms": {}})
+    run.record_provenance("06-evaluate", **settings.model_dump(mode="json"))
+    return Tested(net, folder, data.image_size, result)
+
+
+def export_run(run: Run, tested: Tested) -> pd.DataFrame:
+    """`export` as notebook 06 calls it: beside the network's weights; keeps milliseconds of an image."""
+    exported = export(tested.net, tested.folder, tested.image_size)
+    milliseconds = exported.set_index("runtime")["ms"].to_dict()
+    run.update_json("metrics.json", "evaluate", {**tested.result, "ms": milliseconds})
+    return exported
