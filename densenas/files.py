@@ -97,6 +97,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:90]} …"
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
+
+
 def literal(text: str) -> Any:
     """A Python literal, never executed; ValueError where the text is anything else."""
     try:

@@ -25,6 +25,7 @@ from densenas.method.derivation import Lattice
 from densenas.method.space import Layer, SearchSpace
 from densenas.runs.progress import progress
 from densenas.runs.provenance import processor
+from densenas.settings import Computing
 from densenas.training.device import computing_on, pick_device, warn_of_long_spins
 
 SECONDS = 0.01  # of each timing
@@ -65,7 +66,7 @@ def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
     timer = Timer(
         "module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads()
     )
-    with torch.inference_mode(), computing_on(str(x.device), "fp32"):
+    with torch.inference_mode(), computing_on(Computing(device=str(x.device))):
         return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
 
 

@@ -23,6 +23,7 @@ from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
 from densenas.training.processes import check_devices
+from densenas.training.steps import check_batches
 
 DOWNLOADED = 10  # classes that every set of torchvision's has
 # What `load_network` reads; exports may lie beside them.
@@ -71,7 +72,14 @@ def preflight(config: RunConfig) -> dict[str, str]:
     space.maps(data.image_size)  # refuses a size at which a map would vanish
     batches = _batch_sizes(config, space)
     with naming("data"):
-        splits = listing(data, download=False)
+        splits = listing(
+            data.dataset,
+            data.source,
+            data.num_classes,
+            data.val_fraction,
+            data.seed,
+            download=False,
+        )
     if splits is None:
         classes = _chosen(data.num_classes)
     else:
