@@ -26,6 +26,10 @@ def lines_of(folder: Path) -> dict[Path, list[str]]:
     return lines
 
 
+def lines_of_all(folder: Path = PACKAGE) -> int:
+    return sum(len(lines) for lines in lines_of(folder).values())
+
+
 def long_lines(folder: Path = PACKAGE) -> float:
     """Percent of lines over 100 characters."""
     lines = [line for module in lines_of(folder).values() for line in module]
@@ -110,14 +114,12 @@ def broken_contracts() -> int:
 
 
 def main() -> None:
-    files = lines_of(PACKAGE)
-    method = lines_of(PACKAGE / "method")
     chain, circles = floors(imports())
     length, function = longest_function()
     lines, file = longest_file()
     rows = {
-        "lines of the method, not blank": sum(len(module) for module in method.values()),
-        "lines of the package, not blank": sum(len(module) for module in files.values()),
+        "lines of the method, not blank": lines_of_all(PACKAGE / "method"),
+        "lines of the package, not blank": lines_of_all(),
         "lines over 100 characters": f"{long_lines():.1f} %",
         "zip, iter, next, map, chain in 100 lines": f"{folded_calls():.2f}",
         "longest function": f"{length} lines ({function})",

@@ -18,8 +18,8 @@ from densenas.recipes import RetrainRecipe, SearchRecipe
 def check_batches(batch_size: int, splits: Mapping[str, int], world: int | None = None) -> None:
     """Raises ValueError with one sentence where there can be no training with such batches.
 
-    `splits` are the numbers of images by name, `world` the processes, None those of this training. Batch norm learns nothing of a single image, so each
-    of the processes that train needs two of every batch.
+    `splits` are the numbers of images by name, `world` the processes, None those of this training.
+    Batch norm learns nothing of a single image, so each process needs two of every batch.
     """
     for split, images in splits.items():
         if batch_size > images:
