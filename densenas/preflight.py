@@ -17,7 +17,7 @@ import torch
 
 from densenas.files import DATA, naming, root
 from densenas.images.data import listing
-from densenas.images.pack import Item, fingerprint
+from densenas.images.items import Item, fingerprint
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
@@ -76,9 +76,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
     size = config.image_size or space.input_size
     fit(config, space, size)
     data, retrain = config.data, config.retrain
-    source = data.dataset, data.source, data.num_classes, data.val_fraction, config.seed
     with naming("data"):
-        items = listing(*source, download=False)
+        items = listing(data, download=False)
     if items is None:
         named = data.num_classes
         classes = len(named) if isinstance(named, list) else named or DOWNLOADED
