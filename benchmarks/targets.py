@@ -31,6 +31,7 @@ from densenas.recipes import override
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.search import search
+from densenas.settings import DataSettings
 
 T = TypeVar("T")
 COLUMNS = ["expected", "derived", "measured", "steady"]
@@ -58,7 +59,7 @@ def main() -> None:
     rows, where = [], environment()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DENSENAS_ROOT"] = str(Path(folder))
-        images = data.prepare(Run("data"), "digits")
+        images = data.prepare(Run("data"), DataSettings())
         size, classes = images.image_size, len(images.classes)
         milliseconds = fresh(
             latency.measure, space, size, classes, Path(folder) / "latency.jsonl", 1, "cpu"

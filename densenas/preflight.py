@@ -14,7 +14,7 @@ from pathlib import Path
 
 from densenas.files import DATA, naming, root
 from densenas.images.data import listing
-from densenas.images.pack import Item, fingerprint
+from densenas.images.items import Item, fingerprint
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
@@ -72,14 +72,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
     space.maps(data.image_size)  # refuses a size at which a map would vanish
     batches = _batch_sizes(config, space)
     with naming("data"):
-        splits = listing(
-            data.dataset,
-            data.source,
-            data.num_classes,
-            data.val_fraction,
-            data.seed,
-            download=False,
-        )
+        splits = listing(data, download=False)
     if splits is None:
         classes = _chosen(data.num_classes)
     else:

@@ -36,6 +36,7 @@ from densenas.images.loading import rank_and_world
 from densenas.method.architecture import DerivedNet
 from densenas.runs.run import Run
 from densenas.search import search
+from densenas.settings import DataSettings
 from densenas.train import retrain
 from densenas.training.processes import check_devices, launch
 from densenas.training.steps import fused_sgd
@@ -221,7 +222,7 @@ def test_two_machines_train_one_search(tmp_path):
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     run = Run(name)
     try:
-        data.prepare(run)
+        data.prepare(run, DataSettings())
         CostTable.mult_adds(SearchSpace.load("digits"), 32, 10).write(run.reports / "cost.json")
         command = [
             sys.executable,

@@ -14,8 +14,10 @@ from torchvision.transforms import v2
 
 from densenas.images import data as data_module
 from densenas.images.data import ImageData, Split, prepare
-from densenas.images.loading import Batches, RandomResizedCrop, free_shared_memory, transform
+from densenas.images.loading import Batches, free_shared_memory
+from densenas.images.transforms import RandomResizedCrop, transform
 from densenas.runs.run import Run
+from densenas.settings import DataSettings
 
 CPU = torch.device("cpu")
 
@@ -46,7 +48,12 @@ def packed(tmp_path_factory):
             write_png(image, str(root / "set" / name / f"{index}.png"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DENSENAS_ROOT", str(root))
-        return prepare(Run("made-up"), "folder", str(root / "set"), image_size=16, pack="original")
+        return prepare(
+            Run("made-up"),
+            DataSettings(
+                dataset="folder", source=str(root / "set"), image_size=16, pack="original"
+            ),
+        )
 
 
 def source(kind, request):
@@ -293,11 +300,11 @@ def test_published_transforms_keep_what_they_promise(augment):
 
 
 def test_what_stays_in_memory(root, monkeypatch):
-    inside = prepare(Run("inside"), num_classes=2)
+    inside = prepare(Run("inside"), DataSettings(num_classes=2))
     assert (inside.resident, inside.augment) == (True, "weak")
-    assert not prepare(Run("asked"), num_classes=2, augment="rand_scale").resident
+    assert not prepare(Run("asked"), DataSettings(num_classes=2, augment="rand_scale")).resident
     monkeypatch.setattr(data_module, "RESIDENT_BYTES", 1000)
-    outside = prepare(Run("outside"), num_classes=2)
+    outside = prepare(Run("outside"), DataSettings(num_classes=2))
     assert (outside.resident, outside.augment) == (False, "random_sized")
     assert not torch.equal(
         passed(outside, 4, seed=0, workers=0)[0][0], passed(inside, 4, seed=0)[0][0]
@@ -305,7 +312,7 @@ def test_what_stays_in_memory(root, monkeypatch):
 
 
 def test_training_images_are_normalised(root):
-    digits = prepare(Run("digits"))
+    digits = prepare(Run("digits"), DataSettings())
     images = torch.cat(
         [images for images, _ in passed(digits, 500, splits=("train", "val"))]
     ).double()
@@ -322,7 +329,7 @@ def test_images_of_one_colour_stay_finite(run, tmp_path):
                 torch.tensor([0, 0, 90]).byte()[:, None, None].expand(3, 20, 20).clone(),
                 f"{folder}/{index}.png",
             )
-    data = prepare(run, "folder", str(tmp_path / "set"), image_size=16)
+    data = prepare(run, DataSettings(dataset="folder", source=str(tmp_path / "set"), image_size=16))
     assert all(
         torch.equal(images, torch.zeros_like(images))
         for images, _ in passed(data, 4, splits="test")

@@ -13,10 +13,13 @@ import torch
 from helpers import refused
 from torchvision.io import decode_image, encode_jpeg, encode_png, write_jpeg, write_png
 
-from densenas.images import pack as pack_module
+from densenas.images import packing as pack_module
 from densenas.images.data import load, prepare
-from densenas.images.pack import Item, Packed, fingerprint, read_manifest, verify, write_pack
+from densenas.images.items import Item, fingerprint
+from densenas.images.pack import Packed, read_manifest, verify
+from densenas.images.packing import write_pack
 from densenas.runs.run import Run
+from densenas.settings import DataSettings
 
 
 def noise(height, width, seed=0):
@@ -63,7 +66,10 @@ def test_a_pack_holds_the_bytes_or_the_resized_image(pack, run, tmp_path):
         for index in range(5):
             write_jpeg(noise(50 + 10 * index, 80, index), f"{folder}/{name}/large{index}.JPG")
             write_png(noise(20, 30, index), f"{folder}/{name}/klein ä{index}.png")
-    data = prepare(run, "folder", str(folder), image_size=16, pack=pack, quality=80)
+    data = prepare(
+        run,
+        DataSettings(dataset="folder", source=str(folder), image_size=16, pack=pack, quality=80),
+    )
     rows = read_manifest(run.work / "data")
     assert set(rows["key"]) == {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
     shrunk = 0
@@ -104,7 +110,7 @@ def half_broken(tmp_path):
 def test_all_broken_images_are_named_at_the_end(half_broken, run):
     said = r"^7 of 31 images cannot be read: .*; mend or remove them, or set skip_broken$"
     with pytest.raises(ValueError, match=said) as caught:
-        prepare(run, "folder", str(half_broken), image_size=16)
+        prepare(run, DataSettings(dataset="folder", source=str(half_broken), image_size=16))
     for name in BROKEN | {"self.jpg": 0}:
         assert f"a/{name} (" in str(caught.value)
     assert "b/dangling.jpg (No such file or directory)" in str(caught.value)
@@ -112,13 +118,19 @@ def test_all_broken_images_are_named_at_the_end(half_broken, run):
 
 
 def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run, monkeypatch):
-    data = prepare(run, "folder", str(half_broken), image_size=16, skip_broken=True)
+    data = prepare(
+        run,
+        DataSettings(dataset="folder", source=str(half_broken), image_size=16, skip_broken=True),
+    )
     assert sum(map(len, data.splits.values())) == len(read_manifest(run.work / "data")) == 24
     (half_broken / "a/empty.jpg").write_bytes(jpeg(seed=99))
     read = []
-    encoded = Item.encoded
-    monkeypatch.setattr(Item, "encoded", lambda item: read.append(item.key) or encoded(item))
-    data = prepare(run, "folder", str(half_broken), image_size=16, skip_broken=True)
+    encoded = Item.read
+    monkeypatch.setattr(Item, "read", lambda item: read.append(item.key) or encoded(item))
+    data = prepare(
+        run,
+        DataSettings(dataset="folder", source=str(half_broken), image_size=16, skip_broken=True),
+    )
     assert sum(map(len, data.splits.values())) == 25
     assert len(read) == 7, "what is packed already is not read again"
     for name in (
@@ -128,7 +140,15 @@ def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run,
     ):
         (half_broken / name).unlink()
     assert (
-        sum(map(len, prepare(run, "folder", str(half_broken), image_size=16).splits.values())) == 25
+        sum(
+            map(
+                len,
+                prepare(
+                    run, DataSettings(dataset="folder", source=str(half_broken), image_size=16)
+                ).splits.values(),
+            )
+        )
+        == 25
     )
 
 
@@ -137,16 +157,18 @@ def test_a_class_that_loses_its_last_image(run, tmp_path):
     for path in (folder / "a").glob("*"):
         path.write_bytes(b"broken")
     with refused(ValueError, r"class 'a' has no image left for train"):
-        prepare(run, "folder", str(folder), image_size=16, skip_broken=True)
+        prepare(
+            run, DataSettings(dataset="folder", source=str(folder), image_size=16, skip_broken=True)
+        )
 
 
 def test_a_finished_pack_is_kept_and_another_plan_replaces_it(run, tmp_path):
     folder = fill(tmp_path / "set", 9)
-    prepare(run, "folder", str(folder), image_size=16)
+    prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
     before = {path: path.stat().st_ino for path in (run.work / "data").iterdir()}
-    prepare(run, "folder", str(folder), image_size=16)
+    prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
     assert {path: path.stat().st_ino for path in (run.work / "data").iterdir()} == before
-    prepare(run, "folder", str(folder), image_size=16, seed=1)
+    prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16, seed=1))
     assert {path: path.stat().st_ino for path in (run.work / "data").iterdir()} != before
     assert not (run.work / "data.partial").exists()
 
@@ -159,7 +181,7 @@ def test_ten_thousand_tiny_files(tmp_path, monkeypatch):
         for index in range(1000):
             (folder / str(name) / f"{name}-{index}.png").write_bytes(pixel)
     write_pack(tmp_path / "pack", {"train": items(folder)})
-    assert verify(tmp_path / "pack") == 10_000
+    assert len(verify(tmp_path / "pack")) == 10_000
     assert len(Packed(tmp_path / "pack", read_manifest(tmp_path / "pack"), 8)) == 10_000
 
 
@@ -180,7 +202,7 @@ def packing(folder, target, begun):
     """Packs in a process of its own."""
     found = [Item(path.name, path.parent.name, None, path) for path in sorted(folder.glob("*/*"))]
     begun.set()
-    with mock.patch("densenas.images.pack.CHUNK", 8):
+    with mock.patch("densenas.images.packing.CHUNK", 8):
         write_pack(target, {"train": found[::2], "val": found[1::2]}, shorter=32)
 
 
@@ -215,7 +237,7 @@ def test_kill_9_at_any_moment(processes, tmp_path):
         assert not target.exists() or content(target) == expected
         if moments.random() < 0.3:  # finished after this kill, or killed again where it goes on
             assert ends(start(target))
-            assert content(target) == expected and verify(target) == 200
+            assert content(target) == expected and len(verify(target)) == 200
             shutil.rmtree(target)
     assert killed
     assert ends(start(target))
@@ -244,8 +266,8 @@ def test_verify_names_what_is_wrong(damage, tmp_path):
 @pytest.fixture
 def read(monkeypatch):
     """The keys of the images that are read from their source."""
-    keys, encoded = [], Item.encoded
-    monkeypatch.setattr(Item, "encoded", lambda item: keys.append(item.key) or encoded(item))
+    keys, encoded = [], Item.read
+    monkeypatch.setattr(Item, "read", lambda item: keys.append(item.key) or encoded(item))
     return keys
 
 
@@ -275,7 +297,7 @@ def test_a_full_disk_keeps_what_is_packed(error, tmp_path, monkeypatch, read):
             write_pack(tmp_path / "pack", {"train": found})
     read.clear()
     write_pack(tmp_path / "pack", {"train": found})
-    assert len(read) == 8 and verify(tmp_path / "pack") == 20
+    assert len(read) == 8 and len(verify(tmp_path / "pack")) == 20
 
 
 def test_a_finished_pack_outlives_a_full_disk(tmp_path, monkeypatch):
@@ -287,11 +309,11 @@ def test_a_finished_pack_outlives_a_full_disk(tmp_path, monkeypatch):
         fill_the_disk(patch, FULL[0])
         with refused(ValueError, r"No space left"):
             write_pack(tmp_path / "pack", {"train": items(folder)}, skip_broken=True)
-        assert verify(tmp_path / "pack") == 9
+        assert len(verify(tmp_path / "pack")) == 9
     (folder / "a/001.jpg").write_bytes(b"broken")
     with refused(ValueError, r"1 of 10 images cannot be read: 001\.jpg"):
         write_pack(tmp_path / "pack", {"train": items(folder)})
-    assert verify(tmp_path / "pack") == 9
+    assert len(verify(tmp_path / "pack")) == 9
 
 
 def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(
@@ -316,7 +338,7 @@ def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(
         monkeypatch.setattr(shutil, "rmtree", remove)
         read.clear()
         write_pack(tmp_path / "pack", {"train": found})
-        assert not read and verify(tmp_path / "pack") == 5
+        assert not read and len(verify(tmp_path / "pack")) == 5
         assert not (tmp_path / "pack.partial").exists()
 
 
@@ -338,7 +360,12 @@ def test_what_stands_in_the_way_is_named(tmp_path):
 
 
 def test_a_pack_on_a_read_only_medium_is_read(run, tmp_path):
-    prepare(run, "folder", str(fill(tmp_path / "set", 9)), image_size=16, pack="original")
+    prepare(
+        run,
+        DataSettings(
+            dataset="folder", source=str(fill(tmp_path / "set", 9)), image_size=16, pack="original"
+        ),
+    )
     copy = tmp_path / "copy"
     shutil.copytree(run.work / "data", copy)
     for path in (*copy.iterdir(), copy):
@@ -407,18 +434,18 @@ def test_files_replaced_while_the_pack_was_half_made(tmp_path, monkeypatch, read
 
 
 def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypatch):
-    source, encoded = colour(tmp_path / "A", 10), Item.encoded
+    source, encoded = colour(tmp_path / "A", 10), Item.read
 
     def switch(item):
         if item.key == "05.png":
             colour(tmp_path / "A", 20)
         return encoded(item)
 
-    monkeypatch.setattr(Item, "encoded", switch)
+    monkeypatch.setattr(Item, "read", switch)
     monkeypatch.setattr(pack_module, "CORES", 1)
     with refused(ValueError, r"7 of 12 images changed while they were packed: 05\.png .*anew"):
         write_pack(tmp_path / "pack", {"train": source}, skip_broken=True)
-    monkeypatch.setattr(Item, "encoded", encoded)
+    monkeypatch.setattr(Item, "read", encoded)
     write_pack(tmp_path / "pack", {"train": source})
     assert {*map(tuple, first_pixels(tmp_path / "pack").values())} == {(20,) * 3}
 
@@ -464,7 +491,7 @@ DAMAGE = {
 def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
     """In the process that has read it before, where its files are in memory already."""
     folder = fill(tmp_path / "set", 20)
-    before = prepare(run, "folder", str(folder), image_size=16)
+    before = prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
     assert before.train.images.shape[0] == len(before.train)
     DAMAGE[damage](run.work / "data")
     if damage not in ("page", "about", "sums"):  # those are found where the pack is made
@@ -479,8 +506,8 @@ def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
             )
         with refused(kind, said):
             load(run)
-    after = prepare(run, "folder", str(folder), image_size=16)
-    assert after.digest == before.digest and verify(run.work / "data") == 40
+    after = prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
+    assert after.digest == before.digest and len(verify(run.work / "data")) == 40
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
@@ -492,14 +519,14 @@ def test_a_half_written_pack_heals(damage, tmp_path, monkeypatch):
             write_pack(tmp_path / "pack", {"train": found})
     DAMAGE[damage](tmp_path / "pack.partial")
     write_pack(tmp_path / "pack", {"train": found})
-    assert verify(tmp_path / "pack") == 80
+    assert len(verify(tmp_path / "pack")) == 80
 
 
 def test_a_pack_of_an_earlier_version_is_read(tmp_path):
     found = items(fill(tmp_path / "set", 5, "a"))
     write_pack(tmp_path / "pack", {"train": found})
     (tmp_path / "pack/SHA256SUMS").unlink()
-    assert verify(tmp_path / "pack") == 5
+    assert len(verify(tmp_path / "pack")) == 5
 
 
 def test_what_is_no_file_with_an_image_is_named(tmp_path):

@@ -16,8 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from densenas.settings import ELONGATION
-
 PIXELS = 100_000_000  # an image may have: up to 1.5 GB while it is decoded
 LARGE = 20_000_000  # pixels from which images are decoded one at a time, not one a thread
 # Beside JPEG. Others that Pillow knows start programs (EPS) or are seldom tried.
@@ -44,17 +42,6 @@ def decode(encoded: bytes | memoryview) -> Tensor:
     if not data:
         raise ValueError("is empty")
     return _decode_jpeg(data) if data.startswith(b"\xff\xd8\xff") else _decode_other(data)
-
-
-def middle(image: Tensor) -> Tensor:
-    """The image (3, H, W); of one more than `ELONGATION` times as long as wide its middle.
-
-    Enlarged to 224 pixels, a line of 20000×4 would take a gigabyte, of which a crop needs little.
-    """
-    height, width = image.shape[1:]
-    longest = ELONGATION * min(height, width)
-    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
-    return image[:, top : top + longest, left : left + longest]
 
 
 def _decode_jpeg(data: bytearray) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from densenas.images.pack import Item
+from densenas.images.items import Item, Source
 
 ENDINGS = (*IMG_EXTENSIONS, ".gif")
 # A folder so called, in any case of letters, is a split.
@@ -60,7 +60,7 @@ class Folder(NamedTuple):
         return os.path.basename(self.path)
 
 
-def read_folder(root: Path) -> tuple[list[Item], list[str]]:
+def read_folder(root: Path) -> Source:
     """Class folders, flat or below splits, as items sorted by key; and notes on the reading.
 
     A val split without a test split is ImageNet's, to be tested on. No image is opened. Raises
@@ -98,7 +98,7 @@ def read_folder(root: Path) -> tuple[list[Item], list[str]]:
     notes += _alike({item.label for item in items})
     if walk.left_out:
         notes.append(f"left out, as no images in a class folder: {_counted(walk.left_out)}")
-    return items, notes
+    return Source(items, notes)
 
 
 class Walk:
@@ -251,7 +251,7 @@ def _refuse_split_names(above: Folder, folders: list[Folder]) -> None:
         names = [*near]
     if names:
         raise ValueError(
-            f"{named(names)} in {above.path!r} would be a class, but looks like a split:"
+            f"{quoted(names)} in {above.path!r} would be a class, but looks like a split:"
             f" splits are train, val and test, side by side in source; rename a class of that name"
         )
 
@@ -279,7 +279,7 @@ def _read_classes(walk: Walk, above: Folder, folders: list[Folder], part: str | 
         raise ValueError(f"{above.path!r} holds no class folders with images ({endings})")
     if empty:
         raise ValueError(
-            f"no image in the class folder {named(empty)} of {above.path!r} ({endings}):"
+            f"no image in the class folder {quoted(empty)} of {above.path!r} ({endings}):"
             f" a class without images cannot be learned, remove its folder or fill it"
         )
 
@@ -301,7 +301,7 @@ def _alike(classes: set[str]) -> list[str]:
     for name in sorted(classes):
         spellings[name.strip().casefold()].append(name)
     names = [name for found in spellings.values() if len(found) > 1 for name in found]
-    return [f"classes apart only by case or spaces: {named(names)}"] if names else []
+    return [f"classes apart only by case or spaces: {quoted(names)}"] if names else []
 
 
 def _counted(left_out: Counter[str]) -> str:
@@ -310,7 +310,7 @@ def _counted(left_out: Counter[str]) -> str:
     return ", ".join(kinds[:20]) + more
 
 
-def named(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Names in quotes and on one line whatever is in them, of many only the first ten."""
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - 10} more" if len(quoted) > 10 else ""
