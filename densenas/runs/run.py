@@ -214,6 +214,21 @@ def _lock(path: Path, say: Callable[[str], None] | None) -> int:
         os.close(lock)
 
 
+_QUIET: list[bool] = []
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, `progress` shows nothing: of many small trainings under one bar."""
+    _QUIET.append(True)
+    try:
+        yield
+    finally:
+        _QUIET.pop()
+
+
 def progress(total: int, what: str, over: Iterable[Any] | None = None, **how: Any) -> tqdm:
     """A progress bar with time left: plain text, which reads the same in a terminal, Jupyter and papermill's log."""
+    if _QUIET:
+        how["disable"] = True
     return tqdm(over, total=total, desc=what, file=sys.stdout, mininterval=2.0, ncols=110, **how)
