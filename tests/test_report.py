@@ -27,15 +27,9 @@ COST = {"mult_adds_m": 1.18, "params_m": 0.01566}
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
-    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "digits")
-    return tmp_path
-
-
-@pytest.fixture
 def digits(root):
     """The default run, whose derived network was trained and tested."""
+    shutil.copytree(ROOT / "reports" / "digits", root / "reports" / "digits")
     run = Run("digits")
     found = run.read_json("architecture.json")
     assert found["mult_adds_m"] != COST["mult_adds_m"]
@@ -179,6 +173,14 @@ def test_a_missing_stage_is_named(section, stage, digits):
         write_report(digits)
 
 
+def test_a_damaged_search_is_named(digits):
+    search = digits.work / "search.pt"
+    search.parent.mkdir(parents=True)
+    search.write_bytes(b"half")
+    with refused(ValueError, r"search\.pt is damaged or holds more .*: run 03-search again"):
+        write_report(digits)
+
+
 def test_runs_with_and_without_a_derived_network_stand_in_one_table_and_one_figure(digits, root):
     names = [f"baseline{number}" for number in range(9)]  # more than there are colours
     for name in names:
@@ -198,6 +200,5 @@ def test_runs_with_and_without_a_derived_network_stand_in_one_table_and_one_figu
 
 
 def test_a_repository_without_runs(root):
-    shutil.rmtree(root / "reports" / "digits")
     assert all_runs().empty
     assert "<tbody>" in (root / write_overview()).read_text()
