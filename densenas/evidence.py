@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from densenas.baselines import designs, hand_made
@@ -25,8 +24,8 @@ from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
-from densenas.method.supernet import SuperNet
 from densenas.pricing import RECIPES, priced_space, read_costs
+from densenas.ranking import one_shot
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.run import Run, progress, quiet
 from densenas.search import Search, load_search, search
@@ -102,15 +101,16 @@ class Study:
     def complete(self) -> pd.DataFrame:
         """Does here and now what is still to do of all jobs; returns `results`."""
         missing = [job for job in self.jobs() if self._result(job) is None]
-        if missing:
-            with progress(len(missing), "study") as bar:
-                for job in missing:
-                    bar.set_postfix_str(str(job))
-                    with quiet():
-                        if job.method == SEARCHED and self._found(job) is None:
-                            self.run_search(job)
-                        self.run_training(job)
-                    bar.update()
+        if not missing:
+            return self.results()
+        with progress(len(missing), "study") as bar:
+            for job in missing:
+                bar.set_postfix_str(str(job))
+                with quiet():
+                    if job.method == SEARCHED and self._found(job) is None:
+                        self.run_search(job)
+                    self.run_training(job)
+                bar.update()
         return self.results()
 
     def results(self) -> pd.DataFrame:
@@ -293,44 +293,11 @@ class Study:
         except ValueError:  # its checkpoint is damaged or of other costs
             net = self._search(job).net
         drawn = results[results["method"] == RANDOM]
-        one_shot = []
-        with quiet():
-            for text in drawn["net_config"]:
-                path = PathOf(net, Architecture.parse(text))
-                accuracy = evaluate(path, self.data, "val", device=self.settings.device)["top1"]
-                one_shot.append(accuracy)
+        networks = [Architecture.parse(text) for text in drawn["net_config"]]
+        shares = one_shot(net, networks, self.data, self.settings.device)
         return pd.DataFrame(
-            {"target": drawn["target"], "one_shot": one_shot, "retrained": drawn["top1"]}
+            {"target": drawn["target"], "one_shot": shares, "retrained": drawn["top1"]}
         )
-
-
-class PathOf(nn.Module):
-    """An architecture as a path of a supernet, by the supernet's own weights: images (B, 3, H, W) → logits.
-
-    Its batch norm knows no averages, so that logits depend on the batch: its images must be of mixed classes.
-    """
-
-    def __init__(self, net: SuperNet, arch: Architecture) -> None:
-        super().__init__()
-        space = net.space
-        start, *nodes, end = space.path_of(arch)
-        layers: list[nn.Module] = [net.stem]
-        before = start
-        for node, block in zip(nodes, arch.routing_blocks, strict=True):
-            edge = space.incoming(node).index(before)
-            op = space.head_ops.index(block.head)
-            layers.append(net.get_submodule(f"blocks.{node - 1}.heads.{edge}.{op}"))
-            # Which of its layers a shorter stack skipped does not show in an architecture: the last ones.
-            for layer, name in enumerate(block.stack):
-                op = space.stack_ops.index(name)
-                layers.append(net.get_submodule(f"blocks.{node - 1}.stack.{layer}.{op}"))
-            before = node
-        layers.append(net.final[space.incoming(end).index(before)])
-        self.features = nn.Sequential(*layers)
-        self.classifier = net.classifier
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).mean(dim=(2, 3)))
 
 
 def _left_out(design: str, target: float) -> str:

@@ -17,11 +17,12 @@ from torchvision.io import write_png
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
 from densenas.baselines import hand_made
-from densenas.evidence import Job, PathOf, Study, main
+from densenas.evidence import Job, Study, main
 from densenas.images.data import prepare
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
 from densenas.preflight import checked
+from densenas.ranking import PathOf
 from densenas.runs.run import Run
 from densenas.settings import StudySettings
 from densenas.verdict import METHODS, compared, repeats, verdict
