@@ -188,7 +188,9 @@ def write_study(run: Run) -> str:
         environment=provenance,
     )
     write_text(run.reports / "evidence.html", page)
-    quote = TEMPLATES.get_template("study.md.j2").render(metrics, run=run.name, made=provenance)
+    quote = TEMPLATES.get_template("study.md.j2").render(
+        metrics, run=run.name, provenance=provenance
+    )
     readme = root() / "README.md"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart
         write_text(readme, _quoting(read_text(readme), run.name, quote))

@@ -43,9 +43,9 @@ EPOCH = {"epochs": 1, "batch_size": 8}
 )
 def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size, target, designs):
     space = SearchSpace.load(space)
-    made = hand_made(space, target, size, 10)
-    assert [*made] == designs
-    for arch in made.values():
+    networks = hand_made(space, target, size, 10)
+    assert [*networks] == designs
+    for arch in networks.values():
         assert arch.mult_adds(size, 10) == pytest.approx(target, rel=0.05)
         halvings = sum(block.stride == 2 for block in arch.blocks)
         assert space.fm_sizes[0] == space.fm_sizes[-1] * 2**halvings
@@ -57,9 +57,9 @@ def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size,
 )
 def test_hand_made_networks_of_small_costs_have_finer_widths(size, targets):
     for target in targets:
-        made = hand_made(SearchSpace.load("digits"), target, size, 10)
-        assert len(made) == 2
-        for arch in made.values():
+        networks = hand_made(SearchSpace.load("digits"), target, size, 10)
+        assert len(networks) == 2
+        for arch in networks.values():
             assert arch.mult_adds(size, 10) == pytest.approx(target, rel=0.05)
 
 
@@ -76,8 +76,8 @@ def test_a_design_that_no_width_brings_to_the_target_is_left_out():
     ],
 )
 def test_at_the_cost_of_the_original_the_widths_are_the_originals(space, design, widths, mult_adds):
-    made = hand_made(SearchSpace.load(space), mult_adds, 224, 1000)[design]
-    assert [block.out_ch for block in made.blocks] == widths
+    network = hand_made(SearchSpace.load(space), mult_adds, 224, 1000)[design]
+    assert [block.out_ch for block in network.blocks] == widths
 
 
 def test_a_path_of_the_supernet_gives_what_the_supernet_gives_where_there_is_one_path():
@@ -239,7 +239,7 @@ def test_a_study_without_a_space_is_of_the_runs_costs(study):
         changed(study, space="digits").run_search(Job("DenseNAS", TARGET, 0))
 
 
-def test_networks_that_came_twice_are_told():
+def test_networks_that_came_twice_are_named():
     rows = [
         ("DenseNAS", "a"),
         ("DenseNAS", "a"),
@@ -280,8 +280,8 @@ def test_a_command_line_that_cannot_be_says_what_can(
     )
     with pytest.raises(SystemExit) as ended:
         main()
-    said = capsys.readouterr().err + str(ended.value)
-    assert sentence in said and ended.value.code not in (0, None)
+    message = capsys.readouterr().err + str(ended.value)
+    assert sentence in message and ended.value.code not in (0, None)
 
 
 def test_a_study_compares_mult_adds_alone(study):
@@ -326,10 +326,10 @@ def test_the_verdict_is_a_difference_of_means():
     ]
     table = compared(pd.DataFrame(rows)).loc[1.0]
     assert table.loc["random", "mean"] == pytest.approx(71) and table.loc["random", "n"] == 3
-    said = verdict(pd.DataFrame(rows))
-    assert "at 1 M Mult-Adds" in said
-    assert "+14.0 points from the mean of 3 random" in said and "+2.0 from the best" in said
-    assert "+3.0 from the better hand-made" in said
+    sentence = verdict(pd.DataFrame(rows))
+    assert "at 1 M Mult-Adds" in sentence
+    assert "+14.0 points from the mean of 3 random" in sentence and "+2.0 from the best" in sentence
+    assert "+3.0 from the better hand-made" in sentence
 
 
 CONFIG = """
@@ -366,8 +366,8 @@ def test_the_committed_study_is_what_its_files_say(root):
     shutil.copy(ROOT / "README.md", root)
     run = Run("cifar10")
     page = (root / report.write_study(run)).read_text()
-    said = verdict(pd.read_csv(run.reports / "evidence.csv"))
-    assert said in page and said in (ROOT / "README.md").read_text()
+    sentence = verdict(pd.read_csv(run.reports / "evidence.csv"))
+    assert sentence in page and sentence in (ROOT / "README.md").read_text()
     assert (root / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert not re.search(r"""(src|href|import\()=?["'](https?:)?//""", page), (
         "it must read without a network"
