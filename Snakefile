@@ -127,7 +127,10 @@ for stage, needs in NEEDS.items():
 
 # The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread.
 if STUDY := PARAMETERS.get("09-evidence"):
-    from densenas.evidence import SEARCHED, Study
+    from densenas.evidence import Study
+    from densenas.runs.run import Run
+    from densenas.settings import StudySettings
+    from densenas.verdict import SEARCHED
 
     FOLDER = f"runs/{RUN}/evidence/{{job}}"
     STEP = f"{PYTHON} densenas.evidence {shlex.quote(CONFIGURATION)} {RUN}"
@@ -136,7 +139,7 @@ if STUDY := PARAMETERS.get("09-evidence"):
     rule evidence:
         input:
             notebook=f"{NOTEBOOKS}/09-evidence.ipynb",
-            results=expand(f"{FOLDER}/result.json", job=Study(**STUDY).jobs()),
+            results=expand(f"{FOLDER}/result.json", job=Study(Run(RUN), StudySettings.of(STUDY)).jobs()),
         output:
             notebook=f"reports/{RUN}/09-evidence.ipynb",
             done=touch(f"runs/{RUN}/09-evidence.done"),

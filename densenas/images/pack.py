@@ -38,7 +38,7 @@ from densenas.settings import LARGEST_PACK
 from densenas.images.decoding import decode
 from densenas.images.store import MEND, environment, find, name_of, read_sums, sha256
 from densenas.images.transforms import resized
-from densenas.runs.run import progress
+from densenas.runs.progress import progress
 >>>>>>> images
 
 CORES = len(os.sched_getaffinity(0))

@@ -37,7 +37,7 @@ from densenas.images.store import (
     write_sums,
 )
 from densenas.images.transforms import middle
-from densenas.runs.run import progress
+from densenas.runs.progress import progress
 
 CHANGED = "changed while it was packed"
 

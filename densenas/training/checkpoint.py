@@ -188,13 +188,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises ValueError with one sentence where it is damaged or holds values that are not finite.
     """
     checkpoint = read_saved(path)
-    try:
-        checkpoint["configuration"] = dict(json.loads(checkpoint["configuration"]))
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise ValueError(f"{path} is damaged or no checkpoint of a training") from None
+    checkpoint["configuration"] = _configuration(checkpoint, path)
     if name := first_not_finite(checkpoint):
         raise ValueError(f"{path} holds values that are not finite ({name})")
     return checkpoint
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """That of a checkpoint whose tensors are not read; ValueError with one sentence where there is none."""
+    return _configuration(read_saved(path, mapped=True), path)
+
+
+def _configuration(checkpoint: Any, path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(checkpoint["configuration"]))
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(f"{path} is damaged or no checkpoint of a training") from None
 
 
 def digest(configuration: Any) -> str:
