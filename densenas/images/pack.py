@@ -15,31 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-<<<<<<< HEAD
-from densenas.files import atomic, write_text
-from densenas.images.decoding import decode, middle
-from densenas.images.store import (
-    MEND,
-    SUMS,
-    TABLES,
-    commit,
-    environment,
-    is_intact,
-    name_of,
-    open_lmdb,
-    read_sums,
-    reason_of,
-    resume,
-    sha256,
-)
-from densenas.runs.progress import progress
-from densenas.settings import LARGEST_PACK
-=======
 from densenas.images.decoding import decode
 from densenas.images.store import MEND, environment, find, name_of, read_sums, sha256
 from densenas.images.transforms import resized
 from densenas.runs.progress import progress
->>>>>>> images
 
 CORES = len(os.sched_getaffinity(0))
 CHUNK = 64  # images that wait at once for a thread; packing commits as many, which is what a kill can cost
