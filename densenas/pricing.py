@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from densenas.images.data import prepared
 from densenas.latency import agreement, judge, measure
 from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
@@ -39,7 +40,7 @@ def price(run: Run, settings: CostSettings) -> Prices:
     Latency is measured where it is the price or where networks are to be timed; a killed measurement goes on. Raises
     ValueError, FileNotFoundError or OSError with one sentence.
     """
-    image_size, num_classes = run.images(settings.image_size)
+    image_size, num_classes = prepared(run, settings.image_size)
     space = SearchSpace.load(settings.space)
     mult_adds = CostTable.mult_adds(space, image_size, num_classes)
     prices = Prices(mult_adds, mult_adds)
@@ -92,8 +93,8 @@ def read_costs(run: Run, space: str | Path | None = None) -> CostTable:
     if "input_size" not in table.conditions:
         raise ValueError(f"{path} does not say for which images it holds: {again}")
     priced = table.conditions["input_size"], table.conditions["num_classes"]
-    if (run.work / "data.json").exists() and priced != run.images():
-        size, classes = run.images()
+    if (run.work / "data.json").exists() and priced != prepared(run):
+        size, classes = prepared(run)
         found = f"{priced[0]} pixels in {priced[1]} classes"
         have = f"the prepared ones have {size} in {classes}"
         raise ValueError(f"{path} prices images of {found}, {have}: {again}")

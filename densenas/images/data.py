@@ -133,17 +133,37 @@ def listing(settings: DataSettings, download: bool = True) -> dict[str, list[Ite
 
 def load(run: Run) -> ImageData:
     """What `prepare` kept for this run; ValueError where that is damaged or its pack is another."""
-    path, folder = run.work / "data.json", run.work / "data"
-    remedy = f"run 01-data of run '{run.name}' again"
-    content = read_json(run.need(path, "01-data"), remedy)
-    try:
-        description = Description.model_validate(content)
-    except ValidationError:
-        raise ValueError(f"{path} is damaged or of another version: {remedy}") from None
+    description, folder = _read_description(run), run.work / "data"
     if sha256(run.need(folder / "manifest.csv", "01-data")) != description.manifest:
-        raise ValueError(f"the pack '{folder}' is not the one that {path} describes: {remedy}")
+        other = f"is not the one that {run.work / 'data.json'} describes"
+        raise ValueError(f"the pack '{folder}' {other}: run 01-data of run '{run.name}' again")
     parts = _parts(folder, read_manifest(folder), description.image_size)
     return _image_data(description, parts)
+
+
+def prepared(run: Run, image_size: int | None = None) -> tuple[int, int]:
+    """Side in pixels and number of classes of the run's images; the pack is not opened.
+
+    ValueError where another side is asked for, FileNotFoundError before 01-data has run.
+    """
+    description = _read_description(run)
+    side = description.image_size
+    if image_size not in (None, side):
+        are = f"the images of run '{run.name}' were prepared with {side} pixels"
+        raise ValueError(
+            f"image_size is {image_size}, but {are}: leave it out, or run 01-data again"
+        )
+    return side, len(description.classes)
+
+
+def _read_description(run: Run) -> Description:
+    path = run.need(run.work / "data.json", "01-data")
+    remedy = f"run 01-data of run '{run.name}' again"
+    content = read_json(path, remedy)
+    try:
+        return Description.model_validate(content)
+    except ValidationError:
+        raise ValueError(f"{path} is damaged or of another version: {remedy}") from None
 
 
 def _refuse_nesting(settings: DataSettings, folder: Path) -> None:

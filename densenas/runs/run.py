@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, Field
 
 from densenas import files
-from densenas.files import atomic, naming, write_text
+from densenas.files import atomic, write_text
 from densenas.runs.locks import locked, locked_once
 from densenas.runs.provenance import environment
 
@@ -27,13 +26,6 @@ class Savable(Protocol):
 
 
 Figure = TypeVar("Figure", bound=Savable)
-
-
-class _Prepared(BaseModel):
-    """What costs depend on of data.json, which 01-data keeps."""
-
-    image_size: int = Field(ge=1, strict=True)
-    classes: list[str] = Field(min_length=1)
 
 
 class Run:
@@ -83,8 +75,6 @@ class Run:
 
         with locked_once(self.work / ".lock", say):
             yield
-
-    # ------------------------------------------------------------ files of the report
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the report folder; empty where there is none yet, ValueError where it is damaged."""
@@ -155,20 +145,3 @@ class Run:
         """Two stages that end at once must not lose each other's entries."""
         with locked(self.work / ".entries.lock"):
             yield
-
-    # ------------------------------------------------------------ the prepared images
-
-    def images(self, image_size: int | None = None) -> tuple[int, int]:
-        """Side in pixels and number of classes of the prepared images.
-
-        ValueError where another side is asked for, FileNotFoundError before 01-data has run.
-        """
-        path = self.need(self.work / "data.json", "01-data")
-        again = "run 01-data again"
-        content = files.read_json(path, again)
-        with naming(f"{path} is damaged, {again}"):
-            prepared = _Prepared.model_validate(content)
-        if image_size not in (None, prepared.image_size):
-            are = f"the images of run '{self.name}' were prepared with {prepared.image_size} pixels"
-            raise ValueError(f"image_size is {image_size}, but {are}: leave it out, or {again}")
-        return prepared.image_size, len(prepared.classes)
