@@ -31,6 +31,7 @@ from densenas.recipes import override
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.search import search
+from densenas.settings import Computing
 
 T = TypeVar("T")
 COLUMNS = ["expected", "derived", "measured", "steady"]
@@ -73,7 +74,9 @@ def main() -> None:
                 target = Lattice(table).quantile(share)
                 for seed in range(options.seeds):
                     run = Run(f"{table.kind}-{share}-{seed}")
-                    result = search(run, images, table, recipe, target, seed, device="cpu")
+                    result = search(
+                        run, images, table, recipe, target, Computing(seed=seed, device="cpu")
+                    )
                     row = {
                         "kind": table.kind,
                         "percentile": 100 * share,

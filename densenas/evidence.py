@@ -27,11 +27,12 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.method.supernet import SuperNet
+from densenas.outcome import Search, load_search
 from densenas.pricing import RECIPES, priced_space, read_costs
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.run import Run
-from densenas.search import Search, load_search, search
-from densenas.settings import WITHIN, RunConfig, StudySettings
+from densenas.search import search
+from densenas.settings import WITHIN, Computing, RunConfig, StudySettings
 from densenas.train import evaluate, retrain
 from densenas.training.checkpoint import digest
 from densenas.training.processes import STOPPED
@@ -180,10 +181,8 @@ class Study:
         return override(self.recipes.retrain, **self.retrain or {})
 
     def _search(self, job: Job) -> Search:
-        how = {"seed": job.number, "precision": self.precision, "device": self.device}
-        return search(
-            self.folder(job), self.data, self.table, self.search_recipe, job.target, **how
-        )
+        how = Computing(seed=job.number, precision=self.precision, device=self.device)
+        return search(self.folder(job), self.data, self.table, self.search_recipe, job.target, how)
 
     def searched(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""
@@ -235,8 +234,8 @@ class Study:
             result["left_out"] = _without(design, job.target)
             print(result["left_out"])
         else:
-            how = {"seed": seed, "precision": self.precision, "device": self.device}
-            net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, **how)
+            how = Computing(seed=seed, precision=self.precision, device=self.device)
+            net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, how)
             tested = evaluate(net, self.data, device=self.device)
             size, classes = self.data.image_size, len(self.data.classes)
             result |= {

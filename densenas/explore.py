@@ -13,11 +13,12 @@ from densenas import figures
 from densenas.files import root
 from densenas.method.cost import CostTable
 from densenas.method.derivation import expected_cost, visit_probabilities
+from densenas.method.probabilities import Probabilities
 from densenas.method.space import PRESETS, SearchSpace
 from densenas.method.supernet import best_paths, derive
+from densenas.outcome import Search, load_search
 from densenas.pricing import read_costs
 from densenas.runs.run import Run
-from densenas.search import Probabilities, Search, load_search
 
 NO_RUN = "none, only sliders"
 

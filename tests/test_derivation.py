@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from densenas import Architecture, CostTable, SearchSpace
 from densenas.method.derivation import Lattice, visit_probabilities
-from densenas.search import Probabilities
+from densenas.method.probabilities import Probabilities
 
 seeds = st.integers(0, 2**16)
 

@@ -21,8 +21,9 @@ from test_supernet import expected_cost as over_all_paths
 from densenas import CostTable, figures
 from densenas.explore import NO_RUN, Explorer, best_paths, candidates, finished, undecided
 from densenas.method.derivation import expected_cost
+from densenas.method.probabilities import Probabilities
 from densenas.runs.run import Run
-from densenas.search import Probabilities, search
+from densenas.search import search
 
 
 @given(spaces())
