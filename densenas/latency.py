@@ -7,7 +7,6 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
-from densenas.method.space import Layer, SearchSpace
+from densenas.method.space import Layer, Layers, SearchSpace
 from densenas.runs.provenance import processor
 from densenas.runs.run import progress
 from densenas.training.device import computing_on, pick_device, warn_of_long_spins
@@ -104,12 +103,10 @@ def measure(
     mobile = space.net_type == "mbv2"
     head, stack, final = space.layers(input_size)
     if not mobile:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
-        final = [
-            ("classifier", channels, num_classes, size, 1) for _, channels, _, size, _ in final
-        ]
-    stem = ("stem", 3, space.chs[0], input_size, 2)
-    classifier = ("classifier", space.last_dim, num_classes, space.maps(input_size)[-1], 1)
-    rows = [*chain(*head, *stack), final, [stem], [classifier] * mobile]
+        final = [layer._replace(op="classifier", width=num_classes) for layer in final]
+    stem = Layer("stem", 3, space.chs[0], input_size, 2)
+    classifier = Layer("classifier", space.last_dim, num_classes, space.maps(input_size)[-1], 1)
+    rows = [*head, *stack, final, [stem], [classifier] * mobile]
     layers = sorted({layer for row in rows for layer in row if layer[0] != ops.SKIP})
 
     # All machines of a kind say the same about themselves: what another host timed is never used.
@@ -134,7 +131,8 @@ def measure(
     ]
     ends = ms[stem], ms[classifier] if mobile else 0.0
     conditions |= {"rounds": rounds, "entries": entries}
-    return CostTable.of(space, "latency", (head, stack, final), ms.__getitem__, *ends, conditions)
+    layers_of_space = Layers(head, stack, final)
+    return CostTable.of(space, "latency", layers_of_space, ms.__getitem__, *ends, conditions)
 
 
 def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:

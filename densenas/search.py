@@ -18,7 +18,7 @@ from densenas.images.loading import Batches, rank_and_world
 from densenas.method.architecture import save_published
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Candidate, Lattice
-from densenas.method.probabilities import Probabilities, Trace
+from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
 from densenas.pricing import RECIPES, priced_space, read_costs
 from densenas.recipes import SearchRecipe, override
@@ -68,11 +68,25 @@ class Search:
     @property
     def best(self) -> Candidate:
         """What the search found."""
-        return self.trace[-1].derive(self.table, self.target_cost)
+        return Lattice(self.table, self.trace[-1]).derive(self.target_cost)
 
     def derived(self) -> list[Candidate]:
         """What would be derived at every moment of the trace, the last one being the result."""
-        return [moment.derive(self.table, self.target_cost) for moment in self.trace]
+        return [Lattice(self.table, moment).derive(self.target_cost) for moment in self.trace]
+
+
+class Trace(list[Probabilities]):
+    """Probabilities before the first epoch and after every one, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entries": [vars(entry) for entry in self]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        entries = [Probabilities(**entry) for entry in state["entries"]]
+        shapes = [[part.shape for part in vars(entry).values()] for entry in (self[0], *entries)]
+        if not entries or any(shape != shapes[0] for shape in shapes):
+            raise ValueError("probabilities of another space")
+        self[:] = entries
 
 
 class Target(nn.Module):
@@ -193,7 +207,7 @@ def search(
         trainer = SearchTrainer(
             net, table, recipe, recipe.epochs * len(train), precision, target_cost
         )
-        trace = Trace([Probabilities.of(net)])
+        trace = Trace([net.probabilities()])
 
         def passes(epoch: int) -> list[Pass]:
             both = [
@@ -204,9 +218,9 @@ def search(
 
         @torch.no_grad()
         def finish() -> dict[str, Any]:
-            trace.append(Probabilities.of(net))
+            trace.append(net.probabilities())
             row = {"lr": trainer.schedule.get_last_lr()[0], "expected_cost": float(net.cost(table))}
-            row["derived_cost"] = trace[-1].derive(table, target_cost).cost
+            row["derived_cost"] = Lattice(table, trace[-1]).derive(target_cost).cost
             if target_cost is not None:
                 gap = row["derived_cost"] / target_cost - 1
                 row |= {
@@ -304,7 +318,7 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     path = run.need(run.work / "search.pt", "03-search")
     again = "run 03-search again"
     net = SuperNet(table.space, num_classes)
-    trace, position = Trace([Probabilities.of(net)]), Position()
+    trace, position = Trace([net.probabilities()]), Position()
     try:
         checkpoint = read_checkpoint(path)
         other = _changed(checkpoint, table, num_classes)

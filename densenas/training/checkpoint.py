@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from densenas.files import atomic
-from densenas.method.weights import read_saved
+from densenas.weights import read_saved
 
 
 def previous_of(path: Path) -> Path:
