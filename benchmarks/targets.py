@@ -94,7 +94,7 @@ def main() -> None:
             if table.kind == "latency":
                 known = Lattice(table).sample(30, 0, even=True)  # what `judge` looked at
                 networks = found + [one.architecture for one in known]
-                measured = fresh(latency.whole, networks, table.conditions, "cpu", 12)
+                measured = fresh(latency.whole, networks, table, "cpu", 12)
                 slower = median(
                     now / one.cost for now, one in zip(measured[len(found) :], known, strict=True)
                 )
