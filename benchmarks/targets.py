@@ -31,7 +31,7 @@ from densenas.recipes import override
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.search import search
-from densenas.settings import DataSettings
+from densenas.settings import Computing, DataSettings
 
 T = TypeVar("T")
 COLUMNS = ["expected", "derived", "measured", "steady"]
@@ -74,7 +74,9 @@ def main() -> None:
                 target = Lattice(table).quantile(share)
                 for seed in range(options.seeds):
                     run = Run(f"{table.kind}-{share}-{seed}")
-                    result = search(run, images, table, recipe, target, seed, device="cpu")
+                    result = search(
+                        run, images, table, recipe, target, Computing(seed=seed, device="cpu")
+                    )
                     row = {
                         "kind": table.kind,
                         "percentile": 100 * share,
@@ -92,7 +94,7 @@ def main() -> None:
             if table.kind == "latency":
                 known = Lattice(table).sample(30, 0, even=True)  # what `judge` looked at
                 networks = found + [one.architecture for one in known]
-                measured = fresh(latency.whole, networks, table.conditions, "cpu", 12)
+                measured = fresh(latency.whole, networks, table, "cpu", 12)
                 slower = median(
                     now / one.cost for now, one in zip(measured[len(found) :], known, strict=True)
                 )

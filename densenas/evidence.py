@@ -24,12 +24,13 @@ from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
+from densenas.outcome import Search, load_search
 from densenas.pricing import RECIPES, priced_space, read_costs
 from densenas.ranking import one_shot
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.progress import progress, quiet
 from densenas.runs.run import Run
-from densenas.search import Search, load_search, search
+from densenas.search import search
 from densenas.settings import WITHIN, Computing, RunConfig, StudySettings
 from densenas.train import evaluate, retrain
 from densenas.training.checkpoint import digest
@@ -208,10 +209,8 @@ class Study:
 
     def _search(self, job: Job) -> Search:
         """The search of a job, gone on with or, where it is done, read."""
-        how = self._computing(job.number).model_dump()
-        return search(
-            self.folder(job), self.data, self.table, self.search_recipe, job.target, **how
-        )
+        how = self._computing(job.number)
+        return search(self.folder(job), self.data, self.table, self.search_recipe, job.target, how)
 
     def run_training(self, job: Job) -> None:
         """Trains a network from scratch on train and val, tests it once, and keeps the result."""
@@ -227,8 +226,8 @@ class Study:
         write_text(self._trained(job), json.dumps(content, indent=1))
 
     def _train(self, job: Job, network: Network, arch: Architecture) -> Result:
-        how = self._computing(network.seed).model_dump()
-        net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, **how)
+        how = self._computing(network.seed)
+        net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, how)
         test = evaluate(net, self.data, device=self.settings.device)
         classes = len(self.data.classes)
         return Result(

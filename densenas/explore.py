@@ -12,12 +12,12 @@ from ipywidgets import HTML, Dropdown, FloatSlider, HBox, IntSlider, VBox
 from densenas import figures
 from densenas.files import root
 from densenas.method.cost import CostTable
-from densenas.method.derivation import expected_cost, visit_probabilities
+from densenas.method.derivation import best_paths, derive
+from densenas.method.probabilities import Probabilities, expected_cost, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
-from densenas.method.supernet import best_paths, derive
+from densenas.outcome import Search, load_search
 from densenas.pricing import read_costs
 from densenas.runs.run import Run
-from densenas.search import Probabilities, Search, load_search
 
 NO_RUN = "none, only sliders"
 
@@ -161,7 +161,7 @@ class Explorer(VBox):
             *(self.table.conditions[key] for key in ("input_size", "num_classes"))
         )
         self.numbers.value = (
-            f"<p>expected cost <b>{expected_cost(self.table, p, moment.head, moment.stack):.4g}</b>,"
+            f"<p>expected cost <b>{expected_cost(self.table, Probabilities(p, moment.head, moment.stack)):.4g}</b>,"
             f" derived network <b>{mult_adds:.4g}</b> million Mult-Adds</p>"
             + pd.DataFrame(paths, columns=["probability", "most probable paths"])
             .round(4)

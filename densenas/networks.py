@@ -20,8 +20,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from densenas.files import atomic, one_line, read_text, shown, write_text
 from densenas.method.architecture import Architecture, DerivedNet, load_published, save_published
-from densenas.method.weights import fill, read_state
 from densenas.runs.run import Run
+from densenas.weights import fill, read_state
 
 # Not those for detection, segmentation, video or optical flow, nor quantized ones.
 CLASSIFIERS = frozenset(torchvision.models.list_models(module=torchvision.models))

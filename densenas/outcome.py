@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from densenas.files import write_text
 from densenas.images.data import load
 from densenas.method.architecture import save_published
 from densenas.method.cost import CostTable
-from densenas.method.derivation import Candidate
-from densenas.method.probabilities import Probabilities, Trace
+from densenas.method.derivation import Candidate, Lattice
+from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import SuperNet
 from densenas.pricing import RECIPES, read_costs
 from densenas.runs.run import Run
@@ -66,11 +68,29 @@ class Search:
     @property
     def best(self) -> Candidate:
         """What the search found."""
-        return self.trace[-1].derive(self.table, self.target_cost)
+        return Lattice(self.table, self.trace[-1]).derive(self.target_cost)
 
     def derived(self) -> list[Candidate]:
         """What would be derived at every moment of the trace, the last one being the result."""
-        return [moment.derive(self.table, self.target_cost) for moment in self.trace]
+        return [Lattice(self.table, moment).derive(self.target_cost) for moment in self.trace]
+
+
+class Trace(list[Probabilities]):
+    """Probabilities before the first epoch and after every one, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entries": [vars(entry) for entry in self]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        entries = [Probabilities(**entry) for entry in state["entries"]]
+        expected = _shapes(self[0])
+        if not entries or any(_shapes(entry) != expected for entry in entries):
+            raise ValueError("probabilities of another space")
+        self[:] = entries
+
+
+def _shapes(entry: Probabilities) -> tuple[torch.Size, ...]:
+    return entry.p.shape, entry.head.shape, entry.stack.shape
 
 
 def finished_search(run: Run) -> Search:
@@ -101,7 +121,7 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     path = run.need(run.work / "search.pt", "03-search")
     again = "run 03-search again"
     net = SuperNet(table.space, num_classes)
-    trace = Trace([Probabilities.of(net)])
+    trace = Trace([net.probabilities()])
     position = Position()
     try:
         checkpoint = read_checkpoint(path)
@@ -139,7 +159,7 @@ def write_architecture(run: Run, result: Search) -> dict[str, Any]:
     """
     found, table = result.best, result.table
     arch = found.architecture
-    size = table.conditions["input_size"]
+    size = table.input_size
     num_classes = result.net.classifier.out_features
     record = {
         "net_config": str(arch),

@@ -55,11 +55,11 @@ def price(run: Run, settings: CostSettings) -> Prices:
 
 def _timed(run: Run, prices: Prices, settings: CostSettings) -> Prices:
     """The prices with latency of every op and of some whole networks, which are kept."""
-    conditions, device, rounds = prices.mult_adds.conditions, settings.device, settings.rounds
+    device, rounds = settings.device, settings.rounds
     measured = measure(
         prices.mult_adds.space,
-        conditions["input_size"],
-        conditions["num_classes"],
+        prices.mult_adds.input_size,
+        prices.mult_adds.num_classes,
         run.work / "latency.jsonl",
         settings.batch_size,
         device,

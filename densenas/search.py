@@ -14,9 +14,9 @@ from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches, rank_and_world
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
-from densenas.method.probabilities import Probabilities, Trace
+from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
-from densenas.outcome import Search
+from densenas.outcome import Search, Trace
 from densenas.pricing import priced_space, read_costs
 from densenas.recipes import SearchRecipe, override
 from densenas.runs.run import Run
@@ -51,7 +51,7 @@ def search(
         val = Batches(data, "val", recipe.batch_size, device, how.seed)
         weight_steps = recipe.epochs * len(train)
         trainer = SearchTrainer(net, table, recipe, weight_steps, how.precision, target_cost)
-        trace = Trace([Probabilities.of(net)])
+        trace = Trace([net.probabilities()])
         configuration = {
             "space": table.space.model_dump(mode="json"),
             "recipe": recipe.model_dump(mode="json"),
@@ -73,7 +73,7 @@ def search(
                         training.record(trainer.arch_step(images, labels))
                 for images, labels in training.batches("train", train):
                     training.record(trainer.weight_step(images, labels))
-                trace.append(Probabilities.of(net))
+                trace.append(net.probabilities())
                 training.end_epoch(trainer.measures(trace[-1]))
     return Search(net, table, json.loads(json.dumps(configuration)), training.history, trace)
 
@@ -166,7 +166,7 @@ class SearchTrainer:
     def measures(self, probabilities: Probabilities) -> Row:
         """What the history says of an epoch besides accuracy and loss; `probabilities` are those at its end."""
         target_cost = self.target.cost if self.target else None
-        derived_cost = probabilities.derive(self.table, target_cost).cost
+        derived_cost = Lattice(self.table, probabilities).derive(target_cost).cost
         row = {
             "lr": self.schedule.get_last_lr()[0],
             "expected_cost": float(self.net.cost(self.table)),

@@ -194,14 +194,15 @@ def random_table(space, seed, equal_layers=False, spare_rows=0, conditions=LATEN
     def row(count):
         return torch.rand(count, generator=generator, dtype=torch.float64).tolist()
 
-    head, stack = [], []
+    blocks = []
     for block in range(1, space.num_blocks):
-        head.append([row(len(space.head_ops)) for _ in before(space, block)])
+        head = [row(len(space.head_ops)) for _ in before(space, block)]
         layers = [row(len(space.stack_ops)) for _ in range(space.num_layers[block] + spare_rows)]
-        stack.append([layers[0] for _ in layers] if equal_layers else layers)
+        blocks.append((head, [layers[0] for _ in layers] if equal_layers else layers))
     stem, classifier = row(2)
     final = row(len(before(space, space.num_blocks)))
-    return CostTable(space, "latency", stem, head, stack, final, classifier, dict(conditions))
+    nesting = (stem, blocks, final, classifier)
+    return CostTable.from_nested(space, "latency", nesting, dict(conditions))
 
 
 def counted_mult_adds(net, images):

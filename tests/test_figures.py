@@ -35,7 +35,7 @@ def drawn(space):
     """Every figure of a space, undecided and with something derived."""
     table = CostTable.mult_adds(space, space.input_size, 10)
     moment = undecided(table)
-    found = Lattice(table, moment.p, moment.head, moment.stack).best(2)
+    found = Lattice(table, moment).best(2)
     sharp = torch.where(moment.p > 0, moment.p**2, moment.p)
     trace = [moment.p, sharp / sharp.sum(dim=1, keepdim=True)]
     yield figures.search_space(space)

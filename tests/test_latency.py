@@ -28,15 +28,15 @@ def test_every_distinct_op_is_measured_once_and_stands_where_it_is_used(quick, t
     known = entries(table)
     assert len(known) == len(table.conditions["entries"])
     sizes = SMALL.maps(16)
-    for j in range(1, SMALL.num_blocks):
-        for i, row in zip(SMALL.incoming(j), table.head[j - 1], strict=True):
+    for j, (head, stack) in enumerate(table.nested()[1], start=1):
+        for i, row in zip(SMALL.incoming(j), head, strict=True):
             for op, ms in zip(SMALL.head_ops, row, strict=True):
                 assert (
                     ms
                     == known[op, SMALL.chs[i], SMALL.chs[j], sizes[i], SMALL.stride(i, j)]["ms"]
                     > 0
                 )
-        for row in table.stack[j - 1]:
+        for row in stack:
             for op, ms in zip(SMALL.stack_ops, row, strict=True):
                 assert ms == (
                     0 if op == SKIP else known[op, SMALL.chs[j], SMALL.chs[j], sizes[j], 1]["ms"]
@@ -52,8 +52,7 @@ def test_every_distinct_op_is_measured_once_and_stands_where_it_is_used(quick, t
 def test_a_regularised_skip_costs_a_tenth_of_the_first_op(quick, tmp_path):
     table = measure(RES, RES.input_size, 3, tmp_path / "log.jsonl", rounds=1)
     skip = RES.stack_ops.index(SKIP)
-    rows = [row for layers in table.stack for row in layers]
-    assert rows and all(row[skip] == row[0] / 10 > 0 for row in rows)
+    assert table.stack and all(row[skip] == row[0] / 10 > 0 for row in table.stack)
 
 
 def test_a_killed_measurement_goes_on_behind_its_last_line(quick, tmp_path):
@@ -149,17 +148,6 @@ def test_a_full_disk_while_measuring_is_one_sentence_and_the_same_call_goes_on(q
     with mock.patch.object(latency, "milliseconds", wraps=latency.milliseconds) as timed:
         table = measure(SMALL, 16, 3, log, rounds=2)
         assert 0 < timed.call_count < 2 * len(entries(table))
-
-
-def test_what_cannot_be_measured_is_refused(quick, tmp_path):
-    for name in ("num_classes", "batch_size", "rounds"):
-        with refused(ValueError, rf"{name} is 0, at least 1 is needed"):
-            measure(SMALL, 16, **{"num_classes": 3, "log": tmp_path / "log", name: 0})
-    table = measure(SMALL, 16, 3, tmp_path / "log.jsonl", rounds=1)
-    with refused(ValueError, "networks is 1, a rank correlation needs at least 2"):
-        judge(table, 1)
-    with refused(ValueError, "cannot be scaled by nan"):
-        table.scaled(float("nan"))
 
 
 @pytest.mark.parametrize("space", [SMALL, RES], ids=["mbv2", "res"])

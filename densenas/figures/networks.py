@@ -21,7 +21,8 @@ from torch import Tensor
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
-from densenas.method.derivation import Candidate, visit_probabilities
+from densenas.method.derivation import Candidate
+from densenas.method.probabilities import visit_probabilities
 from densenas.method.space import SearchSpace
 
 from .style import (

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from densenas.files import atomic
 from densenas.images.loading import rank_and_world
-from densenas.method.weights import read_saved
 from densenas.runs.run import Run
+from densenas.weights import read_saved
 
 CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
 SHARED = "every machine needs the same runs/ and reports/ folders"

@@ -16,17 +16,17 @@ from densenas.recipes import RetrainRecipe, SearchRecipe
 
 
 def check_batches(batch_size: int, splits: Mapping[str, int], world: int | None = None) -> None:
-    """Raises ValueError with one sentence where there can be no training with such batches.
+    """Raises ValueError with one sentence where `world` processes (None: these) cannot train with such batches.
 
-    `splits` are the numbers of images by name, `world` the processes, None those of this training.
-    Batch norm learns nothing of a single image, so each process needs two of every batch.
+    `splits` are the numbers of images by name. Batch norm learns nothing of a single image, so each
+    of the processes that train needs two of every batch.
     """
     for split, images in splits.items():
         if batch_size > images:
             few = f"{split} has {images:,} images: set batch_size to at most that"
             raise ValueError(f"batch_size is {batch_size:,}, but {few}")
     if world is None:
-        world = rank_and_world()[1]
+        _, world = rank_and_world()
     devices = f"{world} devices" if world > 1 else "1 device"
     if batch_size % world:
         raise ValueError(f"batch_size {batch_size} cannot be shared equally by {devices}")
