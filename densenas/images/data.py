@@ -126,7 +126,7 @@ def listing(settings: DataSettings, download: bool = True) -> dict[str, list[Ite
     try:
         source = read_source(settings.dataset, settings.source, download)
     except NotDownloadedError:
-        choose_classes({*CLASSES[settings.dataset]}, settings.num_classes)
+        choose_classes(CLASSES[settings.dataset], settings.num_classes)
         return None
     return _split(source.items, settings)
 
@@ -219,13 +219,12 @@ def _describe(
 
 
 def _record(run: Run, settings: DataSettings, data: ImageData) -> None:
-    counts = {name: len(split) for name, split in data.splits.items()}
     metrics = {
         "dataset": data.dataset,
         "classes": len(data.classes),
         "image_size": data.image_size,
         "digest": data.digest,
-        **counts,
+        **{name: len(split) for name, split in data.splits.items()},
     }
     run.update_json("metrics.json", "data", metrics)
     run.record_provenance("01-data", **settings.model_dump())
@@ -238,18 +237,8 @@ def _parts(folder: Path, manifest: pd.DataFrame, image_size: int) -> dict[str, P
 
 
 def _image_data(description: Description, parts: dict[str, Packed]) -> ImageData:
-    return ImageData(
-        dataset=description.dataset,
-        classes=description.classes,
-        train=parts["train"],
-        val=parts["val"],
-        test=parts["test"],
-        mean=description.mean,
-        std=description.std,
-        digest=description.digest,
-        augment=description.augment,
-        resident=description.resident,
-    )
+    about = description.model_dump(exclude={"pack", "image_size", "manifest"})
+    return ImageData(train=parts["train"], val=parts["val"], test=parts["test"], **about)
 
 
 def _statistics(reading: Reading, parts: dict[str, Packed]) -> tuple[list[float], list[float]]:

@@ -13,6 +13,7 @@ from threading import Lock
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -59,8 +60,12 @@ def _decode_jpeg(data: bytearray) -> Tensor:
 def _jpeg_size(data: bytearray) -> tuple[int, int]:
     """Width and height out of the header, found as libjpeg finds it."""
     at = 2
-    while found := MARKER.search(data, at):
-        kind, at = found[1][0], found.end()
+    while True:
+        marker = MARKER.search(data, at)
+        if marker is None:
+            break
+        kind = marker[1][0]
+        at = marker.end()
         length = int.from_bytes(data[at : at + 2])
         if length < 2:
             break
@@ -102,7 +107,9 @@ def _pixels(image: Image.Image) -> Tensor:
     if image.mode == "F":
         raise ValueError("has floating-point pixels of unknown range: convert it to 8 bits")
     if image.mode.startswith("I"):
-        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # tag 258: BitsPerSample
+        bits = 16
+        if isinstance(image, TiffImageFile):
+            bits = image.tag_v2[258][0]  # BitsPerSample
         if bits > 16:
             raise ValueError(f"has pixels of {bits} bits, range unknown: convert it to 8 bits")
         grey = torch.from_numpy((np.array(image) >> (bits - 8)).astype(np.uint8))

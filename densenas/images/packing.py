@@ -89,6 +89,9 @@ class Encoder:
         """What tells an item, kept in this way, from others."""
         return f"{item.origin()}/{self.shorter}/{self.quality if self.shorter else None}"
 
+    def can_read(self, item: Item, origins: dict[str, str]) -> bool:
+        return isinstance(self.encode(item, origins[item.key]), Entry)
+
     def encode(self, item: Item, origin: str) -> Entry | Unreadable:
         """What is kept of an item that had this origin when packing began."""
         try:
@@ -119,67 +122,46 @@ class Packer:
     def entry(self, item: Item) -> Entry | Unreadable:
         origin = self.origins[item.key]
         for env in self.packed:
-            row = find_row(env, item.key)
-            if row and row.origin == origin:
-                entry = find(env, item.key)
-                if entry:
-                    return entry
+            entry = find(env, item.key)
+            if entry and entry.row.origin == origin:
+                return entry
         return self.encoder.encode(item, origin)
 
 
 def _write(
     folder: Path, partial: Path, splits: dict[str, list[Item]], encoder: Encoder, skip_broken: bool
 ) -> None:
-    origins = _origins(splits, encoder)
-    plan = _plan(splits, origins)
-    packer = Packer(encoder, origins, [])
+    items = [item for part in splits.values() for item in part]
+    origins = {item.key: encoder.origin(item) for item in items}
+    if len(origins) < len(items):
+        twice, _ = Counter(item.key for item in items).most_common(1)[0]
+        raise ValueError(f"two images have the same name '{twice}'")
+    rows = [(split, item.label, item.key) for split, part in splits.items() for item in part]
+    plan = hashlib.sha256(json.dumps([rows, [*origins.values()]]).encode()).hexdigest()
+    packed: list[lmdb.Environment] = []
     if is_intact(folder):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if about["plan"] == plan and _all_still_broken(splits, packer, about["broken"]):
-            _report(about["broken"], len(origins), skip_broken, folder)
+        again = [item for item in items if item.key in about["broken"]]
+        if about["plan"] == plan and not any(encoder.can_read(item, origins) for item in again):
+            _report(about["broken"], len(items), skip_broken, folder)
             return
-        packer.packed.extend(environment(path) for path in sorted(folder.glob("*.lmdb")))
+        packed = [environment(path) for path in sorted(folder.glob("*.lmdb"))]
     elif folder.exists():
         print(f"the pack '{folder}' is damaged or of an earlier version: it is packed anew")
     partial.mkdir(parents=True, exist_ok=True)
+    packer = Packer(encoder, origins, packed)
     broken: dict[str, str] = {}
-    with progress(len(origins), "packing") as bar:
-        for split, items in splits.items():
-            broken |= _write_split(partial / f"{split}.lmdb", items, packer, bar)
+    with progress(len(items), "packing") as bar:
+        for split, part in splits.items():
+            broken |= _write_split(partial / f"{split}.lmdb", part, packer, bar)
     about = {"plan": plan, "shorter": encoder.shorter, "quality": encoder.quality, "broken": broken}
     write_text(partial / "about.json", json.dumps(about))
-    _report(broken, len(origins), skip_broken, folder if skip_broken else partial)
+    _report(broken, len(items), skip_broken, folder if skip_broken else partial)
     _write_manifest(partial, splits, broken)
     write_sums(partial, {*TABLES, *(f"{split}.lmdb" for split in splits)})
     if folder.exists():
         shutil.rmtree(folder)  # a kill here costs nothing, all of it is in the other one
     partial.rename(folder)
-
-
-def _origins(splits: dict[str, list[Item]], encoder: Encoder) -> dict[str, str]:
-    """What tells each item from others, by key; ValueError where two have the same key."""
-    keys = [item.key for items in splits.values() for item in items]
-    if len(set(keys)) < len(keys):
-        twice, _ = Counter(keys).most_common(1)[0]
-        raise ValueError(f"two images have the same name '{twice}'")
-    return {item.key: encoder.origin(item) for items in splits.values() for item in items}
-
-
-def _plan(splits: dict[str, list[Item]], origins: dict[str, str]) -> str:
-    """SHA-256 of what a pack of these items holds."""
-    rows = [(split, item.label, item.key) for split, items in splits.items() for item in items]
-    return hashlib.sha256(json.dumps([rows, [*origins.values()]]).encode()).hexdigest()
-
-
-def _all_still_broken(
-    splits: dict[str, list[Item]], packer: Packer, broken: dict[str, str]
-) -> bool:
-    """Whether none of the images that a finished pack left out can be read by now."""
-    for items in splits.values():
-        for item in items:
-            if item.key in broken and isinstance(packer.entry(item), Entry):
-                return False
-    return True
 
 
 def _report(broken: dict[str, str], count: int, skip_broken: bool, place: Path) -> None:

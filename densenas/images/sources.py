@@ -15,33 +15,13 @@ from densenas.images.folders import quoted, read_folder
 from densenas.images.items import Item, Source
 from densenas.runs.run import Run
 
-IMAGENETTE = {
-    "n01440764",
-    "n02102040",
-    "n02979186",
-    "n03000684",
-    "n03028079",
-    "n03394916",
-    "n03417042",
-    "n03425413",
-    "n03445777",
-    "n03888257",
-}
+IMAGENETTE = {"n01440764", "n02102040", "n02979186", "n03000684", "n03028079"}
+IMAGENETTE |= {"n03394916", "n03417042", "n03425413", "n03445777", "n03888257"}
+CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 # Of the sets that may have to be downloaded first.
 CLASSES = {
-    "cifar10": [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ],
-    "fashion_mnist": datasets.FashionMNIST.classes,
+    "cifar10": CIFAR10,
+    "fashion_mnist": {*datasets.FashionMNIST.classes},
     "imagenette": IMAGENETTE,
 }
 IMAGENETTE_IMAGES = {"train": 9469, "val": 3925}
