@@ -47,12 +47,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def refuse(wrong: bool, sentence: str) -> None:
-    """Raises ValueError with this sentence where something is wrong."""
-    if wrong:
-        raise ValueError(sentence)
-
-
 @contextmanager
 def naming(where: str, link: str = ": ") -> Iterator[None]:
     """Around what may raise ValueError, pydantic's included, or OSError: it says in one sentence where, and what."""

@@ -18,8 +18,7 @@ import pytest
 import torch
 from helpers import SMALL, full_disk, random_table, refused
 
-import densenas
-from densenas import CostTable, SearchSpace, files
+from densenas import CostTable, SearchSpace, files, threads
 from densenas.files import HOST, atomic, write_text
 from densenas.images.data import prepared
 from densenas.pricing import read_costs
@@ -505,13 +504,13 @@ def test_threads_do_not_spin_for_long_however_a_process_was_started(late, monkey
         monkeypatch.delenv(name, raising=False)
     if not late:
         monkeypatch.delitem(sys.modules, "torch")
-    package = runpy.run_path(densenas.__file__)
+    package = runpy.run_path(threads.__file__)
     # Children get it from the environment, even where this process cannot have it any more.
     assert os.environ["GOMP_SPINCOUNT"] == "5000" and package["SPINS_FOR_LONG"] is late
 
 
 def test_a_process_whose_threads_spin_says_so(run, monkeypatch):
-    monkeypatch.setattr(densenas, "SPINS_FOR_LONG", True)
+    monkeypatch.setattr(threads, "SPINS_FOR_LONG", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with (
         pytest.warns(

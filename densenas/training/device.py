@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-import densenas
+from densenas import threads
 from densenas.files import one_line
 from densenas.settings import Computing
 
@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
 
 def warn_of_long_spins() -> None:
     """Where PyTorch was imported before this package, its threads wait in the slow way."""
-    if densenas.SPINS_FOR_LONG and torch.get_num_threads() > 1:
+    if threads.SPINS_FOR_LONG and torch.get_num_threads() > 1:
         warnings.warn(
             "torch was imported before densenas: beside other busy processes this can be many"
             " times slower; import densenas first, or set GOMP_SPINCOUNT=5000",
