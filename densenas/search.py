@@ -63,6 +63,7 @@ def search(
             "device": device.type,
         }
         parts = trainer.parts() | {"trace": trace}
+        # Of each epoch, for the time that is left.
         steps = [len(train)] * recipe.arch_start_epoch
         steps += [len(val) + len(train)] * (recipe.epochs - recipe.arch_start_epoch)
         with resumable(run, "search", configuration, parts, steps) as training:

@@ -19,8 +19,8 @@ from densenas.networks import (
     save_network,
     source_of,
 )
-from densenas.settings import RetrainSettings
-from densenas.train import evaluate, retrain, retrain_run, size
+from densenas.settings import EvaluateSettings, RetrainSettings
+from densenas.train import evaluate, evaluate_run, export_run, retrain, retrain_run, size
 
 
 def small_network(num_classes):
@@ -429,12 +429,27 @@ def test_what_was_trained_is_recorded_with_how_it_went(model, derived_run):
     assert recorded.items() >= size(net, 16).items()
 
 
+def test_a_trained_network_is_tested_and_leaves_for_other_programs(derived_run):
+    run = derived_run
+    retrain_run("made-up", RetrainSettings(**SHORT))
+    tested = evaluate_run(run, EvaluateSettings(device="cpu"))
+    known = run.read_json("metrics.json")["evaluate"]
+    assert known == {**tested.result, "ms": {}}, "kept, whatever becomes of the export"
+    assert known["images"] == len(DATA.test) and known["network"] == "the derived network"
+    assert known.items() >= evaluate(tested.net, DATA).items()
+    assert run.read_json("provenance.json")["06-evaluate"]["parameters"]["device"] == "cpu"
+    exported = export_run(run, tested)
+    assert {path.name for path in tested.folder.glob("model.*")} == {"model.pt2", "model.onnx"}
+    times = run.read_json("metrics.json")["evaluate"]["ms"]
+    assert [*times] == sorted(exported["runtime"]) and min(times.values()) > 0
+
+
 @pytest.mark.parametrize(
     ("wrong", "pattern"),
     [
         ({"net_config": "garbage"}, "no network 'garbage'"),
         ({"net_config": "vit_b_32"}, "cannot be trained on images of 16×16"),
-        ({"recipe": {"momentum": 2.0}}, "RetrainRecipe: momentum: Input should be less than 1"),
+        ({"recipe": {"momentum": 2.0}}, "momentum: Input should be less than 1"),
         ({"batch_size": 4096}, "batch_size is 4,096, but train with val has 40 images"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
     ],
