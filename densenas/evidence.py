@@ -35,7 +35,7 @@ from densenas.settings import WITHIN, Computing, RunConfig, StudySettings
 from densenas.train import evaluate, retrain
 from densenas.training.checkpoint import digest
 from densenas.training.processes import STOPPED
-from densenas.verdict import HAND_MADE, METHODS, RANDOM, SEARCHED, Result
+from densenas.verdict import HAND_MADE, METHODS, RANDOM, SEARCHED, Result, summary
 
 
 class Job(NamedTuple):
@@ -158,9 +158,9 @@ class Study:
         """In words, which hand-made designs are not compared at which target; empty where all are."""
         sentences = []
         for target in self.settings.targets:
-            compared = self.hand_made(target)
+            affordable = self.hand_made(target)
             for design in designs(self.table.space):
-                if design not in compared:
+                if design not in affordable:
                     sentences.append(_left_out(design, target))
         return " ".join(sentences)
 
@@ -298,6 +298,16 @@ class Study:
         return pd.DataFrame(
             {"target": drawn["target"], "one_shot": shares, "retrained": drawn["top1"]}
         )
+
+    def record(self, results: pd.DataFrame, ranking: pd.DataFrame) -> None:
+        """Keeps `results` and `ranking` in the run's reports, with what they say and with what they were computed."""
+        write_text(self.run.reports / "evidence.csv", results.to_csv(index=False))
+        write_text(self.run.reports / "ranking.csv", ranking.to_csv(index=False))
+        found = summary(results, ranking) | {"left_out": self.left_out()}
+        self.run.update_json("metrics.json", "evidence", found)
+        parameters = self.settings.model_dump(mode="json")
+        parameters["space"] = self.settings.space or self.table.space.name
+        self.run.record_provenance("09-evidence", **parameters)
 
 
 def _left_out(design: str, target: float) -> str:

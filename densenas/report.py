@@ -174,8 +174,8 @@ def write_study(run: Run) -> str:
 
     Where README.md has a place for this study, its figure and result are written there.
     """
-    without_work = TagRemovePreprocessor(remove_all_outputs_tags={"work"})
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[without_work])
+    tags = TagRemovePreprocessor(remove_all_outputs_tags={"work"}, remove_cell_tags={"demo"})
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[tags])
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
     stages = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})
     provenance = stages["09-evidence"]

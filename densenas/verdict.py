@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -81,3 +82,46 @@ def repeats(results: pd.DataFrame) -> str:
             networks = f"{len(rows)} {method} networks are {different} different ones"
             sentences.append(f"At {target:g} M Mult-Adds {networks}.")
     return " ".join(sentences)
+
+
+def rank_correlations(ranking: pd.DataFrame) -> tuple[float | None, float | None]:
+    """Spearman's, of `one_shot` and `retrained`: over all networks, and among those of equal cost.
+
+    None where there is none: of fewer than 3 networks, or where all of them are equal.
+    """
+    if len(ranking) < 3:
+        return None, None
+    over_all = ranking["one_shot"].rank().corr(ranking["retrained"].rank())
+    targets = ranking["target"]
+    ranks = ranking.groupby(targets)[["one_shot", "retrained"]].rank()
+    deviations = ranks - ranks.groupby(targets).transform("mean")
+    of_equal_cost = deviations.corr().iloc[0, 1]
+    return (
+        None if pd.isna(over_all) else float(over_all),
+        None if pd.isna(of_equal_cost) else float(of_equal_cost),
+    )
+
+
+def agreement(ranking: pd.DataFrame) -> str:
+    """In words, how far the supernet ranks networks as training alone does."""
+    over_all, of_equal_cost = rank_correlations(ranking)
+    if over_all is None:
+        return f"no rank correlation of {len(ranking)} networks"
+    words = f"rank correlation {over_all:.2f} over {len(ranking)} networks"
+    if of_equal_cost is None:
+        return words
+    return f"{words}, {of_equal_cost:.2f} among those of equal cost"
+
+
+def summary(results: pd.DataFrame, ranking: pd.DataFrame) -> dict[str, Any]:
+    """The study in numbers, as metrics.json holds it."""
+    spearman, spearman_equal_cost = rank_correlations(ranking)
+    return {
+        "verdict": verdict(results),
+        "networks": len(results),
+        "spearman": spearman,
+        "spearman_equal_cost": spearman_equal_cost,
+        "search_seconds": results["search_seconds"].sum(),
+        "train_seconds": results["train_seconds"].sum(),
+        "compared": compared(results).reset_index().to_dict("records"),
+    }

@@ -24,8 +24,8 @@ from densenas.method.supernet import Choice
 from densenas.preflight import checked
 from densenas.ranking import PathOf
 from densenas.runs.run import Run
-from densenas.settings import StudySettings
-from densenas.verdict import METHODS, compared, repeats, verdict
+from densenas.settings import DataSettings, StudySettings
+from densenas.verdict import METHODS, agreement, compared, repeats, summary, verdict
 
 TARGET = 0.02  # million Mult-Adds
 EPOCH = {"epochs": 1, "batch_size": 8}
@@ -130,7 +130,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def study(run, images):
-    prepare(run, "folder", source=str(images), image_size=16)
+    prepare(run, DataSettings(dataset="folder", source=str(images), image_size=16))
     CostTable.mult_adds(SMALL, 16, 3).write(run.reports / "cost.json")
     space = run.reports / "space.yml"
     space.write_text(SMALL.model_dump_json())
@@ -178,6 +178,12 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     assert study.complete().equals(results) and not capsys.readouterr().out
     ranking = study.ranking(results)
     assert len(ranking) == 4 and ranking["one_shot"].between(0, 1).all()
+    study.record(results, ranking)
+    recorded = study.run.read_json("metrics.json")["evidence"]
+    assert recorded["verdict"] == sentence and recorded["left_out"] == study.left_out()
+    assert pd.read_csv(study.run.reports / "evidence.csv")["top1"].equals(results["top1"])
+    provenance = study.run.read_json("provenance.json")["09-evidence"]["parameters"]
+    assert provenance == study.settings.model_dump(mode="json") | {"space": study.settings.space}
 
 
 def test_a_job_needs_its_search(study):
@@ -332,6 +338,22 @@ def test_the_verdict_is_a_difference_of_means():
     assert "+3.0 from the better hand-made" in sentence
 
 
+@pytest.mark.parametrize(
+    ("one_shot", "retrained", "sentence"),
+    [
+        # Ranks by target: the cheap ones agree, the dear ones do not; the dear ones are better by both.
+        ((0.1, 0.2, 0.5, 0.6), (0.3, 0.4, 0.9, 0.8), "0.80 over 4 networks, 0.00 among those of"),
+        ((0.1, 0.2, 0.5, 0.5), (0.3, 0.4, 0.9, 0.8), "0.95 over 4 networks, 0.71 among those of"),
+        ((0.1, 0.1, 0.1, 0.1), (0.3, 0.4, 0.9, 0.8), "no rank correlation of 4 networks"),
+        ((0.1, 0.2), (0.3, 0.4), "no rank correlation of 2 networks"),
+    ],
+)
+def test_how_far_the_supernet_ranks_as_training_does(one_shot, retrained, sentence):
+    targets = (1.0, 1.0, 2.0, 2.0)[: len(one_shot)]
+    columns = {"target": targets, "one_shot": one_shot, "retrained": retrained}
+    assert sentence in agreement(pd.DataFrame(columns))
+
+
 CONFIG = """
 space: digits
 data: {dataset: digits}
@@ -349,7 +371,11 @@ evidence: {targets: [1.0], seeds: 1, networks: 2}
             "cost: {kind: latency}\nretrain:",
             r"evidence compares at equal Mult-Adds, but cost\.kind is latency",
         ),
-        ("[1.0]", "[1.0, 400]", r"evidence\.targets is 400 million.*have"),
+        (
+            "[1.0]",
+            "[1.0, 400]",
+            r"evidence\.targets: space digits has no architecture of 388 to 412 million",
+        ),
         ("[1.0]", "[]", r"evidence\.targets"),
         ("networks: 2", "networks: 1", r"evidence\.networks.*2"),
     ],
@@ -366,7 +392,13 @@ def test_the_committed_study_is_what_its_files_say(root):
     shutil.copy(ROOT / "README.md", root)
     run = Run("cifar10")
     page = (root / report.write_study(run)).read_text()
-    sentence = verdict(pd.read_csv(run.reports / "evidence.csv"))
+    results = pd.read_csv(run.reports / "evidence.csv")
+    ranking = pd.read_csv(run.reports / "ranking.csv")
+    assert run.read_json("metrics.json")["evidence"] == {
+        "left_out": "",
+        **summary(results, ranking),
+    }
+    sentence = verdict(results)
     assert sentence in page and sentence in (ROOT / "README.md").read_text()
     assert (root / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert not re.search(r"""(src|href|import\()=?["'](https?:)?//""", page), (
