@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import CostTable, SearchSpace, SuperNet
+from densenas.settings import DataSettings
 
 REPOSITORY = Path(__file__).parent.parent
 MBCONVS = [f"mbconv_k{kernel}_t{expansion}" for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
@@ -50,6 +51,11 @@ def full_disk(size=1 << 16):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def class_folders(place, **settings):
+    """The settings of a data set of one's own."""
+    return DataSettings(dataset="folder", source=str(place), **{"image_size": 16, **settings})
 
 
 def make_space(**settings):
