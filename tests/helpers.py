@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from densenas import Architecture, CostTable, SearchSpace, SuperNet
 from densenas.images.data import ImageData, Split
 from densenas.recipes import RetrainRecipe, SearchRecipe
+from densenas.settings import DataSettings
 
 REPOSITORY = Path(__file__).parent.parent
 MBCONVS = [f"mbconv_k{kernel}_t{expansion}" for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
@@ -53,6 +54,11 @@ def full_disk(size=1 << 16):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def class_folders(place, **settings):
+    """The settings of a data set of one's own."""
+    return DataSettings(dataset="folder", source=str(place), **{"image_size": 16, **settings})
 
 
 def make_space(**settings):

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import lmdb
 import pytest
 import torch
-from helpers import full_disk, refused
+from helpers import class_folders, full_disk, refused
 from torchvision.io import decode_image, encode_jpeg, encode_png, write_jpeg, write_png
 
 from densenas.images.data import load, prepare
 from densenas.images.items import Item, fingerprint
 from densenas.images.pack import Packed, read_manifest, verify
 from densenas.images.packing import write_pack
-from densenas.settings import DataSettings
 
 
 def noise(height, width, seed=0):
@@ -64,10 +63,7 @@ def test_a_pack_holds_the_bytes_or_the_resized_image(pack, run, tmp_path):
         for index in range(5):
             write_jpeg(noise(50 + 10 * index, 80, index), f"{folder}/{name}/large{index}.JPG")
             write_png(noise(20, 30, index), f"{folder}/{name}/klein ä{index}.png")
-    data = prepare(
-        run,
-        DataSettings(dataset="folder", source=str(folder), image_size=16, pack=pack, quality=80),
-    )
+    data = prepare(run, class_folders(folder, pack=pack, quality=80))
     rows = read_manifest(run.work / "data")
     assert set(rows["key"]) == {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
     shrunk = 0
@@ -108,7 +104,7 @@ def half_broken(tmp_path):
 def test_all_broken_images_are_named_at_the_end(half_broken, run):
     said = r"^7 of 31 images cannot be read: .*; mend or remove them, or set skip_broken$"
     with pytest.raises(ValueError, match=said) as caught:
-        prepare(run, DataSettings(dataset="folder", source=str(half_broken), image_size=16))
+        prepare(run, class_folders(half_broken))
     for name in BROKEN | {"self.jpg": 0}:
         assert f"a/{name} (" in str(caught.value)
     assert "b/dangling.jpg (No such file or directory)" in str(caught.value)
@@ -116,17 +112,11 @@ def test_all_broken_images_are_named_at_the_end(half_broken, run):
 
 
 def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run, read):
-    data = prepare(
-        run,
-        DataSettings(dataset="folder", source=str(half_broken), image_size=16, skip_broken=True),
-    )
+    data = prepare(run, class_folders(half_broken, skip_broken=True))
     assert sum(map(len, data.splits.values())) == len(read_manifest(run.work / "data")) == 24
     (half_broken / "a/empty.jpg").write_bytes(jpeg(seed=99))
     read.clear()
-    data = prepare(
-        run,
-        DataSettings(dataset="folder", source=str(half_broken), image_size=16, skip_broken=True),
-    )
+    data = prepare(run, class_folders(half_broken, skip_broken=True))
     assert sum(map(len, data.splits.values())) == 25
     assert len(read) == 7, "what is packed already is not read again"
     for name in (
@@ -135,17 +125,8 @@ def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run,
         *(f"a/{name}" for name in BROKEN if name != "empty.jpg"),
     ):
         (half_broken / name).unlink()
-    assert (
-        sum(
-            map(
-                len,
-                prepare(
-                    run, DataSettings(dataset="folder", source=str(half_broken), image_size=16)
-                ).splits.values(),
-            )
-        )
-        == 25
-    )
+    data = prepare(run, class_folders(half_broken))
+    assert sum(map(len, data.splits.values())) == 25
 
 
 def test_a_class_that_loses_its_last_image(run, tmp_path):
@@ -153,18 +134,16 @@ def test_a_class_that_loses_its_last_image(run, tmp_path):
     for path in (folder / "a").glob("*"):
         path.write_bytes(b"broken")
     with refused(ValueError, r"class 'a' has no image left for train"):
-        prepare(
-            run, DataSettings(dataset="folder", source=str(folder), image_size=16, skip_broken=True)
-        )
+        prepare(run, class_folders(folder, skip_broken=True))
 
 
 def test_a_finished_pack_is_kept_and_another_plan_replaces_it(run, tmp_path):
     folder = fill(tmp_path / "set", 9)
-    prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
+    prepare(run, class_folders(folder))
     before = {path: path.stat().st_ino for path in (run.work / "data").iterdir()}
-    prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
+    prepare(run, class_folders(folder))
     assert {path: path.stat().st_ino for path in (run.work / "data").iterdir()} == before
-    prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16, seed=1))
+    prepare(run, class_folders(folder, seed=1))
     assert {path: path.stat().st_ino for path in (run.work / "data").iterdir()} != before
     assert not (run.work / "data.partial").exists()
 
@@ -337,12 +316,7 @@ def test_what_stands_in_the_way_is_named(tmp_path):
 
 
 def test_a_pack_on_a_read_only_medium_is_read(run, tmp_path):
-    prepare(
-        run,
-        DataSettings(
-            dataset="folder", source=str(fill(tmp_path / "set", 9)), image_size=16, pack="original"
-        ),
-    )
+    prepare(run, class_folders(fill(tmp_path / "set", 9), pack="original"))
     copy = tmp_path / "copy"
     shutil.copytree(run.work / "data", copy)
     for path in (*copy.iterdir(), copy):
@@ -467,7 +441,7 @@ DAMAGE = {
 def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
     """In the process that has read it before, where its files are in memory already."""
     folder = fill(tmp_path / "set", 20)
-    before = prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
+    before = prepare(run, class_folders(folder))
     assert before.train.images.shape[0] == len(before.train)
     DAMAGE[damage](run.work / "data")
     if damage not in ("page", "about", "sums"):  # those are found where the pack is made
@@ -482,7 +456,7 @@ def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
             )
         with refused(kind, said):
             load(run)
-    after = prepare(run, DataSettings(dataset="folder", source=str(folder), image_size=16))
+    after = prepare(run, class_folders(folder))
     assert after.digest == before.digest and len(verify(run.work / "data")) == 40
 
 
