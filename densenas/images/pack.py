@@ -23,7 +23,7 @@ from densenas.runs.progress import progress
 CORES = len(os.sched_getaffinity(0))
 CHUNK = 64  # images that wait at once for a thread; packing commits as many, which is what a kill can cost
 COLUMNS = ["split", "class", "label", "key", "bytes", "digest"]
-NAMED = 10  # images that an error names one by one
+EXAMPLES = 10  # images that an error names one by one
 
 
 def read_manifest(folder: Path) -> pd.DataFrame:
@@ -93,9 +93,9 @@ def _damage(path: Path, key: str, size: int, source: str) -> str | None:
 
 def with_reasons(reasons: dict[str, str]) -> str:
     """The first of some images, each with its reason, in one line whatever the files are called."""
-    listed = [f"{repr(key)[1:-1]} ({reasons[key]})" for key in sorted(reasons)[:NAMED]]
-    if len(reasons) > NAMED:
-        listed.append(f"and {len(reasons) - NAMED} more")
+    listed = [f"{repr(key)[1:-1]} ({reasons[key]})" for key in sorted(reasons)[:EXAMPLES]]
+    if len(reasons) > EXAMPLES:
+        listed.append(f"and {len(reasons) - EXAMPLES} more")
     return "; ".join(listed)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from densenas.files import atomic, write_text
 from densenas.images.decoding import decode
 from densenas.images.items import Item
-from densenas.images.pack import CHUNK, COLUMNS, CORES, NAMED, with_reasons
+from densenas.images.pack import CHUNK, COLUMNS, CORES, EXAMPLES, with_reasons
 from densenas.images.store import (
     TABLES,
     Entry,
@@ -172,7 +172,7 @@ def _report(broken: dict[str, str], count: int, skip_broken: bool, place: Path) 
         raise ValueError(f"{many}: {with_reasons(changed)}; the same call packs them anew")
     if not broken:
         return
-    listed = f", all listed in '{place / 'about.json'}'" if len(broken) > NAMED else ""
+    listed = f", all listed in '{place / 'about.json'}'" if len(broken) > EXAMPLES else ""
     sentence = f"{len(broken)} of {count} images cannot be read: {with_reasons(broken)}{listed}"
     if not skip_broken:
         raise ValueError(f"{sentence}; mend or remove them, or set skip_broken")
