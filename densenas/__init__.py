@@ -9,7 +9,7 @@ import sys
 # OpenMP threads that spin for long while they wait make small networks many times slower as
 # soon as something else wants a core; this short a spin costs nothing on a quiet machine, a
 # shorter one does. Read when PyTorch is loaded: where that was before, it is too late for this
-# process, and `engine.fit` says so.
+# process, and `engine.resumable` says so.
 _CHOSEN = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
 SPINS_FOR_LONG = "torch" in sys.modules and not _CHOSEN
 if "OMP_WAIT_POLICY" not in os.environ:
