@@ -82,8 +82,8 @@ def search(
 class SearchTrainer:
     """A supernet with its two optimisers, and the two kinds of step of a search (section 3.3).
 
-    `weight_steps` bring the learning rate down. A step takes images (B, 3, H, W) and labels (B,), and returns what
-    `descend` does.
+    So many weight `steps` bring the learning rate down. A step takes images (B, 3, H, W) and labels (B,), and returns
+    what `descend` does.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SearchTrainer:
         net: SuperNet,
         table: CostTable,
         recipe: SearchRecipe,
-        weight_steps: int,
+        steps: int,
         precision: Precision,
         target_cost: float | None = None,
     ) -> None:
@@ -105,7 +105,7 @@ class SearchTrainer:
         self.weights = net.weight_parameters()
         self.arch = net.arch_parameters()
         self.sgd = fused_sgd(self.weights, recipe)
-        self.schedule = cosine(self.sgd, weight_steps, recipe.lr_min)
+        self.schedule = cosine(self.sgd, steps, recipe.lr_min)
         self.adam = torch.optim.Adam(
             self.arch,
             recipe.arch_lr,
