@@ -55,6 +55,7 @@ class Plain(nn.Module):
             if isinstance(module, ops.MBConv):
                 module.__class__ = MBConv
         self.space, self.last = net.space, net.space.num_blocks
+        self.costs = table.nested()[1]  # for each block (edges × head ops, layers × stack ops)
         decay, arch_decay = recipe.weight_decay, recipe.arch_weight_decay
         weights, arch = self.net.weight_parameters(), self.net.arch_parameters()
         self.sgd = torch.optim.SGD(weights, recipe.lr, recipe.momentum, weight_decay=decay)
@@ -120,14 +121,15 @@ class Plain(nn.Module):
             edge = self.space.incoming(j).index(i)
             if j == self.last:
                 return self.table.final[edge]
+            head_costs, stack_costs = self.costs[j - 1]
             head = layer(
                 self.net.alpha_head[j - 1][edge],
-                self.table.head[j - 1][edge],
+                head_costs[edge],
                 choice.head[j - 1][edge],
             )
             rows = zip(
                 self.net.alpha_stack[j - 1],
-                self.table.stack[j - 1],
+                stack_costs,
                 choice.stack[j - 1],
                 strict=False,
             )

@@ -13,23 +13,25 @@ from ipywidgets import HTML, DOMWidget, Dropdown, FloatSlider, HBox, IntSlider, 
 from densenas import figures
 from densenas.files import root
 from densenas.method.cost import CostTable
-from densenas.method.derivation import expected_cost, visit_probabilities
+from densenas.method.derivation import best_paths, derive
+from densenas.method.probabilities import Probabilities, expected_cost, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
-from densenas.method.supernet import best_paths, derive
+from densenas.outcome import Search, load_search
 from densenas.pricing import read_costs
 from densenas.runs.run import Run
-from densenas.search import Probabilities, Search, load_search
 
 NO_RUN = "none, only sliders"
 
 
 def undecided(table: CostTable) -> Probabilities:
     """Of a space before its search: every edge of a block and every candidate of a layer is equally probable."""
-    beta = torch.full((table.space.num_blocks, table.space.num_blocks + 1), -torch.inf)
-    beta[tuple(torch.tensor(table.space.edges).T)] = 0
-    return Probabilities(
-        beta.softmax(1), *(torch.zeros_like(costs).softmax(1) for costs in table.tensors(beta)[:2])
-    )
+    space = table.space
+    beta = torch.full((space.num_blocks, space.num_blocks + 1), -torch.inf)
+    for edge in space.edges:
+        beta[edge] = 0
+    head = torch.zeros(len(table.head), len(space.head_ops))
+    stack = torch.zeros(len(table.stack), len(space.stack_ops))
+    return Probabilities(beta.softmax(1), head.softmax(1), stack.softmax(1))
 
 
 def finished(name: str, space: SearchSpace) -> Search:
@@ -41,7 +43,7 @@ def finished(name: str, space: SearchSpace) -> Search:
         if table.space.name == space.name:
             other = f"another version of space {space.name}"
         raise ValueError(f"run '{name}' is of {other}: choose another run or space")
-    return load_search(run, table, table.conditions["num_classes"])
+    return load_search(run, table, table.num_classes)
 
 
 def searched(space: SearchSpace) -> list[str]:
@@ -56,18 +58,20 @@ def searched(space: SearchSpace) -> list[str]:
 
 def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFrame:
     """Of a block: columns layer, op, probability, cost (in the table's unit); no rows for block 0, the stem."""
-    space, rows = table.space, []
-    layers = [(f"{i}→{j}", j, space.head_ops) for i, j in space.head_edges]
-    layers += [
-        (f"layer {n + 1}", j, space.stack_ops)
-        for j, count in enumerate(space.num_layers)
-        for n in range(count)
-    ]
-    head, stack, *_ = table.tensors(like=moment.p)
-    values = ((*a.tolist(), *b.tolist()) for a, b in ((moment.head, moment.stack), (head, stack)))
-    for (name, owner, ops), *shares_and_costs in zip(layers, *values, strict=True):
-        rows += [(name, *row) for row in zip(ops, *shares_and_costs, strict=True) if owner == block]
-    return pd.DataFrame(rows, columns=["layer", "op", "probability", "cost"])
+    space = table.space
+    parts = []
+    for row, (i, j) in enumerate(space.head_edges):
+        if j == block:
+            shares, costs = moment.head[row].tolist(), table.head[row]
+            layer = {"layer": f"{i}→{j}", "op": space.head_ops}
+            parts.append(pd.DataFrame({**layer, "probability": shares, "cost": costs}))
+    for row, (owner, number) in enumerate(space.stack_layers):
+        if owner == block:
+            shares, costs = moment.stack[row].tolist(), table.stack[row]
+            layer = {"layer": f"layer {number + 1}", "op": space.stack_ops}
+            parts.append(pd.DataFrame({**layer, "probability": shares, "cost": costs}))
+    none = pd.DataFrame(columns=["layer", "op", "probability", "cost"])
+    return pd.concat(parts, ignore_index=True) if parts else none
 
 
 class Explorer(VBox):
@@ -125,8 +129,9 @@ class Explorer(VBox):
         self.temperature.value = space.search.softmax_temp
         if self.run.value != NO_RUN:
             search = finished(self.run.value, space)
-            size, classes = (search.table.conditions[key] for key in ("input_size", "num_classes"))
-            self.table, self.trace = CostTable.mult_adds(space, size, classes), search.trace
+            priced = search.table
+            self.table = CostTable.mult_adds(space, priced.input_size, priced.num_classes)
+            self.trace = search.trace
             self.temperature.value = search.net.temperature
         self.epoch.max = self.epoch.value = len(self.trace) - 1
         self._change_epoch()
@@ -163,10 +168,8 @@ class Explorer(VBox):
             f"<style>.of-{self.model_id} {{{figures.restyled(space, p, best[0][1])}}}</style>"
         )
         paths = [(share, "→".join(map(str, path))) for share, path in best]
-        mult_adds = arch.mult_adds(
-            *(self.table.conditions[key] for key in ("input_size", "num_classes"))
-        )
-        cost = expected_cost(self.table, p, moment.head, moment.stack)
+        mult_adds = arch.mult_adds(self.table.input_size, self.table.num_classes)
+        cost = expected_cost(self.table, Probabilities(p, moment.head, moment.stack))
         words = f"expected cost <b>{cost:.4g}</b>, derived network <b>{mult_adds:.4g}</b> million Mult-Adds"
         ranking = pd.DataFrame(paths, columns=["probability", "most probable paths"])
         visits = pd.DataFrame({"visited": visit_probabilities(p).tolist()}).T

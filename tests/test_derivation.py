@@ -22,8 +22,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from densenas import Architecture, CostTable, SearchSpace
-from densenas.method.derivation import Lattice, visit_probabilities
-from densenas.search import Probabilities
+from densenas.method.derivation import Lattice
+from densenas.method.probabilities import Probabilities, visit_probabilities
 
 seeds = st.integers(0, 2**16)
 
@@ -78,8 +78,7 @@ def small_cases(draw):
     net = random_supernet(space, draw(seeds))
     # Random widths may leave two blocks with the same maps and widths indistinguishable in cost, not in path.
     table = CostTable.mult_adds(space, 32, 3)
-    moment = Probabilities.of(net)
-    return space, net, table, Lattice(table, moment.p, moment.head, moment.stack)
+    return space, net, table, Lattice(table, net.probabilities())
 
 
 @given(small_cases(), st.integers(1, 12))
@@ -173,7 +172,7 @@ def test_every_target_between_the_deciles_is_hit(preset, seed, share):
         )
     ]
     table = CostTable.mult_adds(space, space.input_size, 10)
-    lattice = Lattice(table, edges / edges.sum(1, True), *shares)
+    lattice = Lattice(table, Probabilities(edges / edges.sum(1, True), *shares))
     low, high = lattice.quantile(0.1), lattice.quantile(0.9)
     target = low + share * (high - low)
     arch = lattice.at(target).architecture
@@ -219,15 +218,16 @@ def test_a_space_without_choices_has_a_lattice_and_health():
         head_ops=["mbconv_k3_t3"],
         stack_ops=[],
     )
-    moment, table = Probabilities.of(random_supernet(space, 0)), CostTable.mult_adds(space, 32, 3)
-    best = moment.derive(table, None)
-    assert best.path == (0, 1, 2) and moment.derive(table, best.cost) == best
+    moment = random_supernet(space, 0).probabilities()
+    lattice = Lattice(CostTable.mult_adds(space, 32, 3), moment)
+    best = lattice.derive()
+    assert best.path == (0, 1, 2) and lattice.derive(best.cost) == best
     health = moment.health(space)
     assert (health["alpha_entropy"], health["beta_entropy"], health["expected_layers"]) == (0, 0, 1)
 
 
 def test_health_of_a_uniform_and_of_a_decided_search():
-    moment = Probabilities.of(random_supernet(SMALL, 0))
+    moment = random_supernet(SMALL, 0).probabilities()
     uniform = Probabilities(
         moment.p.gt(0) / moment.p.gt(0).sum(1, True),
         *(torch.full_like(x, 1 / x.shape[1]) for x in (moment.head, moment.stack)),

@@ -19,17 +19,19 @@ from test_supernet import everything
 from test_supernet import expected_cost as over_all_paths
 
 from densenas import CostTable, figures
-from densenas.explore import NO_RUN, Explorer, best_paths, candidates, finished, undecided
-from densenas.method.derivation import expected_cost
+from densenas.explore import NO_RUN, Explorer, candidates, finished, undecided
+from densenas.method.derivation import best_paths
+from densenas.method.probabilities import Probabilities, expected_cost
 from densenas.runs.run import Run
-from densenas.search import Probabilities, search
+from densenas.search import search
+from densenas.settings import Computing
 
 
 @given(spaces())
 def test_expected_cost_and_best_paths_are_those_of_the_supernet(space):
     net = random_supernet(space, 1)
-    table, moment = CostTable.mult_adds(space, space.input_size, 3), Probabilities.of(net)
-    cost = expected_cost(table, moment.p, moment.head, moment.stack)
+    table, moment = CostTable.mult_adds(space, space.input_size, 3), net.probabilities()
+    cost = expected_cost(table, moment)
     assert cost.item() == pytest.approx(over_all_paths(net, table, everything(space)), rel=1e-9)
     shares, best = edge_probabilities(net), best_paths(space, moment.p, 4)
     assert list(best[0][1]) == net.best_path()
@@ -58,10 +60,8 @@ def test_sliders_move_probabilities_costs_and_the_derived_path(name):
     p[1, space.outgoing(1)] = (logits / 0.5).softmax(0)
     best, moment = best_paths(space, p), undecided(explorer.table)
     assert figures.restyled(space, p, best[0][1]) in explorer.style.value
-    assert (
-        f"<b>{expected_cost(explorer.table, p, moment.head, moment.stack):.4g}</b>"
-        in explorer.numbers.value
-    )
+    cost = expected_cost(explorer.table, Probabilities(p, moment.head, moment.stack))
+    assert f"<b>{cost:.4g}</b>" in explorer.numbers.value
     assert "→".join(map(str, best[0][1])) in explorer.numbers.value
 
 
@@ -75,7 +75,7 @@ def test_a_change_of_space_leaves_nothing_of_the_old_one():
 
 
 def test_candidates_are_those_of_the_block():
-    table, moment = TABLE, Probabilities.of(random_supernet(SMALL, 2, dtype=torch.float32))
+    table, moment = TABLE, random_supernet(SMALL, 2, dtype=torch.float32).probabilities()
     frame = candidates(table, moment, 2)
     assert frame["layer"].drop_duplicates().tolist() == [
         *(f"{i}→2" for i in SMALL.incoming(2)),
@@ -85,7 +85,8 @@ def test_candidates_are_those_of_the_block():
     assert frame.groupby("layer")["probability"].sum().tolist() == pytest.approx(
         [1] * frame["layer"].nunique()
     )
-    costs = [cost for row in table.head[1] + table.stack[1] for cost in row]
+    head, stack = table.nested()[1][1]
+    costs = [cost for row in head + stack for cost in row]
     assert frame["cost"].tolist() == pytest.approx(costs)
     assert frame["probability"].iloc[0] == pytest.approx(float(moment.head[1, 0]))
     assert candidates(table, moment, 0).empty
@@ -94,7 +95,7 @@ def test_candidates_are_those_of_the_block():
 @pytest.fixture
 def searched(root, run, tmp_path, monkeypatch):
     monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
-    result = search(run, DATA, TABLE, SEARCH, device="cpu")
+    result = search(run, DATA, TABLE, SEARCH, how=Computing(device="cpu"))
     TABLE.write(run.reports / "cost.json")
     path = tmp_path / "made up.yml"
     path.write_text(SMALL.model_dump_json())  # JSON is YAML
@@ -113,10 +114,7 @@ def test_an_epoch_of_a_run_is_the_trace_of_that_run(searched):
         explorer.epoch.value = epoch
         p = (explorer.logits / explorer.temperature.value).softmax(1)
         torch.testing.assert_close(p, result.trace[epoch].p)
-        assert (
-            f"{expected_cost(TABLE, *vars(result.trace[epoch]).values()):.4g}</b>"
-            in explorer.numbers.value
-        )
+        assert f"{expected_cost(TABLE, result.trace[epoch]):.4g}</b>" in explorer.numbers.value
     assert "→".join(map(str, result.net.best_path())) in explorer.numbers.value
 
 

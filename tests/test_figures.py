@@ -50,7 +50,7 @@ def after_a_search(space):
     table = CostTable.mult_adds(space, space.input_size, 10)
     moment = undecided(table)
     sharp = torch.where(moment.p > 0, moment.p**2, moment.p)
-    found = Lattice(table, moment.p, moment.head, moment.stack).best(2)
+    found = Lattice(table, moment).best(2)
     return table, moment, [moment.p, sharp / sharp.sum(dim=1, keepdim=True)], found
 
 

@@ -16,7 +16,8 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from densenas.method.architecture import Architecture
-from densenas.method.derivation import Candidate, visit_probabilities
+from densenas.method.derivation import Candidate
+from densenas.method.probabilities import visit_probabilities
 from densenas.method.space import SearchSpace
 
 from .space import op_name, stage_colours, stage_handles

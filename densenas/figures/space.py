@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from torch import Tensor
 
 from densenas.method import ops
-from densenas.method.derivation import visit_probabilities
+from densenas.method.probabilities import visit_probabilities
 from densenas.method.space import SearchSpace
 
 from .style import (
@@ -229,9 +229,7 @@ def candidates(
         norm, text = LogNorm(), ".3g"
         norm.autoscale_None(torch.cat([values[values > 0] for values in (head, stack)]))
     edges = [(j, f"{i}→{j}") for i, j in space.head_edges]
-    layers = []
-    for block, count in enumerate(space.num_layers):
-        layers += [(block, f"block {block}, layer {k + 1}") for k in range(count)]
+    layers = [(block, f"block {block}, layer {k + 1}") for block, k in space.stack_layers]
     tables = [("shape alignment", edges, space.head_ops, head)]
     if layers:
         tables.append(("stacked layers", layers, space.stack_ops, stack))

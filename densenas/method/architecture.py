@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from densenas.files import DATA, literal, naming, read_text, refuse, write_text
+from densenas.files import DATA, literal, naming, read_text, write_text
 from densenas.method import ops
-from densenas.method.weights import fill, read_state
+from densenas.weights import fill, read_state
 
 # Far beyond any published network; a number with some zeros too many must not allocate for ever.
 WIDEST = 100_000  # channels
@@ -35,9 +35,8 @@ class Block:
     stride: int
 
     def __str__(self) -> str:
-        return str(
-            [[self.in_ch, self.out_ch], self.head, list(self.stack), len(self.stack), self.stride]
-        )
+        widths = [self.in_ch, self.out_ch]
+        return str([widths, self.head, [*self.stack], len(self.stack), self.stride])
 
     @classmethod
     def parse(cls, text: str) -> Block:
@@ -49,21 +48,23 @@ class Block:
             case _:
                 expected = "expected [[in, out], head op, [stack ops], their number, stride]"
                 raise ValueError(f"{expected}, found {text[:200]!r}")
-        refuse(count != len(stack), f"announces {count} stacked ops, but lists {len(stack)}")
-        refuse(min(in_ch, out_ch) < 1, f"has widths {in_ch} and {out_ch}, widths must be positive")
+        if count != len(stack):
+            raise ValueError(f"announces {count} stacked ops, but lists {len(stack)}")
+        if min(in_ch, out_ch) < 1:
+            raise ValueError(f"has widths {in_ch} and {out_ch}, widths must be positive")
         if max(in_ch, out_ch) > WIDEST:
             raise ValueError(f"has widths {in_ch} and {out_ch}, widths are at most {WIDEST:,}")
-        refuse(stride not in (1, 2), f"has stride {stride}, strides are 1 or 2")
-        refuse(
-            None in map(ops.net_type, (head, *stack)),
-            f"holds {ops.SKIP}, which a derived network drops",
-        )
+        if stride not in (1, 2):
+            raise ValueError(f"has stride {stride}, strides are 1 or 2")
+        for op in (head, *stack):
+            if ops.net_type(op) is None:
+                raise ValueError(f"holds {ops.SKIP}, which a derived network drops")
         return cls(in_ch, out_ch, head, tuple(stack), stride)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A chain of blocks, as `str` ↔ `parse` write and read it: the published `net_config` (METHOD, derivation).
+    """A chain of blocks, as `str` ↔ `parse` write and read it: the published `net_config` (section 3.4).
 
     MobileNetV2 networks start with the stem's `mbconv_k3_t1` block and end with a 1×1 convolution to `last_dim`
     channels; ResNet networks have neither. `published` holds a named network's published figures.
@@ -74,30 +75,32 @@ class Architecture:
     published: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        refuse(not self.blocks, "net_config has no blocks")
+        if not self.blocks:
+            raise ValueError("net_config has no blocks")
         layers = sum(1 + len(block.stack) for block in self.blocks)
         if layers > MOST_LAYERS:
             raise ValueError(f"net_config has {layers:,} layers, at most {MOST_LAYERS:,} are built")
-        last = self.last_dim
         with naming("net_config"):
-            mobile = (
-                ops.family(op for block in self.blocks for op in (block.head, *block.stack))
-                == "mbv2"
-            )
+            net_type = ops.family(op for block in self.blocks for op in (block.head, *block.stack))
             for index, (before, block) in enumerate(pairwise(self.blocks), start=1):
-                wrong = f"block {index} takes {block.in_ch} channels, block {index - 1} leaves {before.out_ch}"
-                refuse(before.out_ch != block.in_ch, wrong)
-            refuse(
-                mobile and last is None,
-                "a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing",
+                if before.out_ch != block.in_ch:
+                    left = f"block {index - 1} leaves {before.out_ch}"
+                    raise ValueError(f"block {index} takes {block.in_ch} channels, {left}")
+            self._check_end(net_type)
+
+    def _check_end(self, net_type: ops.NetType) -> None:
+        last = self.last_dim
+        if net_type == "res":
+            if last is not None:
+                raise ValueError("a ResNet network has no conv1_1 at its end")
+        elif last is None:
+            raise ValueError(
+                "a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing"
             )
-            refuse(not mobile and last is not None, "a ResNet network has no conv1_1 at its end")
-            refuse(
-                last is not None and last < 1,
-                f"conv1_1 leaves {last} channels, widths must be positive",
-            )
-            if last is not None and last > WIDEST:
-                raise ValueError(f"conv1_1 leaves {last} channels, widths are at most {WIDEST:,}")
+        elif last < 1:
+            raise ValueError(f"conv1_1 leaves {last} channels, widths must be positive")
+        elif last > WIDEST:
+            raise ValueError(f"conv1_1 leaves {last} channels, widths are at most {WIDEST:,}")
 
     @property
     def routing_blocks(self) -> tuple[Block, ...]:
@@ -111,7 +114,7 @@ class Architecture:
 
     @property
     def net_type(self) -> ops.NetType:
-        return ops.net_type(self.blocks[0].head)
+        return ops.family([self.blocks[0].head])
 
     @classmethod
     def parse(cls, text: str) -> Architecture:
@@ -120,19 +123,22 @@ class Architecture:
         if len(pieces) > MOST_LAYERS + 1:
             found = f"net_config has {len(pieces):,} blocks"
             raise ValueError(f"{found}, at most {MOST_LAYERS:,} are built")
-        blocks, in_ch, last_dim = [], None, None
+        with naming(f"net_config: block {len(pieces) - 1}", " "):
+            end = literal(pieces[-1])
+        match end:
+            case [[in_ch, last_dim], "conv1_1"] if type(in_ch) is type(last_dim) is int:
+                pieces.pop()
+            case _:
+                in_ch = last_dim = None
+        blocks = []
         for index, piece in enumerate(pieces):
             with naming(f"net_config: block {index}", " "):
-                if index == len(pieces) - 1:
-                    match literal(piece):
-                        case [[in_ch, last_dim], "conv1_1"] if type(in_ch) is type(last_dim) is int:
-                            break
                 blocks.append(Block.parse(piece))
         arch = cls(tuple(blocks), last_dim)
-        wrong = (
-            f"net_config: conv1_1 takes {in_ch} channels, the last block leaves {blocks[-1].out_ch}"
-        )
-        refuse(last_dim is not None and in_ch != blocks[-1].out_ch, wrong)
+        left = blocks[-1].out_ch
+        if last_dim is not None and in_ch != left:
+            leaves = f"the last block leaves {left}"
+            raise ValueError(f"net_config: conv1_1 takes {in_ch} channels, {leaves}")
         return arch
 
     @classmethod
@@ -141,21 +147,18 @@ class Architecture:
         return cls.parse(text) if text.lstrip().startswith("[") else cls.named(text)
 
     def __str__(self) -> str:
-        last = (
-            []
-            if self.last_dim is None
-            else [f"[[{self.blocks[-1].out_ch}, {self.last_dim}], 'conv1_1']"]
-        )
-        return "|".join([str(block) for block in self.blocks] + last)
+        pieces = [str(block) for block in self.blocks]
+        if self.last_dim is not None:
+            pieces.append(f"[[{self.blocks[-1].out_ch}, {self.last_dim}], 'conv1_1']")
+        return "|".join(pieces)
 
     @classmethod
     def named(cls, name: str) -> Architecture:
         """A network whose layers are public, e.g. "DenseNAS-A"; KeyError lists the names."""
         known = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))["architectures"]
         if name not in known:
-            raise KeyError(
-                f"no published layer list for '{name}', there is one for {', '.join(known)}"
-            )
+            listed = ", ".join(known)
+            raise KeyError(f"no published layer list for '{name}', there is one for {listed}")
         arch = cls.parse(known[name]["net_config"])
         return cls(arch.blocks, arch.last_dim, {"name": name, **known[name]})
 
@@ -166,10 +169,8 @@ class Architecture:
         total = 27 * channels * size**2
         for block in self.blocks:
             total += ops.mult_adds(block.head, channels, block.out_ch, size, block.stride)
-            size, channels = (
-                math.ceil(size / block.stride),
-                ops.out_channels(block.head, block.out_ch),
-            )
+            size = math.ceil(size / block.stride)
+            channels = ops.out_channels(block.head, block.out_ch)
             total += sum(ops.mult_adds(op, channels, block.out_ch, size, 1) for op in block.stack)
         if self.last_dim:
             total += ops.mult_adds("conv1_1", channels, self.last_dim, size, 1)
@@ -199,14 +200,15 @@ class DerivedNet(nn.Sequential):
     def __init__(self, arch: Architecture, num_classes: int) -> None:
         norm = ops.batch_norm(affine=True, eps=1e-3 if arch.net_type == "mbv2" else 1e-5)
         stem = channels = arch.blocks[0].in_ch
-        blocks, last = nn.Sequential(), nn.Sequential()
+        blocks = nn.Sequential()
         for block in arch.blocks:
             head = ops.build_op(block.head, channels, block.out_ch, block.stride, norm)
             channels = ops.out_channels(block.head, block.out_ch)
-            stack = nn.Sequential(
-                *(ops.build_op(op, channels, block.out_ch, 1, norm) for op in block.stack)
-            )
+            stack = nn.Sequential()
+            for op in block.stack:
+                stack.append(ops.build_op(op, channels, block.out_ch, 1, norm))
             blocks.append(nn.Sequential(OrderedDict(head_layer=head, stack_layers=stack)))
+        last = nn.Sequential()
         if arch.last_dim:
             last.add_module("conv1_1", ops.conv_norm(channels, arch.last_dim, norm, nn.ReLU6))
             channels = arch.last_dim

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -25,9 +25,9 @@ DEAREST = 1e15  # no op costs as much, in either unit
 NEITHER = "is neither a cost table of ours nor a published latency list"
 
 Rows = list[list[float]]
-# The published nesting; its entries are checked where each has a name (`CostTable.__post_init__`).
+# The published nesting: stem, for each block (incoming edges × head ops, layers × stack ops), final edges, classifier.
+# Its entries are checked where each has a name (`CostTable.__post_init__`).
 Nesting = tuple[Any, list[tuple[list[list[Any]], list[list[Any]]]], list[Any], Any]
-Tensors = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]  # see `CostTable.tensors`
 
 
 class Conditions(Strict):
@@ -48,7 +48,7 @@ class Measured(Conditions):
     torch: str
 
 
-CONDITIONS = {"mult_adds": Conditions, "latency": Measured}
+CONDITIONS: dict[str, type[Conditions]] = {"mult_adds": Conditions, "latency": Measured}
 
 
 class Record(Strict):
@@ -62,33 +62,44 @@ class Record(Strict):
     table: Nesting
 
 
+class CostTensors(NamedTuple):
+    """A table on one device, in one precision, with what it takes to sum it over the edges of a space."""
+
+    head: Tensor  # (edges into blocks, head ops)
+    stack: Tensor  # (layers, stack ops)
+    final: Tensor  # (blocks, nodes): the cost of each edge to the final node, 0 elsewhere
+    head_edges: tuple[Tensor, Tensor]  # where each row of head belongs in such a matrix
+    stack_blocks: Tensor  # the block of each row of stack
+
+
 @dataclass(frozen=True)
 class CostTable:
     """The cost of every candidate of a space. Additive: a network costs the sum of its entries (paper, section 3.3).
 
-    `head[b]` has a row for each incoming edge of block b + 1, nearest first, and an entry for each head op;
-    `stack[b]` a row for each of its layers and an entry for each stack op; `final` an entry for each edge to the final
-    node. The published MobileNetV2 list has layer rows even for blocks without layers: its networks' totals count
-    those as skips, the chained cost does not. Every entry is in the unit of `kind` (see `UNITS`).
+    `head` has a row for each edge into a block, in the order of `space.head_edges`, with an entry for each head op;
+    `stack` a row for each stacked layer, in the order of `space.stack_layers`, with an entry for each stack op; `final`
+    an entry for each edge to the final node, nearest block first. Every entry is in the unit of `kind` (see `UNITS`).
+
+    `spare` holds by block the rows of layers that it does not have: the published MobileNetV2 list has such. Its
+    networks' totals count them as skips, the chained cost does not.
     """
 
     space: SearchSpace
     kind: str
     stem: float
-    head: list[Rows]
-    stack: list[Rows]
+    head: Rows
+    stack: Rows
     final: list[float]
     classifier: float
-    conditions: dict[str, Any] = field(
-        default_factory=dict
-    )  # input size, classes, and for latency the device
-    _tensors: dict[Any, Tensors] = field(default_factory=dict, compare=False, repr=False)
+    conditions: dict[str, Any] = field(default_factory=dict)  # see `Conditions`; none are published
+    spare: dict[int, Rows] = field(default_factory=dict)
+    _tensors: dict[tuple[torch.device, torch.dtype], CostTensors] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
-        if self.kind not in [*UNITS]:
+        if self.kind not in UNITS:
             raise ValueError(f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
-        if mismatch := _mismatch(self.space, self.head, self.stack, self.final):
-            raise ValueError(f"cost table does not fit space {self.space.name}: {mismatch}")
         for place, cost in self._entries():
             number = isinstance(cost, int | float) and not isinstance(cost, bool)
             if not number or not 0 <= cost <= DEAREST:
@@ -98,22 +109,44 @@ class CostTable:
 
     def _entries(self) -> Iterator[tuple[str, Any]]:
         """Every entry behind its place in words."""
-        space, last = self.space, self.space.num_blocks
+        space = self.space
         yield "stem", self.stem
-        for j, (edges, layers) in enumerate(zip(self.head, self.stack, strict=True), start=1):
-            for i, row in zip(space.incoming(j), edges, strict=True):
-                for op, cost in zip(space.head_ops, row, strict=True):
-                    yield f"block {j}, edge {i}→{j}, {op}", cost
-            for number, row in enumerate(layers, start=1):
+        for (i, j), row in zip(space.head_edges, self.head, strict=True):
+            for op, cost in zip(space.head_ops, row, strict=True):
+                yield f"block {j}, edge {i}→{j}, {op}", cost
+        for j in range(1, space.num_blocks):
+            for number, row in enumerate(self._layers(j), start=1):
                 for op, cost in zip(space.stack_ops, row, strict=True):
                     yield f"block {j}, layer {number}, {op}", cost
-        for i, cost in zip(space.incoming(last), self.final, strict=True):
-            yield f"final edge {i}→{last}", cost
+        for i, cost in zip(space.incoming(space.num_blocks), self.final, strict=True):
+            yield f"final edge {i}→{space.num_blocks}", cost
         yield "classifier", self.classifier
+
+    def _layers(self, block: int) -> Rows:
+        """The rows of a block's layers, spare ones included."""
+        return self.stack[self.space.stack_rows(block)] + self.spare.get(block, [])
 
     @property
     def unit(self) -> str:
         return UNITS[self.kind]
+
+    @property
+    def input_size(self) -> int:
+        """Pixels of a side; ValueError, here as below, where the table does not say."""
+        return self._condition("input_size")
+
+    @property
+    def num_classes(self) -> int:
+        return self._condition("num_classes")
+
+    @property
+    def batch_size(self) -> int:
+        return self._condition("batch_size")
+
+    def _condition(self, name: str) -> int:
+        if name not in self.conditions:
+            raise ValueError(f"the cost table of space {self.space.name} does not say its {name}")
+        return self.conditions[name]
 
     @classmethod
     def mult_adds(
@@ -126,9 +159,8 @@ class CostTable:
             raise ValueError(f"num_classes is {num_classes!r}, {expected}")
         side = math.ceil(input_size / 2)
         stem = 27 * space.init_dim * side**2
-        stem += sum(
-            ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1) for block in space.stem
-        )
+        for block in space.stem:
+            stem += ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1)
         ends = stem / 1e6, space.last_dim * num_classes / 1e6
         conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": 1}
         return cls.of(
@@ -147,28 +179,43 @@ class CostTable:
         conditions: dict[str, Any],
     ) -> CostTable:
         """The table with the cost of each of these layers; `skip_reg` charges a skip a tenth of its row's first op."""
-        head, stack, final = layers
-
-        def costs(row: list[Layer]) -> list[float]:
+        head = [[cost(layer) for layer in row] for row in layers.head]
+        stack = [[cost(layer) for layer in row] for row in layers.stack]
+        if space.skip_reg and ops.SKIP in space.stack_ops:
             # A skip that costs nothing would be chosen for the cost term's sake alone.
-            return [
-                cost(row[0]) / 10 if space.skip_reg and layer[0] == ops.SKIP else cost(layer)
-                for layer in row
-            ]
+            skip = space.stack_ops.index(ops.SKIP)
+            for costs in stack:
+                costs[skip] = costs[0] / 10
+        final = [cost(layer) for layer in layers.final]
+        return cls(space, kind, stem, head, stack, final, classifier, conditions)
 
-        blocks = ([[costs(row) for row in rows] for rows in part] for part in (head, stack))
-        return cls(
-            space, kind, stem, *blocks, [cost(layer) for layer in final], classifier, conditions
-        )
+    @classmethod
+    def from_nested(
+        cls, space: SearchSpace, kind: str, nesting: Nesting, conditions: dict[str, Any]
+    ) -> CostTable:
+        """The table of a published nesting, see `nested`; ValueError where it does not fit the space."""
+        stem, blocks, final, classifier = nesting
+        if mismatch := _mismatch(space, nesting):
+            raise ValueError(f"cost table does not fit space {space.name}: {mismatch}")
+        head: Rows = []
+        stack: Rows = []
+        spare: dict[int, Rows] = {}
+        for j, (edges, layers) in enumerate(blocks, start=1):
+            count = space.num_layers[j]
+            head += edges
+            stack += layers[:count]
+            if len(layers) > count:
+                spare[j] = layers[count:]
+        return cls(space, kind, stem, head, stack, final, classifier, conditions, spare)
 
     def nested(self) -> list[Any]:
         """The published nesting: [stem, [[edges × ops, layers × ops] per block], [final edges], classifier]."""
-        return [
-            self.stem,
-            [[h, s] for h, s in zip(self.head, self.stack, strict=True)],
-            self.final,
-            self.classifier,
-        ]
+        blocks, first = [], 0
+        for j in range(1, self.space.num_blocks):
+            end = first + len(self.space.incoming(j))
+            blocks.append([self.head[first:end], self._layers(j)])
+            first = end
+        return [self.stem, blocks, self.final, self.classifier]
 
     def scaled(self, factor: float) -> CostTable:
         """Every entry times a factor, as whole networks ask for where single ops were measured."""
@@ -176,11 +223,19 @@ class CostTable:
             expected = "expected a finite number above 0"
             raise ValueError(f"a cost table cannot be scaled by {factor}, {expected}")
 
-        def times(entry: Any) -> Any:
-            return [times(inner) for inner in entry] if isinstance(entry, list) else factor * entry
+        def times(rows: Rows) -> Rows:
+            return [[factor * cost for cost in row] for row in rows]
 
-        entries = map(times, (self.stem, self.head, self.stack, self.final, self.classifier))
-        return CostTable(self.space, self.kind, *entries, self.conditions | {"factor": factor})
+        return replace(
+            self,
+            stem=factor * self.stem,
+            head=times(self.head),
+            stack=times(self.stack),
+            final=[factor * cost for cost in self.final],
+            classifier=factor * self.classifier,
+            conditions={**self.conditions, "factor": factor},
+            spare={block: times(rows) for block, rows in self.spare.items()},
+        )
 
     def derived_ends(self) -> dict[int, float]:
         """What a derived network costs behind the last block i of its path, for each i.
@@ -188,12 +243,12 @@ class CostTable:
         A derived ResNet has no 1×1 convolution there, its classifier takes the block's own channels; a latency table
         of ours measures just that (`final`).
         """
-        last = self.space.incoming(self.space.num_blocks)
-        if self.space.net_type == "res" and self.kind == "mult_adds":
-            return {
-                i: self.space.real_channels(i) * self.conditions["num_classes"] / 1e6 for i in last
-            }
-        return {i: cost + self.classifier for i, cost in zip(last, self.final, strict=True)}
+        space, ends = self.space, {}
+        for i, cost in zip(space.incoming(space.num_blocks), self.final, strict=True):
+            ends[i] = cost + self.classifier
+            if space.net_type == "res" and self.kind == "mult_adds":
+                ends[i] = space.real_channels(i) * self.num_classes / 1e6
+        return ends
 
     def write(self, path: str | Path) -> None:
         """Writes the table as JSON, atomically; `read` gives it back.
@@ -226,30 +281,29 @@ class CostTable:
         if text.lstrip().startswith("{"):
             return cls._of_record(path, text, space)
         try:
-            nested = TypeAdapter(Nesting).validate_python(literal(text))
+            nesting = TypeAdapter(Nesting).validate_python(literal(text))
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'the top'}"
             raise ValueError(f"{path} {NEITHER}: {reason}") from None
         except ValueError as error:
             raise ValueError(f"{path} {NEITHER}: {error}") from None
-        parts = _parts(nested)
-        candidates = [space] if space else [SearchSpace.load(preset) for preset in PRESETS]
-        for known in candidates:
-            if not _mismatch(known, *parts[1:4]):
-                with naming(str(path)):
-                    return cls(known, "latency", *parts, {})
         reason = "its nesting fits no preset, name the space"
-        if space:
-            reason = _mismatch(space, *parts[1:4])
+        for known in [space] if space else [SearchSpace.load(preset) for preset in PRESETS]:
+            mismatch = _mismatch(known, nesting)
+            if mismatch is None:
+                with naming(str(path)):
+                    return cls.from_nested(known, "latency", nesting, {})
+            if space:
+                reason = mismatch
         raise ValueError(f"{path} does not fit: {reason}")
 
     @classmethod
     def _of_record(cls, path: str | Path, text: str, space: SearchSpace | None) -> CostTable:
         with naming(str(path)):
             record = Record.model_validate_json(text)
-            if record.unit != UNITS[record.kind]:
-                unit = UNITS[record.kind]
+            unit = UNITS[record.kind]
+            if record.unit != unit:
                 raise ValueError(f"unit is '{record.unit}', that of {record.kind} is {unit}")
             if space and space != record.space:
                 priced = f"space {record.space.name}"
@@ -258,7 +312,7 @@ class CostTable:
                 raise ValueError(f"it prices {priced}, asked for was {space.name}")
             with naming("conditions"):
                 CONDITIONS[record.kind].model_validate(record.conditions)
-            return cls(record.space, record.kind, *_parts(record.table), record.conditions)
+            return cls.from_nested(record.space, record.kind, record.table, record.conditions)
 
     def total(self, arch: str | Architecture) -> float:
         """The sum along one architecture, given as such, by its published name or as a net_config.
@@ -270,62 +324,49 @@ class CostTable:
             arch = Architecture.read(arch)
         space, path = self.space, self.space.path_of(arch)
         total = self.stem + self.final[space.incoming(path[-1]).index(path[-2])] + self.classifier
-        for (i, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
-            layers, skips = self.stack[j - 1], [ops.SKIP] if ops.SKIP in space.stack_ops else []
-            chosen = (*block.stack, *skips * (len(layers) - len(block.stack)))
-            total += self.head[j - 1][space.incoming(j).index(i)][space.head_ops.index(block.head)]
-            total += sum(
-                row[space.stack_ops.index(op)] for row, op in zip(layers, chosen, strict=False)
-            )
+        for edge, block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
+            total += self.head[space.head_edges.index(edge)][space.head_ops.index(block.head)]
+            within = 0.0
+            for number, row in enumerate(self._layers(edge[1])):
+                if number < len(block.stack):
+                    within += row[space.stack_ops.index(block.stack[number])]
+                elif ops.SKIP in space.stack_ops:
+                    within += row[space.stack_ops.index(ops.SKIP)]
+            total += within
         return total
 
-    def tensors(self, like: Tensor) -> Tensors:
-        """head (edges into blocks, head ops), stack (layers, stack ops), final in a matrix (blocks, nodes), where in it
-        the rows of head belong, and the block of each row of stack; rows in the supernet's order.
-
-        Kept for each device and dtype, so that a step neither copies nor waits.
-        """
-        key, space, last = (like.device, like.dtype), self.space, self.space.num_blocks
+    def tensors(self, like: Tensor) -> CostTensors:
+        """The table on the device and in the precision of a tensor; kept, so that a step neither copies nor waits."""
+        key = like.device, like.dtype
         if key not in self._tensors:
-            head, edges = like.new_tensor([*chain(*self.head)]), like.new_zeros(last, last + 1)
-            rows = [
-                *chain(
-                    *(
-                        rows[:used]
-                        for rows, used in zip(self.stack, space.num_layers[1:], strict=True)
-                    )
-                )
-            ]
-            stack = like.new_tensor(rows).reshape(len(rows), len(space.stack_ops))
-            edges[space.incoming(last), last] = like.new_tensor(self.final)
-            owner = (
-                torch.arange(last).repeat_interleave(torch.tensor(space.num_layers)).to(like.device)
+            space, last = self.space, self.space.num_blocks
+            final = like.new_zeros(last, last + 1)
+            final[space.incoming(last), last] = like.new_tensor(self.final)
+            start, end = torch.tensor(space.head_edges, device=like.device).T
+            blocks = [block for block, _ in space.stack_layers]
+            self._tensors[key] = CostTensors(
+                like.new_tensor(self.head),
+                like.new_tensor(self.stack).reshape(len(self.stack), len(space.stack_ops)),
+                final,
+                (start, end),
+                torch.tensor(blocks, dtype=torch.long, device=like.device),
             )
-            where = tuple(torch.tensor(space.head_edges, device=like.device).T)
-            self._tensors[key] = head, stack, edges, where, owner
         return self._tensors[key]
 
 
-def _parts(nested: Nesting) -> tuple[float, list[Rows], list[Rows], list[float], float]:
-    """The nesting as `CostTable` has it: stem, head, stack, final, classifier."""
-    stem, blocks, final, classifier = nested
-    return stem, [head for head, _ in blocks], [stack for _, stack in blocks], final, classifier
-
-
-def _mismatch(
-    space: SearchSpace, head: list[Rows], stack: list[Rows], final: list[float]
-) -> str | None:
+def _mismatch(space: SearchSpace, nesting: Nesting) -> str | None:
     """What keeps a nesting from fitting a space, in words; None where it fits."""
-    if len(head) != space.num_blocks - 1:
-        return f"{len(head)} blocks in the table, {space.num_blocks - 1} in the space"
-    for j, (edges, layers) in enumerate(zip(head, stack, strict=True), start=1):
+    _, blocks, final, _ = nesting
+    if len(blocks) != space.num_blocks - 1:
+        return f"{len(blocks)} blocks in the table, {space.num_blocks - 1} in the space"
+    for j, (edges, layers) in enumerate(blocks, start=1):
         needed = len(space.incoming(j))
         if len(edges) != needed or any(len(row) != len(space.head_ops) for row in edges):
             return f"block {j} needs {needed} edges of {len(space.head_ops)} ops"
-        if len(layers) < space.num_layers[j] or any(
-            len(row) != len(space.stack_ops) for row in layers
-        ):
-            return f"block {j} needs {space.num_layers[j]} layers of {len(space.stack_ops)} ops"
-    if len(final) != len(space.incoming(space.num_blocks)):
-        return f"{len(final)} final edges in the table, {len(space.incoming(space.num_blocks))} in the space"
+        needed = space.num_layers[j]
+        if len(layers) < needed or any(len(row) != len(space.stack_ops) for row in layers):
+            return f"block {j} needs {needed} layers of {len(space.stack_ops)} ops"
+    needed = len(space.incoming(space.num_blocks))
+    if len(final) != needed:
+        return f"{len(final)} final edges in the table, {needed} in the space"
     return None

@@ -11,52 +11,51 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from densenas.files import refuse
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
+from densenas.method.probabilities import Probabilities
+from densenas.method.space import SearchSpace
 
 BINS = 16384  # of cost, from nothing to the dearest network of interest
 
 
-def visit_probabilities(p: Tensor) -> Tensor:
-    """The probability v (nodes,) that a path visits a node, the sum over all paths to it.
-
-    The forward recursion over p (blocks, nodes), v_0 = 1 and v_j = Σ_i v_i p_ij, is one triangular system.
+def best_paths(space: SearchSpace, p: Tensor, k: int = 1) -> list[tuple[float, tuple[int, ...]]]:
+    """The k paths from block 0 to the final node with the largest products of p (blocks, nodes), each behind its
+    product, by Viterbi from the back (section 3.4).
     """
-    eye = torch.eye(len(p), dtype=p.dtype, device=p.device)
-    visits = torch.linalg.solve_triangular(
-        (eye - p[:, :-1]).T, eye[:, :1], upper=False, unitriangular=True
-    )
-    return torch.cat([visits, p[:, -1:].T @ visits]).flatten()
+    log_p = p.double().log().tolist()
+    last = space.num_blocks
+    best: dict[int, list[tuple[float, tuple[int, ...]]]] = {last: [(0.0, (last,))]}
+    for i in reversed(range(last)):
+        onward = [
+            (log_p[i][j] + rest, (i, *path)) for j in space.outgoing(i) for rest, path in best[j]
+        ]
+        best[i] = heapq.nlargest(k, onward, key=lambda way: way[0])
+    return [(math.exp(log_probability), path) for log_probability, path in best[0]]
 
 
-def expected_cost(table: CostTable, p: Tensor, head: Tensor, stack: Tensor) -> Tensor:
-    """The chained cost (section 3.3), from the front: each edge and layer as often as a path visits it; 0-d.
+def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Architecture:
+    """Best path by p (blocks, nodes), and on it the largest of head (edges into blocks, ops) and stack (layers, ops).
 
-    p (blocks, nodes), head (edges into blocks, head ops) and stack (layers, stack ops) are probabilities.
+    `head` and `stack` are alphas or their softmax, rows in the supernet's order. Skips are dropped (section 3.4).
     """
-    head_cost, stack_cost, edges, head_edge, owner = table.tensors(like=p)
-    edges = edges.index_put(head_edge, (head * head_cost).sum(dim=1))
-    visits = visit_probabilities(p)
-    layers = visits[owner] @ (stack * stack_cost).sum(dim=1)
-    return table.stem + visits[:-1] @ (p * edges).sum(dim=1) + layers + table.classifier
-
-
-class Arc(NamedTuple):
-    """One choice: the op of an edge or the ops of a stack, with what it adds to log-probability and cost."""
-
-    to: int
-    ops: tuple[str, ...]
-    log_p: float
-    cost: float
+    _, path = best_paths(space, p)[0]
+    best_head = head.argmax(dim=1).tolist()
+    best_stack = stack.argmax(dim=1).tolist() if stack.numel() else []
+    chosen = []
+    for edge in pairwise(path[:-1]):
+        head_op = space.head_ops[best_head[space.head_edges.index(edge)]]
+        layers = [space.stack_ops[index] for index in best_stack[space.stack_rows(edge[1])]]
+        chosen.append((head_op, tuple(op for op in layers if op != ops.SKIP)))
+    return space.architecture(path, chosen)
 
 
 @dataclass(frozen=True)
@@ -69,109 +68,118 @@ class Candidate:
     cost: float
 
 
-class Lattice:
-    """All architectures of a table's space, each as a walk over arcs; state 2j enters block j, state 2j + 1 leaves it.
+class Place(NamedTuple):
+    """Where a walk can stand: at the entry of a block or of the final node, or at a block's exit, behind its stack."""
 
-    `p` (blocks, nodes), `head` (edges into blocks, head ops) and `stack` (layers, stack ops) are probabilities, rows in
-    the supernet's order; without them everything is equally probable. Costs are those of derived networks: a skip
-    costs nothing, and a ResNet has no last 1×1 convolution.
+    block: int
+    exit: bool
+
+
+class Arc(NamedTuple):
+    """One choice: the op of an edge or the ops of a stack, with what it adds to log-probability and cost."""
+
+    to: Place
+    ops: tuple[str, ...]
+    log_p: float
+    cost: float
+
+
+class Lattice:
+    """All architectures of a table's space, each as a walk over arcs from the exit of block 0 to the final node.
+
+    Without probabilities all architectures are equally probable. Costs are those of derived networks: a skip costs
+    nothing, and a ResNet has no last 1×1 convolution.
 
     The log-probability of a candidate is that of its path plus, for each layer on it, the log-odds of its op against
     the layer's best one. This is the probability of a choice for *all* layers, visited or not, up to a constant, so the
     best candidate is what `SuperNet.derive` gives; the plain product over visited layers would favour short paths.
     """
 
-    def __init__(
-        self,
-        table: CostTable,
-        p: Tensor | None = None,
-        head: Tensor | None = None,
-        stack: Tensor | None = None,
-    ) -> None:
+    def __init__(self, table: CostTable, probabilities: Probabilities | None = None) -> None:
         self.table, self.space = table, table.space
-        self.space.refuse_endless()
+        self.space.check_sequences()
         space, last = self.space, self.space.num_blocks
-        p = torch.ones(last, last + 1) if p is None else p
-        head = torch.ones(len(space.head_edges), len(space.head_ops)) if head is None else head
-        stack = torch.ones(sum(space.num_layers), len(space.stack_ops)) if stack is None else stack
-        log_p = p.double().log().tolist()
-        log_head, log_stack = (
-            [(row - row.max()).tolist() for row in v.double().log()] for v in (head, stack)
-        )
-        self.start, self.end, layers = 1, 2 * last, iter(log_stack)
-        self.arcs: dict[int, list[Arc]] = {state: [] for state in range(self.start, self.end)}
-        for j in range(1, last):
-            self.arcs[2 * j] = self._stacks(j, [*islice(layers, space.num_layers[j])])
-        for (i, j), chances, costs in zip(
-            space.head_edges, log_head, chain(*table.head), strict=True
-        ):
-            for op, chance, cost in zip(space.head_ops, chances, costs, strict=True):
-                self.arcs[2 * i + 1].append(Arc(2 * j, (op,), log_p[i][j] + chance, cost))
-        for i, cost in table.derived_ends().items():
-            self.arcs[2 * i + 1].append(Arc(self.end, (), log_p[i][last], cost))
+        if probabilities is None:
+            head = torch.ones(len(table.head), len(space.head_ops))
+            stack = torch.ones(len(table.stack), len(space.stack_ops))
+            probabilities = Probabilities(torch.ones(last, last + 1), head, stack)
+        log_p = probabilities.p.double().log().tolist()
+        log_head = _log_odds(probabilities.head)
+        log_stack = _log_odds(probabilities.stack)
 
-    def _stacks(self, block: int, log_p: list[list[float]]) -> list[Arc]:
-        """Every sequence of ops that the block's layers can become once skips are dropped."""
+        self.start, self.end = Place(0, exit=True), Place(last, exit=False)
+        self.arcs: dict[Place, list[Arc]] = {self.start: []}  # in the order of all walks
+        for j in range(1, last):
+            rows = space.stack_rows(j)
+            self.arcs[Place(j, exit=False)] = self._stacks(j, log_stack[rows], table.stack[rows])
+            self.arcs[Place(j, exit=True)] = []
+        for row, (i, j) in enumerate(space.head_edges):
+            entry, onward = Place(j, exit=False), self.arcs[Place(i, exit=True)]
+            for index, op in enumerate(space.head_ops):
+                log_probability = log_p[i][j] + log_head[row][index]
+                onward.append(Arc(entry, (op,), log_probability, table.head[row][index]))
+        for i, cost in table.derived_ends().items():
+            self.arcs[Place(i, exit=True)].append(Arc(self.end, (), log_p[i][last], cost))
+        self.backwards = [*reversed(self.arcs)]
+
+    def _stacks(
+        self, block: int, log_odds: list[list[float]], costs: list[list[float]]
+    ) -> list[Arc]:
+        """Every sequence of ops that the block's layers can become once skips are dropped, each in its best way."""
         sequences: dict[tuple[str, ...], tuple[float, float]] = {(): (0.0, 0.0)}
-        for chances, costs in zip(log_p, self.table.stack[block - 1], strict=False):
+        for layer in range(len(costs)):
             longer: dict[tuple[str, ...], tuple[float, float]] = {}
-            for sequence, (so_far, spent) in sequences.items():
-                for op, chance, cost in zip(self.space.stack_ops, chances, costs, strict=True):
-                    skip = op == ops.SKIP
-                    key = sequence if skip else (*sequence, op)
-                    entry = so_far + chance, spent + (0.0 if skip and self.space.skip_reg else cost)
+            for sequence, (log_p, cost) in sequences.items():
+                for index, op in enumerate(self.space.stack_ops):
+                    more = costs[layer][index]
+                    key = (*sequence, op)
+                    if op == ops.SKIP:
+                        key = sequence
+                        if self.space.skip_reg:
+                            more = 0.0
+                    entry = log_p + log_odds[layer][index], cost + more
                     if key not in longer or entry[0] > longer[key][0]:
                         longer[key] = entry
             sequences = longer
-        return [Arc(2 * block + 1, sequence, *entry) for sequence, entry in sequences.items()]
+        exit = Place(block, exit=True)
+        return [Arc(exit, sequence, *entry) for sequence, entry in sequences.items()]
 
-    def _candidate(self, arcs: list[Arc]) -> Candidate:
-        edges, stacks = arcs[::2], arcs[1::2]
-        path = (0, *(edge.to // 2 for edge in edges))
-        chosen = [
-            (edge.ops[0], inside.ops) for edge, inside in zip(edges[:-1], stacks, strict=True)
-        ]
-        log_p, cost = sum(arc.log_p for arc in arcs), sum(arc.cost for arc in arcs)
-        return Candidate(self.space.architecture(path, chosen), path, log_p, self.table.stem + cost)
+    def _candidate(self, walk: list[Arc]) -> Candidate:
+        path = [0]
+        heads: list[str] = []
+        stacks: list[tuple[str, ...]] = []
+        log_p = cost = 0.0
+        for arc in walk:
+            log_p += arc.log_p
+            cost += arc.cost
+            if arc.to.exit:
+                stacks.append(arc.ops)
+            else:
+                path.append(arc.to.block)
+                heads += arc.ops  # none on the way to the final node
+        chosen = zip(heads, stacks, strict=True)
+        architecture = self.space.architecture(path, chosen)
+        return Candidate(architecture, tuple(path), log_p, self.table.stem + cost)
 
     def best(self, k: int = 1) -> list[Candidate]:
         """The k most probable architectures, the best first."""
-        walks: dict[int, list[tuple[float, tuple[Arc, ...]]]] = {self.end: [(0.0, ())]}
-        for state in sorted(self.arcs, reverse=True):
+        walks: dict[Place, list[tuple[float, tuple[Arc, ...]]]] = {self.end: [(0.0, ())]}
+        for place in self.backwards:
             onward = (
                 (arc.log_p + log_p, (arc, *rest))
-                for arc in self.arcs[state]
+                for arc in self.arcs[place]
                 for log_p, rest in walks[arc.to]
             )
-            walks[state] = heapq.nlargest(k, onward, key=lambda walk: walk[0])
-        return [self._candidate([*arcs]) for _, arcs in walks[self.start]]
+            walks[place] = heapq.nlargest(k, onward, key=lambda walk: walk[0])
+        return [self._candidate([*walk]) for _, walk in walks[self.start]]
 
-    def _walk(
-        self, position: int, width: float, choose: Callable[[list[tuple[Arc, int]]], int]
-    ) -> Candidate:
-        """From start to end at a cost of so many bins; `choose` picks one of the arcs, each with the bins it leaves."""
-        state, walk = self.start, []
-        while state != self.end:
-            ways = [(arc, position - round(arc.cost / width)) for arc in self.arcs[state]]
-            ways = [(arc, rest) for arc, rest in ways if rest >= 0]
-            arc, position = ways[choose(ways)]
-            walk.append(arc)
-            state = arc.to
-        return self._candidate(walk)
+    def derive(self, target_cost: float | None = None) -> Candidate:
+        """The most probable architecture, or the most probable one at a target (see `at`)."""
+        return self.best()[0] if target_cost is None else self.at(target_cost)
 
-    def _none(self, low: float, high: float) -> str:
-        return f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {self.table.unit}"
-
-    @cached_property
-    def reach(self) -> tuple[float, float]:
-        """The costs of the cheapest and of the dearest architecture."""
-        bounds = []
-        for choose in (min, max):
-            cost = {self.end: 0.0}
-            for state in sorted(self.arcs, reverse=True):
-                cost[state] = choose(arc.cost + cost[arc.to] for arc in self.arcs[state])
-            bounds.append(self.table.stem + cost[self.start])
-        return bounds[0], bounds[1]
+    def at(self, target: float, tolerance: float = 0.03) -> Candidate:
+        """The most probable architecture whose cost is within `tolerance` (a share) of `target`."""
+        return self.within(target * (1 - tolerance), target * (1 + tolerance))
 
     def within(self, low: float, high: float) -> Candidate:
         """The most probable architecture that costs from `low` to `high`; ValueError where the space has none.
@@ -186,37 +194,64 @@ class Lattice:
         first = max(0, math.ceil((low - self.table.stem + margin) / width))
         final = max(0, math.floor((high - self.table.stem - margin) / width) + 1)
         best = {self.end: np.where(np.arange(BINS + 1) == 0, 0.0, -np.inf)}
-        for state in sorted(self.arcs, reverse=True):
-            best[state] = np.full(BINS + 1, -np.inf)
-            for arc in self.arcs[state]:
-                if (shift := round(arc.cost / width)) <= BINS:
-                    here = best[state][shift:]
+        for place in self.backwards:
+            best[place] = np.full(BINS + 1, -np.inf)
+            for arc in self.arcs[place]:
+                shift = round(arc.cost / width)
+                if shift <= BINS:
+                    here = best[place][shift:]
                     np.maximum(here, best[arc.to][: BINS + 1 - shift] + arc.log_p, out=here)
         window = best[self.start][first:final]
         if not np.isfinite(window).any():
-            raise ValueError(
-                self._none(low, high) + ", it reaches from {:.4g} to {:.4g}".format(*self.reach)
-            )
+            cheapest, dearest = self.reach
+            reaches = f"it reaches from {cheapest:.4g} to {dearest:.4g}"
+            raise ValueError(f"{self._none(low, high)}, {reaches}")
 
         def choose(ways: list[tuple[Arc, int]]) -> int:
-            return np.argmax([best[arc.to][rest] + arc.log_p for arc, rest in ways])
+            return int(np.argmax([best[arc.to][rest] + arc.log_p for arc, rest in ways]))
 
         return self._walk(first + int(window.argmax()), width, choose)
 
-    def at(self, target: float, tolerance: float = 0.03) -> Candidate:
-        """The most probable architecture whose cost is within `tolerance` (a share) of `target`."""
-        return self.within(target * (1 - tolerance), target * (1 + tolerance))
+    def _walk(
+        self, position: int, width: float, choose: Callable[[list[tuple[Arc, int]]], int]
+    ) -> Candidate:
+        """From start to end at a cost of so many bins; `choose` picks one of the arcs, each with the bins it leaves."""
+        place, walk = self.start, []
+        while place != self.end:
+            ways = []
+            for arc in self.arcs[place]:
+                rest = position - round(arc.cost / width)
+                if rest >= 0:
+                    ways.append((arc, rest))
+            arc, position = ways[choose(ways)]
+            walk.append(arc)
+            place = arc.to
+        return self._candidate(walk)
+
+    def _none(self, low: float, high: float) -> str:
+        unit = self.table.unit
+        return f"space {self.space.name} has no architecture of {low:.4g} to {high:.4g} {unit}"
 
     @cached_property
-    def _counts(self) -> tuple[float, dict[int, np.ndarray]]:
-        """The width of a cost bin, and how many ways lead from each state to the end at each cost."""
+    def reach(self) -> tuple[float, float]:
+        """The costs of the cheapest and of the dearest architecture."""
+        cheapest, dearest = {self.end: 0.0}, {self.end: 0.0}
+        for place in self.backwards:
+            cheapest[place] = min(arc.cost + cheapest[arc.to] for arc in self.arcs[place])
+            dearest[place] = max(arc.cost + dearest[arc.to] for arc in self.arcs[place])
+        stem = self.table.stem
+        return stem + cheapest[self.start], stem + dearest[self.start]
+
+    @cached_property
+    def _counts(self) -> tuple[float, dict[Place, np.ndarray]]:
+        """The width of a cost bin, and how many ways lead from each place to the end at each cost."""
         width = self.reach[1] / BINS
         counts = {self.end: np.where(np.arange(BINS + 1) == 0, 1.0, 0.0)}
-        for state in sorted(self.arcs, reverse=True):
-            counts[state] = np.zeros(BINS + 1)
-            for arc in self.arcs[state]:
+        for place in self.backwards:
+            counts[place] = np.zeros(BINS + 1)
+            for arc in self.arcs[place]:
                 shift = round(arc.cost / width)
-                counts[state][shift:] += counts[arc.to][: BINS + 1 - shift]
+                counts[place][shift:] += counts[arc.to][: BINS + 1 - shift]
         return width, counts
 
     def quantile(self, share: float) -> float:
@@ -232,11 +267,14 @@ class Lattice:
 
         Most architectures of a space cost about the same; `even` gives each cost that occurs the same chance instead.
         """
-        (width, counts), dice = self._counts, np.random.default_rng(seed)
+        width, counts = self._counts
+        dice = np.random.default_rng(seed)
         costs = self.table.stem + width * np.arange(BINS + 1)
         weights = counts[self.start] * ((costs >= low) & (costs <= high))
-        refuse(not weights.any(), self._none(low, high))
-        weights = weights > 0 if even else weights
+        if not weights.any():
+            raise ValueError(self._none(low, high))
+        if even:
+            weights = weights > 0
 
         def choose(ways: list[tuple[Arc, int]]) -> int:
             shares = [counts[arc.to][rest] for arc, rest in ways]
@@ -244,3 +282,8 @@ class Lattice:
 
         positions = dice.choice(BINS + 1, n, p=weights / weights.sum())
         return [self._walk(position, width, choose) for position in positions]
+
+
+def _log_odds(probabilities: Tensor) -> list[list[float]]:
+    """log(probability) of every candidate (rows, ops), less that of its row's best."""
+    return [(row - row.max()).tolist() for row in probabilities.double().log()]

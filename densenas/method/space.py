@@ -9,11 +9,11 @@ from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from densenas.files import PACKAGE, Strict, naming, read_yaml, refuse
+from densenas.files import PACKAGE, Strict, naming, read_yaml
 from densenas.method import ops
 from densenas.method.architecture import Architecture, Block
 from densenas.recipes import RetrainRecipe, SearchRecipe
@@ -27,10 +27,24 @@ PIXELS = 8192  # of a side
 CHANNELS = 65_536
 Positive = Annotated[int, Field(ge=1)]
 Channels = Annotated[int, Field(le=CHANNELS)]
-Layer = tuple[
-    str, int, int, int, int
-]  # op, real input channels, nominal width, side of the input map, stride
-Layers = tuple[list[list[list[Layer]]], list[list[list[Layer]]], list[Layer]]
+
+
+class Layer(NamedTuple):
+    """A candidate: its op, and what its Mult-Adds and its latency depend on."""
+
+    op: str
+    in_channels: int  # real ones
+    width: int  # nominal
+    side: int  # of the input map, in pixels
+    stride: int
+
+
+class Layers(NamedTuple):
+    """Every candidate of a space; rows as in a cost table, a `Layer` for each op."""
+
+    head: list[list[Layer]]  # a row for each edge into a block
+    stack: list[list[Layer]]  # a row for each stacked layer
+    final: list[Layer]  # an entry for each edge to the final node
 
 
 class SearchSpace(Strict):
@@ -62,102 +76,33 @@ class SearchSpace(Strict):
     @classmethod
     def load(cls, space: str | Path) -> SearchSpace:
         """A preset by name or a YAML file by path; raises ValueError or FileNotFoundError with one sentence."""
-        preset = PACKAGE / "spaces" / f"{space}.yml"
-        path = preset if space in PRESETS else Path(space)
+        path = PACKAGE / "spaces" / f"{space}.yml" if space in PRESETS else Path(space)
         if not os.path.isfile(path):
+            known = ", ".join(PRESETS)
             raise FileNotFoundError(
-                f"no search space '{space}': neither a YAML file nor one of {', '.join(PRESETS)}"
+                f"no search space '{space}': neither a YAML file nor one of {known}"
             )
         settings = read_yaml(path)
         with naming(f"search space {path.name}"):
             loaded = cls.model_validate({"name": path.stem, **settings})
-            loaded.refuse_endless()
+            loaded.check_sequences()
         return loaded
 
-    @field_validator("head_ops", "stack_ops")
-    @classmethod
-    def _ops_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for op in names:
-            ops.net_type(op)
-        refuse(len(set(names)) < len(names), "lists an op twice")
-        return names
-
-    @model_validator(mode="after")
-    def _can_work(self) -> SearchSpace:
-        blocks = len(self.chs)
-        for name, nodes in {
-            "fm_sizes": "",
-            "num_layers": "",
-            "stage": " and the final node",
-        }.items():
-            found, needed = len(getattr(self, name)), blocks + bool(nodes)
-            wrong = f"{name} has {found} entries, {needed} are needed for the {blocks} blocks of chs{nodes}"
-            refuse(found != needed, wrong)
-        refuse(blocks < 2, "chs lists fewer than 2 blocks, so there is nothing to search")
-        refuse(not self.head_ops, "head_ops is empty, every edge needs a candidate")
-        refuse(
-            ops.SKIP in self.head_ops,
-            "head_ops holds skip_connect, which cannot change width or map",
-        )
-        bare = any(self.num_layers) and not self.stack_ops
-        refuse(bare, "stack_ops is empty, but num_layers asks for stacked layers")
-        with naming("head_ops and stack_ops"):
-            resnet = ops.family((*self.head_ops, *self.stack_ops)) == "res"
-        wrong = (
-            f"block 0 is {self.chs[0]} wide, but a ResNet stem leaves init_dim = {self.init_dim}"
-        )
-        refuse(resnet and self.init_dim != self.chs[0], wrong)
-        for block in range(blocks):
-            self._block_can_work(block)
-        rule = f"(an edge spans at most {self.max_connections} blocks, one stage and one halving of the map)"
-        for block in range(blocks):
-            unreached = block > 0 and not self.incoming(block)
-            refuse(unreached, f"block {block} cannot be reached from any block before it {rule}")
-            refuse(not self.outgoing(block), f"block {block} has no path to the end {rule}")
-        empty = (
-            "block 0 may feed the final node, but a ResNet network needs at least one routing block"
-        )
-        refuse(resnet and (0, blocks) in self.edges, empty)
-        return self
-
-    def _block_can_work(self, block: int) -> None:
-        width, side, layers = self.chs[block], self.fm_sizes[block], self.num_layers[block]
-        refuse(width < 1, f"block {block} has width {width}, widths must be positive")
-        refuse(layers < 0, f"block {block} has {layers} layers, depth cannot be negative")
-        refuse(side < 1, f"block {block} has a map of {side}, a map cannot shrink below 1")
-        if block == 0:
-            refuse(
-                layers > 0,
-                "block 0 is the stem's output without layers, num_layers must start with 0",
-            )
-            half = math.ceil(self.input_size / 2)
-            halved = f"the stem halves input_size = {self.input_size} to {half}"
-            refuse(side != half, f"block 0 has a map of {side}, {halved}")
-        else:
-            larger = side > self.fm_sizes[block - 1]
-            refuse(
-                larger, f"block {block} has a larger map than block {block - 1}, maps cannot grow"
-            )
-        stage, onward = self.stage[block : block + 2]
-        node = "the final node" if block + 1 == self.num_blocks else f"block {block + 1}"
-        refuse(
-            onward < stage,
-            f"{node} is in stage {onward}, before block {block}; stages cannot go back",
-        )
-
     @property
-    def net_type(self) -> Literal["mbv2", "res"]:
+    def net_type(self) -> ops.NetType:
         """The family, as the published `net_type` line names it."""
-        return ops.net_type(self.head_ops[0])
+        return ops.family(self.head_ops)
 
     @property
     def num_blocks(self) -> int:
         """Blocks without the final node, whose index this is."""
         return len(self.chs)
 
+    # The graph
+
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
-        """All edges (i, j), by i and then j; METHOD: scanning ends at the first block that is too far."""
+        """All edges (i, j), by i and then j; scanning j ends at the first block that is too far."""
         sizes = (*self.fm_sizes, self.fm_sizes[-1])
         edges = []
         for i in range(self.num_blocks):
@@ -167,11 +112,6 @@ class SearchSpace(Strict):
                 edges.append((i, j))
         return edges
 
-    @property
-    def head_edges(self) -> list[tuple[int, int]]:
-        """Edges into routing blocks, by block and nearest first: the order of all shape-alignment layers."""
-        return [(i, j) for j in range(1, self.num_blocks) for i in self.incoming(j)]
-
     def incoming(self, node: int) -> list[int]:
         """Blocks that feed a node, nearest first: the order of `alpha_head`'s rows."""
         return [i for i, j in reversed(self.edges) if j == node]
@@ -180,15 +120,38 @@ class SearchSpace(Strict):
         """Nodes that a block feeds, nearest first: the order of `beta`'s entries."""
         return [j for i, j in self.edges if i == block]
 
+    @property
+    def head_edges(self) -> list[tuple[int, int]]:
+        """Edges into routing blocks, by block and nearest first: the rows of all shape-alignment layers."""
+        return [(i, j) for j in range(1, self.num_blocks) for i in self.incoming(j)]
+
+    @property
+    def stack_layers(self) -> list[tuple[int, int]]:
+        """(block, number in it from 0) of every stacked layer, in the order of all rows."""
+        return [(j, number) for j in range(self.num_blocks) for number in range(self.num_layers[j])]
+
+    def stack_rows(self, block: int) -> slice:
+        """Where a block's layers stand among those rows."""
+        first = sum(self.num_layers[:block])
+        return slice(first, first + self.num_layers[block])
+
+    def count_paths(self) -> int:
+        """Number of block paths from block 0 to the final node."""
+        ways = [1] + [0] * self.num_blocks
+        for i, j in self.edges:
+            ways[j] += ways[i]
+        return ways[-1]
+
+    # Maps, channels and layers
+
     def stride(self, i: int, j: int) -> int:
         """1 or 2: how edge i → j shrinks the map."""
         return 1 if j == self.num_blocks else self.fm_sizes[i] // self.fm_sizes[j]
 
     def real_channels(self, block: int) -> int:
         """Channels that leave a block: its width, or four times as many behind Bottlenecks (the stem has none)."""
-        return (
-            self.chs[block] if block == 0 else ops.out_channels(self.head_ops[0], self.chs[block])
-        )
+        width = self.chs[block]
+        return width if block == 0 else ops.out_channels(self.head_ops[0], width)
 
     def maps(self, input_size: int) -> list[int]:
         """Side of every block's map for a square input of `input_size` pixels; ValueError where one would vanish."""
@@ -199,55 +162,60 @@ class SearchSpace(Strict):
         for block in range(1, self.num_blocks):
             i = self.incoming(block)[0]
             stride = self.stride(i, block)
-            wrong = f"search space {self.name}: block {block} would shrink a map below 1 at input size {input_size}"
-            refuse(stride > sizes[i] or input_size < 2, wrong)
+            if stride > sizes[i] or input_size < 2:
+                vanishes = f"block {block} would shrink a map below 1 at input size {input_size}"
+                raise ValueError(f"search space {self.name}: {vanishes}")
             sizes.append(math.ceil(sizes[i] / stride))
         return sizes
 
     def layers(self, input_size: int) -> Layers:
-        """Every candidate in the nesting of a cost table: head (per block from 1 on, per incoming edge, per op), stack
-        (per block, per layer, per op) and final (per edge to the final node).
-        """
-        sizes, channels = (
-            self.maps(input_size),
-            [self.real_channels(block) for block in range(self.num_blocks)],
-        )
-        head, stack = [], []
-        for j, width in enumerate(self.chs[1:], start=1):
-            edges = [(channels[i], width, sizes[i], self.stride(i, j)) for i in self.incoming(j)]
-            head.append([[(op, *edge) for op in self.head_ops] for edge in edges])
-            stack.append(
-                [[(op, channels[j], width, sizes[j], 1) for op in self.stack_ops]]
-                * self.num_layers[j]
-            )
-        final = [
-            ("conv1_1", channels[i], self.last_dim, sizes[i], 1)
-            for i in self.incoming(self.num_blocks)
-        ]
-        return head, stack, final
+        """Every candidate at this input size."""
+        sizes = self.maps(input_size)
+        channels = [self.real_channels(block) for block in range(self.num_blocks)]
+        head = []
+        for i, j in self.head_edges:
+            shape = channels[i], self.chs[j], sizes[i], self.stride(i, j)
+            head.append([Layer(op, *shape) for op in self.head_ops])
+        stack = []
+        for j, _ in self.stack_layers:
+            shape = channels[j], self.chs[j], sizes[j], 1
+            stack.append([Layer(op, *shape) for op in self.stack_ops])
+        final = []
+        for i in self.incoming(self.num_blocks):
+            final.append(Layer("conv1_1", channels[i], self.last_dim, sizes[i], 1))
+        return Layers(head, stack, final)
+
+    # Networks
+
+    @property
+    def stem(self) -> tuple[Block, ...]:
+        """The block that every network of a MobileNetV2 space starts with; none in a ResNet space."""
+        if self.net_type == "res":
+            return ()
+        return (Block(self.init_dim, self.chs[0], "mbconv_k3_t1", (), 1),)
+
+    def architecture(
+        self, path: Sequence[int], chosen: Iterable[tuple[str, tuple[str, ...]]]
+    ) -> Architecture:
+        """The network along a path (nodes from 0 to the final one), with the head op and stack of each block on it."""
+        blocks = [*self.stem]
+        for (i, j), (head, stack) in zip(pairwise(path[:-1]), chosen, strict=True):
+            blocks.append(Block(self.chs[i], self.chs[j], head, stack, self.stride(i, j)))
+        return Architecture(tuple(blocks), self.last_dim if self.net_type == "mbv2" else None)
 
     def path_of(self, arch: Architecture) -> tuple[int, ...]:
         """The first path, nodes from 0 to the final one, that can be this architecture; ValueError if none can."""
         stem, last = len(self.stem), self.num_blocks
-
-        def fits(i: int, j: int, block: Block) -> bool:
-            skipped = (ops.SKIP,) * (self.num_layers[j] - len(block.stack))
-            shape = (block.in_ch, block.out_ch, block.stride) == (
-                self.chs[i],
-                self.chs[j],
-                self.stride(i, j),
-            )
-            chosen = block.head in self.head_ops and {*block.stack, *skipped} <= {*self.stack_ops}
-            return shape and chosen and len(block.stack) <= self.num_layers[j]
-
         # Of the paths to one block the first is kept: where widths repeat, there can be millions.
-        paths = {0: (0,)} if arch.blocks[:stem] == self.stem else {}
+        paths: dict[int, tuple[int, ...]] = {}
+        if arch.blocks[:stem] == self.stem:
+            paths[0] = (0,)
         for block in arch.blocks[stem:]:
             onward: dict[int, tuple[int, ...]] = {}
             for i, path in paths.items():
                 for j in self.outgoing(i):
                     longer = (*path, j)
-                    if j < last and fits(i, j, block) and longer < onward.get(j, (last,)):
+                    if self._fits(i, j, block) and longer < onward.get(j, (last,)):
                         onward[j] = longer
             paths = onward
         whole = [(*path, last) for i, path in paths.items() if last in self.outgoing(i)]
@@ -255,34 +223,101 @@ class SearchSpace(Strict):
             raise ValueError(f"the architecture is not one of space {self.name}: {arch}")
         return min(whole)
 
-    @property
-    def stem(self) -> tuple[Block, ...]:
-        """The block that every network of a MobileNetV2 space starts with; none in a ResNet space."""
+    def _fits(self, i: int, j: int, block: Block) -> bool:
+        """Whether a network's block can be node j behind block i."""
+        if j == self.num_blocks:
+            return False
+        shape = self.chs[i], self.chs[j], self.stride(i, j)
+        skipped = self.num_layers[j] - len(block.stack)
         return (
-            (Block(self.init_dim, self.chs[0], "mbconv_k3_t1", (), 1),)
-            if self.net_type == "mbv2"
-            else ()
+            (block.in_ch, block.out_ch, block.stride) == shape
+            and block.head in self.head_ops
+            and {*block.stack} <= {*self.stack_ops}
+            and (skipped == 0 or (skipped > 0 and ops.SKIP in self.stack_ops))
         )
 
-    def architecture(
-        self, path: Sequence[int], chosen: Iterable[tuple[str, tuple[str, ...]]]
-    ) -> Architecture:
-        """The network along a path (nodes from 0 to the final one), with the head op and stack of each block on it."""
-        edges = zip(pairwise(path[:-1]), chosen, strict=True)
-        blocks = [
-            Block(self.chs[i], self.chs[j], head, stack, self.stride(i, j))
-            for (i, j), (head, stack) in edges
-        ]
-        return Architecture(
-            (*self.stem, *blocks), self.last_dim if self.net_type == "mbv2" else None
-        )
+    # Validation
 
-    def count_paths(self) -> int:
-        """Number of block paths from block 0 to the final node."""
-        ways = [1] + [0] * self.num_blocks
-        for i, j in self.edges:
-            ways[j] += ways[i]
-        return ways[-1]
+    @field_validator("head_ops", "stack_ops")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for op in names:
+            ops.net_type(op)
+        if len(set(names)) < len(names):
+            raise ValueError("lists an op twice")
+        return names
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchSpace:
+        self._check_lengths()
+        self._check_ops()
+        for block in range(self.num_blocks):
+            self._check_block(block)
+        self._check_graph()
+        return self
+
+    def _check_lengths(self) -> None:
+        blocks = self.num_blocks
+        for name, needed, nodes in (
+            ("fm_sizes", blocks, ""),
+            ("num_layers", blocks, ""),
+            ("stage", blocks + 1, " and the final node"),
+        ):
+            found = len(getattr(self, name))
+            if found != needed:
+                wanted = f"{needed} are needed for the {blocks} blocks of chs{nodes}"
+                raise ValueError(f"{name} has {found} entries, {wanted}")
+        if blocks < 2:
+            raise ValueError("chs lists fewer than 2 blocks, so there is nothing to search")
+
+    def _check_ops(self) -> None:
+        if not self.head_ops:
+            raise ValueError("head_ops is empty, every edge needs a candidate")
+        if ops.SKIP in self.head_ops:
+            raise ValueError("head_ops holds skip_connect, which cannot change width or map")
+        if any(self.num_layers) and not self.stack_ops:
+            raise ValueError("stack_ops is empty, but num_layers asks for stacked layers")
+        with naming("head_ops and stack_ops"):
+            net_type = ops.family((*self.head_ops, *self.stack_ops))
+        if net_type == "res" and self.init_dim != self.chs[0]:
+            left = f"a ResNet stem leaves init_dim = {self.init_dim}"
+            raise ValueError(f"block 0 is {self.chs[0]} wide, but {left}")
+
+    def _check_block(self, block: int) -> None:
+        width, side, layers = self.chs[block], self.fm_sizes[block], self.num_layers[block]
+        if width < 1:
+            raise ValueError(f"block {block} has width {width}, widths must be positive")
+        if layers < 0:
+            raise ValueError(f"block {block} has {layers} layers, depth cannot be negative")
+        if side < 1:
+            raise ValueError(f"block {block} has a map of {side}, a map cannot shrink below 1")
+        half = math.ceil(self.input_size / 2)
+        if block == 0 and layers > 0:
+            stem = "block 0 is the stem's output without layers"
+            raise ValueError(f"{stem}, num_layers must start with 0")
+        if block == 0 and side != half:
+            halved = f"the stem halves input_size = {self.input_size} to {half}"
+            raise ValueError(f"block 0 has a map of {side}, {halved}")
+        if block > 0 and side > self.fm_sizes[block - 1]:
+            larger = f"block {block} has a larger map than block {block - 1}"
+            raise ValueError(f"{larger}, maps cannot grow")
+        stage, onward = self.stage[block : block + 2]
+        if onward < stage:
+            node = "the final node" if block + 1 == self.num_blocks else f"block {block + 1}"
+            back = f"{node} is in stage {onward}, before block {block}"
+            raise ValueError(f"{back}; stages cannot go back")
+
+    def _check_graph(self) -> None:
+        span = f"an edge spans at most {self.max_connections} blocks"
+        rule = f"({span}, one stage and one halving of the map)"
+        for block in range(self.num_blocks):
+            if block > 0 and not self.incoming(block):
+                raise ValueError(f"block {block} cannot be reached from any block before it {rule}")
+            if not self.outgoing(block):
+                raise ValueError(f"block {block} has no path to the end {rule}")
+        if self.net_type == "res" and (0, self.num_blocks) in self.edges:
+            needed = "a ResNet network needs at least one routing block"
+            raise ValueError(f"block 0 may feed the final node, but {needed}")
 
     def count_sequences(self) -> int:
         """Number of op sequences, skips dropped, that the stacks of all blocks can become."""
@@ -293,11 +328,10 @@ class SearchSpace(Strict):
             total += sum(convolutions**kept for kept in range(fewest, layers + 1))
         return total
 
-    def refuse_endless(self) -> None:
+    def check_sequences(self) -> None:
         """ValueError where stacks can become more sequences than a derivation can weigh in time."""
-        if self.count_sequences() > SEQUENCES:
-            count = f"{self.count_sequences():.3g} sequences of ops"
+        count = self.count_sequences()
+        if count > SEQUENCES:
+            allowed = f"the {len(self.stack_ops)} stack_ops allow {count:.3g} sequences of ops"
             most = f"at most {SEQUENCES:,} can be weighed: take fewer layers or ops"
-            raise ValueError(
-                f"num_layers and the {len(self.stack_ops)} stack_ops allow {count}, {most}"
-            )
+            raise ValueError(f"num_layers and {allowed}, {most}")

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from densenas.files import refuse
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
-from densenas.method.derivation import expected_cost
+from densenas.method.derivation import best_paths, derive
+from densenas.method.probabilities import Probabilities, expected_cost
 from densenas.method.space import Layer, SearchSpace
 
-Term = tuple[
-    int, Tensor | None
-]  # an active candidate and its weight; None for a weight that can only be 1
+T = TypeVar("T")
 Indices = list[list[list[int]]]  # block → edge or layer → candidates
+Term = tuple[int, Tensor]  # an active candidate and its weight
 
 
 @dataclass(frozen=True)
@@ -33,18 +30,55 @@ class Choice:
     stack: Indices
 
 
-class RoutingBlock(nn.Module):
-    """Shape-alignment layers (one mixed layer an incoming edge), then a stack of mixed layers."""
+class MixedLayer(nn.ModuleList):
+    """All candidates of one layer: x → total + Σ weight · candidate(x) over the active ones (section 3.2)."""
 
-    def __init__(self, heads: list[list[Layer]], stack: list[list[Layer]], norm: ops.Norm) -> None:
+    def __init__(self, candidates: list[Layer], norm: ops.Norm) -> None:
         super().__init__()
+        for op, in_channels, width, _, stride in candidates:
+            self.append(ops.build_op(op, in_channels, width, stride, norm))
 
-        def layers(rows: list[list[Layer]]) -> nn.ModuleList:
-            """A mixed layer for each row, from the candidates' op, channels, width and stride."""
-            built = [[ops.build_op(*of, stride, norm) for *of, _, stride in row] for row in rows]
-            return nn.ModuleList(map(nn.ModuleList, built))
+    def forward(self, x: Tensor, active: list[Term], total: Tensor | None = None) -> Tensor:
+        for index, weight in active:
+            term = weight * self[index](x)
+            total = term if total is None else total + term
+        assert total is not None, "a choice has at least one candidate a layer"
+        return total
 
-        self.heads, self.stack = layers(heads), layers(stack)
+
+class RoutingBlock(nn.Module):
+    """Shape-alignment layers (one mixed layer an incoming edge), then a stack of mixed layers.
+
+    `incoming` are the blocks that feed it, nearest first: x_j = Σ_i p_ij · mixed_ij(x_i).
+    """
+
+    def __init__(
+        self,
+        incoming: list[int],
+        heads: list[list[Layer]],
+        stack: list[list[Layer]],
+        norm: ops.Norm,
+    ) -> None:
+        super().__init__()
+        self.incoming = incoming
+        self.heads = nn.ModuleList(MixedLayer(row, norm) for row in heads)
+        self.stack = nn.ModuleList(MixedLayer(row, norm) for row in stack)
+
+    def forward(
+        self, outputs: list[Tensor], heads: list[list[Term]], stack: list[list[Term]]
+    ) -> Tensor:
+        """From the outputs of all blocks before and the weights of its layers, those of the heads times p_ij."""
+        x: Tensor | None = None
+        for edge, i in enumerate(self.incoming):
+            x = self.heads[edge](outputs[i], heads[edge], x)
+        for layer, active in enumerate(stack):
+            if len(active) == 1:  # its weight is 1, whatever alpha is
+                index, _ = active[0]
+                x = self.stack[layer][index](x)  # type: ignore[index]  # no stub for lists of lists
+            else:
+                x = self.stack[layer](x, active)
+        assert x is not None, "a space has an edge into every block"
+        return x
 
 
 class SuperNet(nn.Module):
@@ -55,6 +89,11 @@ class SuperNet(nn.Module):
     equally probable. `temperature` divides beta and only beta.
     """
 
+    # Where edges stand in the matrix of their probabilities, kept on the device so that no step waits for the host.
+    _edge: Tensor
+    _head_edge: Tensor
+    _final_edge: Tensor
+
     def __init__(self, space: SearchSpace, num_classes: int) -> None:
         super().__init__()
         self.space = space
@@ -62,32 +101,32 @@ class SuperNet(nn.Module):
         norm = ops.batch_norm(affine=False, eps=space.bn_eps, momentum=space.bn_momentum)
         activation = nn.ReLU6 if space.net_type == "mbv2" else nn.ReLU
         self.stem = ops.conv_norm(3, space.init_dim, norm, activation, kernel_size=3, stride=2)
-        self.stem.extend(
-            ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm) for block in space.stem
-        )
-        head, stack, final = space.layers(space.input_size)
-        self.blocks = nn.ModuleList(
-            RoutingBlock(*rows, norm) for rows in zip(head, stack, strict=True)
-        )
-        self.final = nn.ModuleList(
-            ops.conv_norm(channels, out, norm, nn.ReLU6) for _, channels, out, *_ in final
-        )
+        for block in space.stem:
+            self.stem.append(ops.build_op(block.head, block.in_ch, block.out_ch, 1, norm))
+
+        layers = space.layers(space.input_size)
+        heads = layers.head
+        self.blocks = nn.ModuleList()
+        for j in range(1, space.num_blocks):
+            incoming = space.incoming(j)
+            stack = layers.stack[space.stack_rows(j)]
+            self.blocks.append(RoutingBlock(incoming, heads[: len(incoming)], stack, norm))
+            heads = heads[len(incoming) :]
+        self.final = nn.ModuleList()
+        for layer in layers.final:
+            self.final.append(ops.conv_norm(layer.in_channels, layer.width, norm, nn.ReLU6))
         self.classifier = nn.Linear(space.last_dim, num_classes)
         ops.init_weights(self)
 
-        def logits(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape))
-
-        self.beta = nn.ParameterList(
-            logits(len(space.outgoing(i))) for i in range(space.num_blocks)
-        )
-        self.alpha_head = nn.ParameterList(logits(len(rows), len(space.head_ops)) for rows in head)
-        self.alpha_stack = nn.ParameterList(
-            logits(len(rows), len(space.stack_ops)) for rows in stack
-        )
-        self._incoming = [space.incoming(node) for node in range(space.num_blocks + 1)]
-        # Where edges stand in the matrix of their probabilities, kept on the device so that no step waits for the host.
-        final = [(i, space.num_blocks) for i in self._incoming[-1]]
+        self.beta = nn.ParameterList()
+        self.alpha_head = nn.ParameterList()
+        self.alpha_stack = nn.ParameterList()
+        for i in range(space.num_blocks):
+            self.beta.append(torch.zeros(len(space.outgoing(i))))
+        for j in range(1, space.num_blocks):
+            self.alpha_head.append(torch.zeros(len(space.incoming(j)), len(space.head_ops)))
+            self.alpha_stack.append(torch.zeros(space.num_layers[j], len(space.stack_ops)))
+        final = [(i, space.num_blocks) for i in space.incoming(space.num_blocks)]
         for name, edges in (
             ("_edge", space.edges),
             ("_head_edge", space.head_edges),
@@ -111,6 +150,13 @@ class SuperNet(nn.Module):
         logits = beta.new_full((self.space.num_blocks, self.space.num_blocks + 1), -torch.inf)
         return logits.index_put(tuple(self._edge), beta / self.temperature).softmax(dim=1)
 
+    @torch.no_grad()
+    def probabilities(self) -> Probabilities:
+        """Of every edge and of every candidate, on the CPU."""
+        head = torch.cat([*self.alpha_head]).softmax(dim=1)
+        stack = torch.cat([*self.alpha_stack]).softmax(dim=1)
+        return Probabilities(self.path_probabilities().cpu(), head.cpu(), stack.cpu())
+
     def _mixtures(self, choice: Choice | None) -> tuple[Mixture, Mixture]:
         """Mixing weights of all head layers and of all stacked layers."""
         head, stack = (choice.head, choice.stack) if choice else (None, None)
@@ -119,31 +165,29 @@ class SuperNet(nn.Module):
     def forward(self, images: Tensor, choice: Choice | None = None) -> Tensor:
         head, stack = self._mixtures(choice)
         p = self.path_probabilities()
-        heads = head.active_layers(p[tuple(self._head_edge)])
-        layers = stack.active_layers()
+        heads = head.terms(p[tuple(self._head_edge)])
+        stacks = stack.terms()
         outputs = [self.stem(images)]
-        for number, block in enumerate(self.blocks, start=1):
-            x: Tensor | None = None
-            for candidates, i in zip(block.heads, self._incoming[number], strict=True):
-                x = mixed(candidates, outputs[i], next(heads), x)
-            for candidates in block.stack:
-                x = mixed(candidates, x, next(layers))
-            outputs.append(x)
+        for b, block in enumerate(self.blocks):
+            outputs.append(block(outputs, heads[b], stacks[b]))
         # As published, the final node normalises the probabilities of its incoming edges once more.
         weights = p[tuple(self._final_edge)].softmax(dim=0).unbind()
+        incoming = self.space.incoming(self.space.num_blocks)
         # Averaging before the sum is the same, costs less, and lets branches with maps of two sizes meet.
-        x = sum(
-            weight * branch(outputs[i]).mean(dim=(2, 3))
-            for branch, i, weight in zip(self.final, self._incoming[-1], weights, strict=True)
+        features = sum(
+            weights[edge] * branch(outputs[incoming[edge]]).mean(dim=(2, 3))
+            for edge, branch in enumerate(self.final)
         )
-        return self.classifier(x)
+        return self.classifier(features)
 
     def cost(self, table: CostTable, choice: Choice | None = None) -> Tensor:
         """Expected cost over all paths and active candidates (section 3.3); 0-d, in the table's unit."""
-        other = f"the cost table is of space {table.space.name}, the supernet of {self.space.name}"
-        refuse(table.space != self.space, other)
+        if table.space != self.space:
+            other = f"the cost table is of space {table.space.name}"
+            raise ValueError(f"{other}, the supernet of {self.space.name}")
         head, stack = self._mixtures(choice)
-        return expected_cost(table, self.path_probabilities(), head.weights, stack.weights)
+        mixed = Probabilities(self.path_probabilities(), head.weights, stack.weights)
+        return expected_cost(table, mixed)
 
     @torch.no_grad()
     def sample(self, k: int, generator: torch.Generator | None = None) -> Choice:
@@ -152,7 +196,8 @@ class SuperNet(nn.Module):
         Drawn on the CPU, from `generator` or PyTorch's global one, so that every device gives the same choice. Raises
         FloatingPointError where alpha is not finite.
         """
-        refuse(k < 1, f"k = {k} candidates asked for, at least 1 is needed")
+        if k < 1:
+            raise ValueError(f"k = {k} candidates asked for, at least 1 is needed")
 
         def draw(alphas: nn.ParameterList) -> Indices:
             probabilities = torch.cat([*alphas]).float().cpu().softmax(dim=1)
@@ -161,8 +206,8 @@ class SuperNet(nn.Module):
             if not probabilities.isfinite().all():
                 raise FloatingPointError("alpha")
             count = min(k, probabilities.shape[1])
-            drawn = iter(torch.multinomial(probabilities, count, generator=generator).tolist())
-            return [[next(drawn) for _ in alpha] for alpha in alphas]
+            drawn = torch.multinomial(probabilities, count, generator=generator)
+            return _by_block(drawn.tolist(), alphas)
 
         return Choice(draw(self.alpha_head), draw(self.alpha_stack))
 
@@ -173,20 +218,17 @@ class SuperNet(nn.Module):
         Only the shares among the sampled candidates are learnt from a sampled step (section 3.3).
         """
         with torch.no_grad():
-            before = [mixture.logits.logsumexp(dim=1) for mixture in self._mixtures(choice)]
+            head_mass, stack_mass = [mixture.mass() for mixture in self._mixtures(choice)]
         yield
         with torch.no_grad():
-            both = self.alpha_head, self.alpha_stack
-            for alphas, mixture, mass in zip(both, self._mixtures(choice), before, strict=True):
-                shift = (mass - mixture.logits.logsumexp(dim=1))[:, None] * (
-                    mixture.logits > -torch.inf
-                )
-                torch._foreach_add_([*alphas], shift.split([len(alpha) for alpha in alphas]))
+            head, stack = self._mixtures(choice)
+            head.restore(head_mass)
+            stack.restore(stack_mass)
 
     @torch.no_grad()
     def best_path(self) -> list[int]:
         """The most probable path from block 0 to the final node, by Viterbi from the back (section 3.4)."""
-        return list(best_paths(self.space, self.path_probabilities())[0][1])
+        return [*best_paths(self.space, self.path_probabilities())[0][1]]
 
     @torch.no_grad()
     def derive(self) -> Architecture:
@@ -198,98 +240,69 @@ class SuperNet(nn.Module):
 class Mixture:
     """softmax(alpha over the active candidates) of all layers of one kind (section 3.2).
 
-    `weights` is (layers, candidates), 0 for the inactive ones. Raises ValueError where the choice does not fit.
+    `active` are the candidates of each layer; `logits` and `weights` are (layers, candidates), -∞ and 0 for the
+    inactive ones. Raises ValueError where the choice does not fit.
     """
 
-    def __init__(self, alphas: nn.ParameterList, choice: Indices | None, what: str) -> None:
+    def __init__(self, alphas: nn.ParameterList, choice: Indices | None, kind: str) -> None:
+        self.alphas = alphas
         alpha = torch.cat([*alphas])
         layers, candidates = alpha.shape
-        self.rows = (
-            [[*range(candidates)]] * layers if choice is None else _rows(choice, alphas, what)
-        )
-        active = [
-            row * candidates + index for row, indices in enumerate(self.rows) for index in indices
-        ]
+        if choice is None:
+            self.active = [[*range(candidates)] for _ in range(layers)]
+        else:
+            _check_choice(choice, alphas, kind)
+            self.active = [row for block in choice for row in block]
+        places = []
+        for layer, row in enumerate(self.active):
+            places += [layer * candidates + index for index in row]
         # Pinned, the copy does not make the host wait for the device.
-        index = torch.tensor(active, dtype=torch.long, pin_memory=alpha.is_cuda)
-        self.active = index.to(alpha.device, non_blocking=True)
+        index = torch.tensor(places, dtype=torch.long, pin_memory=alpha.is_cuda)
+        self.places = index.to(alpha.device, non_blocking=True)
         logits = torch.full_like(alpha, -torch.inf).flatten()
-        self.logits = logits.index_put((self.active,), alpha.flatten()[self.active]).view(
-            layers, candidates
-        )
+        logits = logits.index_put((self.places,), alpha.flatten()[self.places])
+        self.logits = logits.view(layers, candidates)
         self.weights = self.logits.softmax(dim=1)
 
-    def active_layers(self, scale: Tensor | None = None) -> Iterator[list[Term]]:
-        """For each layer its active candidates with their weights, times `scale` (layers,)."""
+    def terms(self, scale: Tensor | None = None) -> list[list[list[Term]]]:
+        """block → edge or layer → its active candidates with their weights, times `scale` (layers,)."""
         weights = self.weights if scale is None else self.weights * scale[:, None]
-        weights = iter(weights.flatten()[self.active].unbind())
-        for row in self.rows:
-            terms = [(index, next(weights)) for index in row]
-            yield [(row[0], None)] if scale is None and len(row) == 1 else terms
+        scalars = weights.flatten()[self.places].unbind()
+        rows, first = [], 0
+        for active in self.active:
+            rows.append([(index, scalars[first + k]) for k, index in enumerate(active)])
+            first += len(active)
+        return _by_block(rows, self.alphas)
+
+    def mass(self) -> Tensor:
+        """log Σ exp(alpha) over each layer's active candidates (layers,)."""
+        return self.logits.logsumexp(dim=1)
+
+    def restore(self, mass: Tensor) -> None:
+        """Shifts each layer's active alphas by one constant, so that this is their mass again."""
+        shift = (mass - self.mass())[:, None] * (self.logits > -torch.inf)
+        torch._foreach_add_([*self.alphas], shift.split([len(alpha) for alpha in self.alphas]))
 
 
-def mixed(
-    candidates: nn.ModuleList, x: Tensor, terms: list[Term], y: Tensor | None = None
-) -> Tensor:
-    """y + Σ weight · candidate(x) over the active candidates of one mixed layer (section 3.2)."""
-    for index, weight in terms:
-        out = candidates[index](x)
-        if weight is not None:
-            out = weight * out
-        y = out if y is None else y + out
-    return y
+def _by_block(rows: list[T], alphas: nn.ParameterList) -> list[list[T]]:
+    """The rows of all blocks, as many for each as its alphas have."""
+    blocks = []
+    for alpha in alphas:
+        blocks.append(rows[: len(alpha)])
+        rows = rows[len(alpha) :]
+    return blocks
 
 
-def _rows(choice: Indices, alphas: nn.ParameterList, what: str) -> list[list[int]]:
-    """The layers of all blocks in one list; ValueError where a choice does not fit the supernet."""
+def _check_choice(choice: Indices, alphas: nn.ParameterList, kind: str) -> None:
+    """ValueError where a choice does not fit the supernet."""
     if len(choice) != len(alphas):
-        raise ValueError(
-            f"choice.{what} has {len(choice)} blocks, the space has {len(alphas)} after the stem"
-        )
-    for block, (layers, alpha) in enumerate(zip(choice, alphas, strict=True), start=1):
+        needed = f"the space has {len(alphas)} after the stem"
+        raise ValueError(f"choice.{kind} has {len(choice)} blocks, {needed}")
+    for block, alpha in enumerate(alphas, start=1):
+        layers, where = choice[block - 1], f"choice.{kind}: block {block} has"
         if len(layers) != len(alpha):
-            raise ValueError(
-                f"choice.{what}: block {block} has {len(layers)} layers, the space has {len(alpha)}"
-            )
+            raise ValueError(f"{where} {len(layers)} layers, the space has {len(alpha)}")
         for row in layers:
             if not row or len(set(row)) < len(row) or min(row) < 0 or max(row) >= alpha.shape[1]:
                 expected = f"expected different ones of 0 to {alpha.shape[1] - 1}"
-                raise ValueError(
-                    f"choice.{what}: block {block} has the candidates {row}, {expected}"
-                )
-    return [row for layers in choice for row in layers]
-
-
-def best_paths(space: SearchSpace, p: Tensor, k: int = 1) -> list[tuple[float, tuple[int, ...]]]:
-    """The k paths from block 0 to the final node with the largest products of p (blocks, nodes), each behind its
-    product, by Viterbi from the back (section 3.4).
-    """
-    log_p, ways = p.double().log().tolist(), {space.num_blocks: [(0.0, (space.num_blocks,))]}
-    for i in reversed(range(space.num_blocks)):
-        onward = (
-            (log_p[i][j] + rest, (i, *path)) for j in space.outgoing(i) for rest, path in ways[j]
-        )
-        ways[i] = heapq.nlargest(k, onward, key=lambda way: way[0])
-    return [(math.exp(log_probability), path) for log_probability, path in ways[0]]
-
-
-def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Architecture:
-    """Best path by p (blocks, nodes), and on it the largest of head (edges into blocks, ops) and stack (layers, ops).
-
-    `head` and `stack` are alphas or their softmax, rows in the supernet's order. Skips are dropped (section 3.4).
-    """
-    path = best_paths(space, p)[0][1]
-    rows = {edge: row for row, edge in enumerate(space.head_edges)}
-    best_head, best_stack = (
-        head.argmax(dim=1).tolist(),
-        stack.argmax(dim=1).tolist() if stack.numel() else [],
-    )
-    chosen = []
-    for i, j in pairwise(path[:-1]):
-        first = sum(space.num_layers[:j])
-        layers = [
-            space.stack_ops[index] for index in best_stack[first : first + space.num_layers[j]]
-        ]
-        kept = tuple(op for op in layers if op != ops.SKIP)
-        chosen.append((space.head_ops[best_head[rows[i, j]]], kept))
-    return space.architecture(path, chosen)
+                raise ValueError(f"{where} the candidates {row}, {expected}")
