@@ -18,9 +18,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # Read before the first convolution.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
-from densenas.method.architecture import Architecture, load_published
+from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
 from densenas.method.supernet import Choice, SuperNet
+from densenas.published import load_published
 
 __all__ = ["Architecture", "Choice", "CostTable", "SearchSpace", "SuperNet", "load_published"]

@@ -40,7 +40,7 @@ def finished(name: str, space: SearchSpace) -> Search:
         if table.space.name == space.name:
             other = f"another version of space {space.name}"
         raise ValueError(f"run '{name}' is of {other}: choose another run or space")
-    return load_search(run, table, table.conditions["num_classes"])
+    return load_search(run, table, table.num_classes)
 
 
 def searched(space: SearchSpace) -> list[str]:
@@ -122,7 +122,7 @@ class Explorer(VBox):
         self.temperature.value = space.search.softmax_temp
         if self.run.value != NO_RUN:
             search = finished(self.run.value, space)
-            size, classes = (search.table.conditions[key] for key in ("input_size", "num_classes"))
+            size, classes = search.table.input_size, search.table.num_classes
             self.table, self.trace = CostTable.mult_adds(space, size, classes), search.trace
             self.temperature.value = search.net.temperature
         self.epoch.max = self.epoch.value = len(self.trace) - 1
@@ -157,9 +157,7 @@ class Explorer(VBox):
             f"<style>.of-{self.model_id} {{{figures.restyled(space, p, best[0][1])}}}</style>"
         )
         paths = [(share, "→".join(map(str, path))) for share, path in best]
-        mult_adds = arch.mult_adds(
-            *(self.table.conditions[key] for key in ("input_size", "num_classes"))
-        )
+        mult_adds = arch.mult_adds(self.table.input_size, self.table.num_classes)
         self.numbers.value = (
             f"<p>expected cost <b>{expected_cost(self.table, Probabilities(p, moment.head, moment.stack)):.4g}</b>,"
             f" derived network <b>{mult_adds:.4g}</b> million Mult-Adds</p>"

@@ -167,7 +167,7 @@ def _logged(log: Path, conditions: dict[str, Any]) -> defaultdict[Layer, list[fl
             except ValidationError:
                 continue
             if timing.conditions == conditions:
-                times[timing.key].append(timing.ms)
+                times[Layer(*timing.key)].append(timing.ms)
     return times
 
 

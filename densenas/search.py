@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from densenas.files import write_text
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches, rank_and_world
-from densenas.method.architecture import save_published
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Candidate, Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
 from densenas.pricing import RECIPES, priced_space, read_costs
+from densenas.published import save_published
 from densenas.recipes import SearchRecipe, override
 from densenas.runs.run import Run
 from densenas.training.checkpoint import digest, read_checkpoint, restore
@@ -388,7 +388,7 @@ def write_architecture(run: Run, result: Search) -> dict[str, Any]:
     found, table = result.best, result.table
     arch, size, num_classes = (
         found.architecture,
-        table.conditions["input_size"],
+        table.input_size,
         result.net.classifier.out_features,
     )
     record = {
