@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from densenas.files import root
+from densenas.method.space import SearchSpace
 from densenas.pipeline import last_words
 from densenas.preflight import check_machine, checked, identify
 from densenas.settings import RunConfig
@@ -44,7 +45,7 @@ try:
     else:
         # A job that a cluster started, of a run that was looked at before.
         SETTINGS, CONTENTS = RunConfig.load(CONFIGURATION), {}
-    PARAMETERS = SETTINGS.parameters(RUN)
+    PARAMETERS = SETTINGS.parameters(RUN, SearchSpace.load(SETTINGS.space).input_size)
 except (ValueError, OSError) as error:
     raise SystemExit(str(error))
 

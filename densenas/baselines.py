@@ -6,8 +6,8 @@ import math
 
 from densenas.method.architecture import Architecture, Block
 from densenas.method.space import SearchSpace
+from densenas.settings import WITHIN
 
-WITHIN = 0.05  # of the target, as a share: what random and hand-made networks may cost
 # Layers of each stage; widths and strides of the stages are those of the original networks.
 DESIGNS = {
     "mbconv_k3_t6": {

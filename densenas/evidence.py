@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 from torch import Tensor, nn
 
-from densenas.baselines import WITHIN, designs, hand_made
-from densenas.files import naming, read_json, write_text
+from densenas.baselines import designs, hand_made
+from densenas.files import read_json, write_text
 from densenas.images.data import ImageData, load
 from densenas.images.loading import seed_of
 from densenas.method.architecture import Architecture
@@ -31,7 +31,7 @@ from densenas.pricing import RECIPES, priced_space, read_costs
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.run import Run
 from densenas.search import Search, load_search, search
-from densenas.settings import EvidenceConfig, RunConfig
+from densenas.settings import WITHIN, RunConfig, StudySettings
 from densenas.train import evaluate, retrain
 from densenas.training.checkpoint import digest
 from densenas.training.processes import STOPPED
@@ -104,8 +104,7 @@ class Study:
 
     def __post_init__(self) -> None:
         asked = {"targets": self.targets, "seeds": self.seeds, "networks": self.networks}
-        with naming("study"):
-            EvidenceConfig.model_validate(asked)
+        StudySettings.of(asked)
 
     @cached_property
     def table(self) -> CostTable:
@@ -387,7 +386,9 @@ def main() -> None:
     )
     asked = parser.parse_args()
     try:
-        parameters = RunConfig.load(asked.configuration).parameters(asked.run)
+        config = RunConfig.load(asked.configuration)
+        input_size = SearchSpace.load(config.space).input_size
+        parameters = config.parameters(asked.run, input_size)
         if "09-evidence" not in parameters:
             raise ValueError(f"{asked.configuration} has no evidence section, so there is no study")
         study = Study(**parameters["09-evidence"])

@@ -22,6 +22,7 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.networks import check_network, load_network, source_of
+from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
 from densenas.training.processes import check_devices
@@ -73,6 +74,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
     """
     space = SearchSpace.load(config.space)
     size = config.image_size or space.input_size
+    fit(config, space, size)
     data, retrain = config.data, config.retrain
     source = data.dataset, data.source, data.num_classes, data.val_fraction, config.seed
     with naming("data"):
@@ -101,6 +103,24 @@ def preflight(config: RunConfig) -> dict[str, str]:
         "05-retrain": code,
         "06-evaluate": code + _trained(config.evaluate.model),
     }
+
+
+def fit(config: RunConfig, space: SearchSpace, size: int) -> None:
+    """ValueError where this run cannot be made in its space, whatever its images are."""
+    for section, recipe in {"search": space.search, "retrain": space.retrain}.items():
+        with naming(section):
+            override(recipe, **getattr(config, section).overrides())
+    space.maps(size)  # refuses a size at which a map would vanish
+    config.stages(space.input_size)  # refuses a pack that is smaller than the images
+    if not config.targets:
+        return
+    # The classes are not counted yet, the classifier's share is small.
+    low = Lattice(CostTable.mult_adds(space, size, 2)).reach[0]
+    high = Lattice(CostTable.mult_adds(space, size, 10_000)).reach[1]
+    for setting, target in config.targets:
+        if not low <= target <= high:
+            reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
+            raise ValueError(f"{setting} is {target:g} million Mult-Adds, {reach}")
 
 
 def check_machine(config: RunConfig) -> None:

@@ -1,134 +1,275 @@
-"""What a run is told: one YAML file, a section for each stage."""
+"""Settings: every knob of every stage once, with its unit, range, default and reason.
+
+A run's YAML file (`RunConfig`), a notebook's parameters (`Settings.of`), a command line and the stage's function share
+one model a stage. Each is complete: a stage asks for nothing else.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, model_validator
 
-from densenas.baselines import WITHIN
 from densenas.files import Strict, naming, read_yaml
-from densenas.images.decoding import SHORTER
-from densenas.method.cost import CostTable
-from densenas.method.derivation import Lattice
-from densenas.method.space import SearchSpace
-from densenas.recipes import Epochs, Images, override
+from densenas.recipes import Epochs, Images
+
+ELONGATION = 16  # times as long as wide an image is used as a whole, of longer ones the middle
+LARGEST_PACK = (
+    65_500 // ELONGATION
+)  # pixels, the largest shorter side whose longer one a JPEG can have
+WITHIN = 0.05  # of a study's target, as a share: what random and hand-made networks may cost
+
+
+def _as_device(device: str) -> str:
+    """Only whether there can be such a device: the machine that checks may not be the one that computes."""
+    try:
+        kind = torch.device("cpu" if device == "auto" else device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind in ("unknown", "meta"):
+        raise ValueError("expected auto, cpu, cuda or one GPU such as cuda:1")
+    return device
+
+
+def _as_pack(pack: Any) -> Any:
+    if pack in (None, "original") or (type(pack) is int and 0 < pack <= LARGEST_PACK):
+        return pack
+    raise ValueError(f"expected 'original' or a shorter side of 1 to {LARGEST_PACK} pixels")
+
+
+def _as_class_names(classes: Any) -> Any:
+    if isinstance(classes, list):
+        for name in classes:
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is not read as text, put names of classes in quotes")
+    return classes
+
+
+def _as_networks(networks: int) -> int:
+    if networks == 1:
+        raise ValueError("a rank correlation needs at least 2 networks, 0 measures none")
+    return networks
+
+
+def _as_targets(targets: tuple[float, ...]) -> tuple[float, ...]:
+    for low, high in itertools.pairwise(sorted(targets)):
+        if high <= low * (1 + WITHIN):
+            near = f"{low!r} and {high!r} are within {WITHIN:.0%} of each other"
+            raise ValueError(f"{near} and would count networks twice, leave one out")
+    return targets
+
 
 Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
 Augment = Literal["weak", "random_sized", "rand_scale"]  # the published training transforms
+Precision = Literal["fp32", "tf32", "bf16"]  # bf16: autocast; tf32: on CUDA
+Device = Annotated[str, AfterValidator(_as_device)]  # auto is a GPU where there is one
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Side = Annotated[int, Field(ge=8)]  # of square images, in pixels
+Pack = Annotated[Literal["original"] | int | None, BeforeValidator(_as_pack)]
+Classes = Annotated[int | list[str] | None, BeforeValidator(_as_class_names)]
+Networks = Annotated[int, Field(ge=0, le=10_000), AfterValidator(_as_networks)]
+Targets = Annotated[
+    tuple[PositiveFloat, ...],
+    Field(min_length=1, max_length=100, strict=False),
+    AfterValidator(_as_targets),
+]
+Overrides = dict[str, Any]  # fields of a recipe, checked where the recipe is known
 
 
-class DataConfig(Strict):
-    dataset: Dataset
-    source: str | None = None
-    num_classes: int | list[str] | None = None
-    val_fraction: float = Field(0.2, gt=0, lt=1)
-    pack: Literal["original"] | int | None = None
-    quality: int = Field(90, ge=1, le=100)
-    augment: Augment | None = None
-    skip_broken: bool = False
+class Settings(Strict):
+    """What a stage can be asked for."""
 
-    @field_validator("pack", mode="before")
     @classmethod
-    def _is_a_side(cls, pack: Any) -> Any:
-        if pack in (None, "original") or (type(pack) is int and 0 < pack <= SHORTER):
-            return pack
-        raise ValueError(f"expected 'original' or a shorter side of 1 to {SHORTER} pixels")
+    def of(cls, variables: Mapping[str, Any]) -> Self:
+        """The settings among a notebook's variables; ValueError with one sentence where one cannot be.
 
-    @field_validator("num_classes", mode="before")
-    @classmethod
-    def _names_are_text(cls, classes: Any) -> Any:
-        for name in classes if isinstance(classes, list) else ():
-            if not isinstance(name, str):
-                raise ValueError(f"{name!r} is not read as text, put names of classes in quotes")
-        return classes
+        Nothing is converted: papermill's `-p skip_broken no` is a text, and no truth value.
+        """
+        given = {name: variables[name] for name in cls.model_fields if name in variables}
+        with naming("parameters"):
+            return cls.model_validate(given)
 
 
-class CostConfig(Strict):
+class DataSettings(Settings):
+    """01: from images to a pack with train, val and test."""
+
+    dataset: Dataset = "digits"
+    source: str | None = None  # folder with the data; None: embedded, or downloaded
+    num_classes: Classes = None  # the first n in sorted order, or those named; None: all
+    val_fraction: float = Field(
+        0.2, gt=0, lt=1
+    )  # share of the training images for the architecture step
+    image_size: Side = 32
+    pack: Pack = None  # None: original bytes, small sets in memory; "original": read from the pack; or a shorter side
+    quality: int = Field(90, ge=1, le=100)  # JPEG quality of what is resized
+    augment: Augment | None = None  # None: weak in memory, random_sized from the pack
+    skip_broken: bool = False  # leave out images that cannot be read
+    seed: Seed = 0  # decides which training images are val
+
+    @model_validator(mode="after")
+    def _packs_large_enough(self) -> Self:
+        if isinstance(self.pack, int) and self.pack < self.image_size:
+            seen = f"training sees images of {self.image_size} pixels"
+            raise ValueError(f"pack is {self.pack}, but {seen}: set it to at least that")
+        return self
+
+
+class CostSettings(Settings):
+    """02: what every candidate costs."""
+
+    space: str = "digits"  # preset or YAML file
+    image_size: Side | None = None  # None: that of the prepared images, no other is priced
     kind: Literal["mult_adds", "latency"] = "mult_adds"
-    batch_size: int = Field(1, ge=1)
-    networks: int = Field(0, ge=0, le=10_000)
-    rounds: int = Field(12, ge=1, le=10_000)
-
-    @field_validator("networks")
-    @classmethod
-    def _can_be_ranked(cls, networks: int) -> int:
-        if networks == 1:
-            raise ValueError("a rank correlation needs at least 2 networks, 0 measures none")
-        return networks
+    device: Device = "auto"  # where latency is measured
+    batch_size: int = Field(1, ge=1)  # images at once in a measurement
+    networks: Networks = 0  # random networks whose latency is predicted and measured
+    rounds: int = Field(12, ge=1, le=10_000)  # timings of each op and network
 
 
-class TrainingConfig(Strict):
+class Computing(Settings):
+    """How a training computes."""
+
+    seed: Seed = 0  # of initialisation, sampling, order and augmentation
+    precision: Precision = "fp32"
+    device: Device = "auto"
+    deterministic: bool = False  # refuse CUDA kernels that do not repeat exactly; a CPU always does
+
+
+class TrainingSettings(Computing):
+    """What search and retraining share. None is the recipe of the space."""
+
     epochs: Epochs | None = None
-    batch_size: Images | None = None
-    devices: int = Field(1, ge=1)
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    batch_size: Images | None = None  # images a step, over all devices
+    recipe: Overrides | None = None  # any other field of the recipe, e.g. {"lr": 0.1}
+    devices: int = Field(1, ge=1)  # processes on this machine that train together
+
+    def overrides(self) -> Overrides:
+        """What replaces fields of the space's recipe."""
+        named = self.model_dump(
+            include={"epochs", "arch_start_epoch", "batch_size"}, exclude_none=True
+        )
+        return {**(self.recipe or {}), **named}
+
+    def computing(self) -> Computing:
+        return Computing(**self.model_dump(include={*Computing.model_fields}))
+
+    @model_validator(mode="after")
+    def _says_nothing_twice(self) -> Self:
+        for name in self.recipe or {}:
+            if getattr(self, name, None) is not None:
+                raise ValueError(f"{name} is given twice, by itself and in recipe: leave one out")
+        return self
 
 
-class SearchConfig(TrainingConfig):
-    arch_start_epoch: int | None = Field(None, ge=0)
-    target_cost: float | None = Field(None, gt=0)
+class SearchSettings(TrainingSettings):
+    """03: the search."""
+
+    space: str | None = (
+        None  # preset or YAML file, for its recipe; None: the space of the run's costs
+    )
+    arch_start_epoch: int | None = Field(None, ge=0)  # first epoch (from 0) with architecture steps
+    target_cost: float | None = Field(None, gt=0)  # in the table's unit; None: the paper's loss
 
 
-class RetrainConfig(TrainingConfig):
-    net_config: str | None = None
+class RetrainSettings(TrainingSettings):
+    """05: training a network from scratch."""
+
+    net_config: str | None = (
+        None  # a net_config, a network's name, "package.module:function"; None: the derived one
+    )
 
 
-class EvaluateConfig(Strict):
-    model: str | None = None
+class EvaluateSettings(Settings):
+    """06: the test images, once."""
+
+    model: str | None = None  # folder of a network; None: what 05-retrain trained
+    net_config: str | None = (
+        None  # what 05-retrain was given, where that was code of the user's own
+    )
+    device: Device = "auto"
 
 
-class EvidenceConfig(Strict):
-    """A study: `targets` in millions of Mult-Adds, searches and random networks for each."""
+class StudySettings(Settings):
+    """09: searched, random and hand-made networks of equal cost."""
 
-    # A YAML list becomes a tuple, its entries are as strict as everything else.
-    targets: tuple[PositiveFloat, ...] = Field(min_length=1, max_length=100, strict=False)
-    seeds: int = Field(3, ge=1, le=1000)
-    networks: int = Field(8, ge=2, le=1000)
+    space: str | None = (
+        None  # preset or YAML file, for its recipes; None: the space of the run's costs
+    )
+    targets: Targets  # millions of Mult-Adds
+    seeds: int = Field(
+        3, ge=1, le=1000
+    )  # searches for each target, and trainings of each hand-made network
+    networks: int = Field(8, ge=2, le=1000)  # random networks for each target
+    search: Overrides | None = None  # fields of the recipe of every search
+    retrain: Overrides | None = None  # and of every training
+    precision: Precision = "fp32"
+    device: Device = "auto"
 
-    @field_validator("targets")
-    @classmethod
-    def _are_apart(cls, targets: tuple[float, ...]) -> tuple[float, ...]:
-        ordered = sorted(targets)
-        for low, high in itertools.pairwise(ordered):
-            if high <= low * (1 + WITHIN):
-                near = f"{low!r} and {high!r} are within {WITHIN:.0%} of each other"
-                raise ValueError(f"{near} and would count networks twice, leave one out")
-        return targets
+
+SECTIONS: dict[str, type[Settings]] = {
+    "data": DataSettings,
+    "cost": CostSettings,
+    "search": SearchSettings,
+    "retrain": RetrainSettings,
+    "evaluate": EvaluateSettings,
+    "evidence": StudySettings,
+}
+SHARED = ("space", "image_size", "seed", "device", "deterministic")  # stand on top, for all stages
+# Of the study, what its searches and trainings are told in their own sections.
+DERIVED = {"evidence": ("search", "retrain", "precision"), "evaluate": ("net_config",)}
 
 
 class RunConfig(Strict):
     """One run as a YAML file: what the stages share on top, what one stage alone takes in its section.
 
-    Names and meanings are those of the notebooks' parameters; what is left out is None, the space's own recipe.
+    A section is its stage's settings, the shared ones filled in. Names and meanings are those of the notebooks'
+    parameters; what is left out is the space's own recipe.
     """
 
     space: str
-    image_size: int | None = Field(None, ge=8)  # None: the space's own input size
-    seed: int = Field(0, ge=0, lt=2**63)
-    device: str = "auto"
+    image_size: Side | None = None  # None: the space's own input size
+    seed: Seed = 0
+    device: Device = "auto"
     deterministic: bool = False
-    data: DataConfig
-    cost: CostConfig = CostConfig()
-    search: SearchConfig = SearchConfig()
-    retrain: RetrainConfig = RetrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    evidence: EvidenceConfig | None = None  # the study that `make evidence` makes
+    data: DataSettings
+    cost: CostSettings
+    search: SearchSettings
+    retrain: RetrainSettings
+    evaluate: EvaluateSettings
+    evidence: StudySettings | None = None  # the study that `make evidence` makes
 
-    @field_validator("device")
+    @model_validator(mode="before")
     @classmethod
-    def _is_a_device(cls, device: str) -> str:
-        """Only whether there can be such a device: the machine that checks may not be the one that computes."""
-        try:
-            kind = torch.device("cpu" if device == "auto" else device).type
-        except RuntimeError:
-            kind = "unknown"
-        if kind in ("unknown", "meta"):
-            raise ValueError("expected auto, cpu, cuda or one GPU such as cuda:1")
-        return device
+    def _share(cls, settings: Any) -> Any:
+        """Fills what stands on top into the sections that take it."""
+        if not isinstance(settings, dict):
+            return settings
+        shared = {name: settings[name] for name in SHARED if settings.get(name) is not None}
+        filled = dict(settings)
+        for section, model in SECTIONS.items():
+            given = settings.get(section)
+            if section not in settings and section not in ("data", "evidence"):
+                given = {}
+            if not isinstance(given, dict):
+                continue
+            for name in (*SHARED, *DERIVED.get(section, ())):
+                if name in given:
+                    raise ValueError(f"there is no setting '{section}.{name}': {_place(name)}")
+            taken = {name: value for name, value in shared.items() if name in model.model_fields}
+            filled[section] = given | taken
+        return filled
+
+    @model_validator(mode="after")
+    def _compares_at_equal_cost(self) -> Self:
+        if self.evidence and self.cost.kind != "mult_adds":
+            raise ValueError(
+                f"evidence compares at equal Mult-Adds, but cost.kind is {self.cost.kind}"
+            )
+        return self
 
     @property
     def targets(self) -> list[tuple[str, float]]:
@@ -143,76 +284,46 @@ class RunConfig(Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """Reads and checks a run's file, its space included; ValueError or FileNotFoundError with one sentence."""
+        """Reads and checks a run's file; ValueError or FileNotFoundError with one sentence.
+
+        Whether the run can be made in its space, and of its images, is `preflight`'s to say.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no run configuration '{path}'")
         settings = read_yaml(Path(path))
         with naming(str(path)):
-            config = cls.model_validate(settings)
-            config.fit(SearchSpace.load(config.space))
-        return config
+            return cls.model_validate(settings)
 
-    def fit(self, space: SearchSpace) -> None:
-        """ValueError where this run cannot be made in its space; `preflight` looks further, at the images too."""
-        with naming("search"):
-            override(
-                space.search,
-                **self.search.model_dump(include={"epochs", "arch_start_epoch", "batch_size"}),
-            )
-        size = self.image_size or space.input_size
-        space.maps(size)  # refuses a size at which a map would vanish
-        pack = self.data.pack
-        if isinstance(pack, int) and pack < size:
-            raise ValueError(
-                f"data.pack is {pack}, but training sees images of {size} pixels: set it to at least that"
-            )
-        if self.evidence and self.cost.kind != "mult_adds":
-            raise ValueError(
-                f"evidence compares at equal Mult-Adds, but cost.kind is {self.cost.kind}"
-            )
-        if not self.targets:
-            return
-        # The classes are not counted yet, the classifier's share is small.
-        low = Lattice(CostTable.mult_adds(space, size, 2)).reach[0]
-        high = Lattice(CostTable.mult_adds(space, size, 10_000)).reach[1]
-        for setting, target in self.targets:
-            if not low <= target <= high:
-                reach = (
-                    f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
-                )
-                raise ValueError(f"{setting} is {target:g} million Mult-Adds, {reach}")
-
-    def parameters(self, run: str) -> dict[str, dict[str, Any]]:
-        """What each stage's notebook is given."""
-        size = self.image_size or SearchSpace.load(self.space).input_size
-        training = {"seed": self.seed, "device": self.device, "deterministic": self.deterministic}
-        stages = {
-            "01-data": {**self.data.model_dump(), "image_size": size, "seed": self.seed},
-            "02-cost": {
-                **self.cost.model_dump(),
-                "space": self.space,
-                "image_size": size,
-                "device": self.device,
-            },
-            "03-search": {**self.search.model_dump(), "space": self.space, **training},
-            "04-derive": {},
-            "05-retrain": {**self.retrain.model_dump(), **training},
-            "06-evaluate": {
-                **self.evaluate.model_dump(),
-                "net_config": self.retrain.net_config,
-                "device": self.device,
-            },
-            "07-figures": {},
+    def stages(self, input_size: int) -> dict[str, Settings]:
+        """Every stage's settings; `input_size` is the space's own, for a run that names no other."""
+        side = {"image_size": self.image_size or input_size}
+        with naming("data"):
+            data = DataSettings(**self.data.model_dump() | side)
+        stages: dict[str, Settings] = {
+            "01-data": data,
+            "02-cost": self.cost.model_copy(update=side),
+            "03-search": self.search,
+            "05-retrain": self.retrain,
+            "06-evaluate": self.evaluate.model_copy(update={"net_config": self.retrain.net_config}),
         }
         if self.evidence:
-            stages["09-evidence"] = {
-                **self.evidence.model_dump(mode="json"),
-                "space": self.space,
+            trained = {
+                "search": self.search.overrides(),
+                "retrain": self.retrain.overrides(),
                 "precision": self.retrain.precision,
-                "device": self.device,
-                "search": self.search.model_dump(
-                    include={"epochs", "arch_start_epoch", "batch_size"}
-                ),
-                "retrain": self.retrain.model_dump(include={"epochs", "batch_size"}),
             }
-        return {stage: {"run": run, **values} for stage, values in stages.items()}
+            stages["09-evidence"] = self.evidence.model_copy(update=trained)
+        return stages
+
+    def parameters(self, run: str, input_size: int) -> dict[str, dict[str, Any]]:
+        """What each stage's notebook is given, as YAML and JSON know it."""
+        given: dict[str, dict[str, Any]] = {"04-derive": {}, "07-figures": {}}
+        for stage, settings in self.stages(input_size).items():
+            given[stage] = settings.model_dump(mode="json")
+        return {stage: {"run": run, **given[stage]} for stage in sorted(given)}
+
+
+def _place(name: str) -> str:
+    if name in SHARED:
+        return "it stands on top, for all stages"
+    return "it follows from the sections search and retrain"

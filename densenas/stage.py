@@ -7,6 +7,7 @@ import os
 import sys
 
 from densenas.files import DATA
+from densenas.method.space import SearchSpace
 from densenas.search import search_run
 from densenas.settings import RunConfig
 from densenas.train import retrain_run
@@ -28,7 +29,8 @@ def main() -> None:
     asked = parser.parse_args()
     try:
         config = RunConfig.load(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
-        parameters = config.parameters(asked.run)[asked.stage]
+        space = SearchSpace.load(config.space)
+        parameters = config.parameters(asked.run, space.input_size)[asked.stage]
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     del parameters["devices"]  # torchrun decides

@@ -10,10 +10,10 @@ import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from densenas.files import Strict, read_json, write_text
@@ -23,7 +23,7 @@ from densenas.images.pack import Item, Packed, read_manifest, verify, write_pack
 from densenas.images.sources import CLASSES, read_source, root_of
 from densenas.images.store import sha256
 from densenas.runs.run import Run
-from densenas.settings import Augment, DataConfig, Dataset
+from densenas.settings import Augment, Dataset, DataSettings
 
 TEST_FRACTION = 0.2  # where a data set brings no test split of its own
 SPLITS = ("train", "val", "test")
@@ -110,7 +110,7 @@ def prepare(
         "skip_broken": skip_broken,
         "seed": seed,
     }
-    _refuse_settings(settings)
+    DataSettings.of(settings)
     folder = run.work / "data"
     if dataset == "folder" and source:
         _refuse_nesting(root_of(source), folder)
@@ -191,14 +191,6 @@ def load(run: Run) -> ImageData:
     return _data(folder, **kept.model_dump(exclude={"manifest"}))
 
 
-class _Settings(DataConfig):
-    """What a notebook is told may arrive as text ("false", "1e2"): nothing is converted."""
-
-    model_config = ConfigDict(strict=True)
-    image_size: int = Field(ge=8)
-    seed: int = Field(ge=0)
-
-
 class _Kept(Strict):
     """data.json: what `ImageData` has beside the pack, and the SHA-256 of the pack's manifest."""
 
@@ -212,31 +204,6 @@ class _Kept(Strict):
     mean: list[float] = Field(min_length=3, max_length=3)
     std: list[float] = Field(min_length=3, max_length=3)
     manifest: str
-
-
-EXPECTED = {
-    "dataset": f"one of {', '.join(get_args(Dataset))}",
-    "source": "the path of a folder as text",
-    "num_classes": "a number of classes or a list of their names",
-    "val_fraction": "a share between 0 and 1",
-    "image_size": "a whole number of at least 8 pixels",
-    "pack": "'original' or a shorter side of at least image_size pixels",
-    "quality": "a whole number from 1 to 100",
-    "augment": f"one of {', '.join(get_args(Augment))}",
-    "skip_broken": "True or False",
-    "seed": "a whole number of at least 0",
-}
-
-
-def _refuse_settings(settings: dict[str, Any]) -> None:
-    try:
-        _Settings.model_validate(settings)
-    except ValidationError as error:
-        name = error.errors()[0]["loc"][0]
-        raise ValueError(f"{name} is {settings[name]!r}, expected {EXPECTED[name]}") from None
-    pack, size = settings["pack"], settings["image_size"]
-    if isinstance(pack, int) and pack < size:
-        raise ValueError(f"pack is {pack}, expected {EXPECTED['pack']}, here {size}")
 
 
 def _refuse_nesting(source: Path, folder: Path) -> None:

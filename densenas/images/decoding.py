@@ -16,10 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from densenas.settings import ELONGATION
+
 PIXELS = 100_000_000  # an image may have: up to 1.5 GB while it is decoded
 LARGE = 20_000_000  # pixels from which images are decoded one at a time, not one a thread
-ELONGATION = 16  # times as long as wide an image is used as a whole, of longer ones the middle
-SHORTER = 65_500 // ELONGATION  # pixels, the largest shorter side whose longer one a JPEG can have
 # Beside JPEG. Others that Pillow knows start programs (EPS) or are seldom tried.
 FORMATS = ("PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")
 

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from densenas.files import atomic, write_text
-from densenas.images.decoding import SHORTER, decode, middle
+from densenas.images.decoding import decode, middle
 from densenas.images.store import (
     MEND,
     SUMS,
@@ -44,6 +44,7 @@ from densenas.images.store import (
     sha256,
 )
 from densenas.runs.run import progress
+from densenas.settings import LARGEST_PACK
 
 CORES = len(os.sched_getaffinity(0))
 CHUNK = 64  # images a commit: what a kill can cost
@@ -131,8 +132,8 @@ def write_pack(
     the broken images (the others stay packed for the rerun); where the source changes meanwhile;
     where `folder` cannot be written, as on a full disk (what is packed stays).
     """
-    if shorter is not None and shorter > SHORTER:
-        raise ValueError(f"pack is {shorter} pixels, at most {SHORTER} are possible")
+    if shorter is not None and shorter > LARGEST_PACK:
+        raise ValueError(f"pack is {shorter} pixels, at most {LARGEST_PACK} are possible")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality is {quality}, expected 1 to 100")
     partial = folder.with_name(folder.name + ".partial")

@@ -1,0 +1,1 @@
+"""Runs: where results are kept, one process at a time, and with what they were made."""
