@@ -2,7 +2,8 @@
 # make reproduce RUN=cifar10                    of data/configs/cifar10.yml
 # make reproduce CONFIG=path/to/mine.yml        as run `mine`, or as RUN= says
 # make evidence             searched, random and hand-made networks of equal cost: digits in miniature, or RUN=, CONFIG=
-# make test                 every test, notebooks included
+# make test                 every test, notebooks included, after make lint
+# make lint                 style, types, and which module may import which: seconds
 # make setup | lock | notebooks
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # By its path, not as densenas.pipeline: PyTorch would be imported before the first Ctrl-C is heard.
 PIPELINE := $(BIN)/python -P densenas/pipeline.py
 
-.PHONY: setup reproduce evidence test notebooks lock
+.PHONY: setup reproduce evidence lint test notebooks lock
 .DEFAULT_GOAL := setup
 
 setup: .venv/installed
@@ -33,7 +34,13 @@ reproduce: setup
 evidence: setup
 	@$(PIPELINE) evidence
 
-test: setup
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint
 	$(BIN)/pytest --numprocesses "$${CORES:-$$(nproc)}" --dist worksteal tests
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 

@@ -45,7 +45,8 @@ try:
     else:
         # A job that a cluster started, of a run that was looked at before.
         SETTINGS, CONTENTS = RunConfig.load(CONFIGURATION), {}
-    PARAMETERS = SETTINGS.parameters(RUN, SearchSpace.load(SETTINGS.space).input_size)
+    INPUT_SIZE = SearchSpace.load(SETTINGS.space).input_size
+    PARAMETERS = SETTINGS.parameters(RUN, INPUT_SIZE)
 except (ValueError, OSError) as error:
     raise SystemExit(str(error))
 
@@ -126,17 +127,20 @@ for stage, needs in NEEDS.items():
 
 
 # The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread.
-if STUDY := PARAMETERS.get("09-evidence"):
-    from densenas.evidence import SEARCHED, Study
+if SETTINGS.evidence:
+    from densenas.evidence import Study
+    from densenas.runs.run import Run
+    from densenas.verdict import SEARCHED
 
     FOLDER = f"runs/{RUN}/evidence/{{job}}"
     STEP = f"{PYTHON} densenas.evidence {shlex.quote(CONFIGURATION)} {RUN}"
-    HOW = [STUDY["precision"], STUDY["device"]]
+    STUDY = SETTINGS.stages(INPUT_SIZE)["09-evidence"]
+    HOW = [STUDY.precision, STUDY.device]
 
     rule evidence:
         input:
             notebook=f"{NOTEBOOKS}/09-evidence.ipynb",
-            results=expand(f"{FOLDER}/result.json", job=Study(**STUDY).jobs()),
+            results=expand(f"{FOLDER}/result.json", job=Study(Run(RUN), STUDY).jobs()),
         output:
             notebook=f"reports/{RUN}/09-evidence.ipynb",
             done=touch(f"runs/{RUN}/09-evidence.done"),
@@ -156,7 +160,7 @@ if STUDY := PARAMETERS.get("09-evidence"):
         output:
             f"runs/{RUN}/evidence/{SEARCHED}_{{target}}_{{seed}}/searched.json",
         params:
-            search=STUDY["search"],
+            search=STUDY.search,
             how=HOW,
         log:
             f"{LOGS}/{SEARCHED}_{{target}}_{{seed}}.search.log",
@@ -175,7 +179,7 @@ if STUDY := PARAMETERS.get("09-evidence"):
         output:
             f"{FOLDER}/result.json",
         params:
-            retrain=STUDY["retrain"],
+            retrain=STUDY.retrain,
             how=HOW,
         log:
             f"{LOGS}/{{job}}.train.log",

@@ -25,11 +25,19 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from densenas.images.data import IMAGENET, ImageData
+from densenas.images.items import Item
 from densenas.images.loading import Batches
-from densenas.images.pack import CORES, Item, Packed, read_manifest, write_pack
+from densenas.images.pack import CORES, Packed, read_manifest
+from densenas.images.packing import write_pack
 from densenas.runs.provenance import environment
 
 BATCH, SIZE, PASSES = 32, 224, 5
+PAIRS = {
+    "original bytes over ImageFolder": ("ours, original bytes", "ImageFolder with PIL"),
+    "pack of 256 over ImageFolder": ("ours, pack of 256", "ImageFolder with PIL"),
+    "original bytes over the decoder": ("ours, original bytes", "decoder, original bytes"),
+    "pack of 256 over the decoder": ("ours, pack of 256", "decoder, pack of 256"),
+}
 
 
 def usual(folder: Path) -> DataLoader:
@@ -46,6 +54,11 @@ def ours(pack: Path, classes: list[str]) -> tuple[Packed, Batches]:
     return split, Batches(data, "train", BATCH, torch.device("cpu"), seed=0, workers=0)
 
 
+def decoder(split: Packed) -> Callable[[int], Iterable]:
+    """The limit: every image is decoded, and nothing else is done."""
+    return lambda epoch: (split.read(index) for index in range(len(split)))
+
+
 def seconds(work: Callable[..., object], *arguments: object, **settings: object) -> float:
     start = time.perf_counter()
     work(*arguments, **settings)
@@ -59,6 +72,39 @@ def read(way: Callable[[int], Iterable], epochs: range) -> None:
 
 def summary(values: list[float]) -> dict[str, float]:
     return {about.__name__: about(values) for about in (median, mean, stdev, min, max)}
+
+
+def time_packing(
+    folder: Path, items: list[Item], work: Path
+) -> tuple[dict[str, Path], dict[str, float]]:
+    """Packs of both kinds in `work`, and the median seconds of packing and of `cp -r`, each three times."""
+    packs = {"original": work / "original-0", "256": work / "256-0"}
+    times: dict[str, list[float]] = {"original": [], "256": [], "cp": []}
+    for number in range(3):
+        copy = ["cp", "-r", folder, work / f"copy{number}"]
+        times["cp"].append(seconds(subprocess.run, copy, check=True))
+        for name, shorter in (("original", None), ("256", 256)):
+            place = work / f"{name}-{number}"
+            times[name].append(seconds(write_pack, place, {"train": items}, shorter))
+    return packs, {name: median(values) for name, values in times.items()}
+
+
+def measure(folder: Path, packs: dict[str, Path], names: list[str], rounds: int) -> dict[str, list]:
+    """Images per second of every way in every round."""
+    loader = usual(folder)
+    ways = {"ImageFolder with PIL": (len(loader.dataset), lambda epoch: loader)}
+    for name, pack in packs.items():
+        what = "original bytes" if name == "original" else f"pack of {name}"
+        split, batches = ours(pack, names)
+        # An incomplete last batch is left out in training: an image counts where it was delivered.
+        ways[f"ours, {what}"] = (len(batches) * batches.batch_size, batches.epoch)
+        ways[f"decoder, {what}"] = (len(split), decoder(split))
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, (count, way) in ways.items():
+            epochs = range(PASSES * number, PASSES * (number + 1))
+            rates[name].append(PASSES * count / seconds(read, way, epochs))
+    return {name: values[1:] for name, values in rates.items()}  # the first round warms up
 
 
 def main() -> None:
@@ -77,53 +123,12 @@ def main() -> None:
     ]
     megabytes = sum(item.content.stat().st_size for item in items) / 1e6
     with tempfile.TemporaryDirectory() as work:
-        packs = {"original": Path(work, "original"), "256": Path(work, "256")}
-        copying, packing = [], {name: [] for name in packs}
-        for number in range(3):
-            copying.append(
-                seconds(
-                    subprocess.run, ["cp", "-r", options.folder, f"{work}/copy{number}"], check=True
-                )
-            )
-            for name, shorter in (("original", None), ("256", 256)):
-                place = packs[name] if number == 0 else Path(work, f"{name}{number}")
-                packing[name].append(seconds(write_pack, place, {"train": items}, shorter))
-        loader = usual(options.folder)
-        splits, batches = zip(*(ours(pack, names) for pack in packs.values()), strict=True)
-        # An incomplete last batch is left out in training: an image counts where it was delivered.
-        delivered = len(batches[0]) * batches[0].batch_size
-
-        ways = {
-            "ImageFolder with PIL": (len(items), lambda epoch: loader),
-            "ours, original bytes": (delivered, batches[0].epoch),
-            "decoder, original bytes": (
-                len(items),
-                lambda epoch: map(splits[0].read, range(len(items))),
-            ),
-            "ours, pack of 256": (delivered, batches[1].epoch),
-            "decoder, pack of 256": (
-                len(items),
-                lambda epoch: map(splits[1].read, range(len(items))),
-            ),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(options.rounds + 1):
-            for name, (count, way) in ways.items():
-                epochs = range(PASSES * number, PASSES * (number + 1))
-                rates[name].append(PASSES * count / seconds(read, way, epochs))
-        rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
-    pairs = {
-        "original bytes over ImageFolder": ("ours, original bytes", "ImageFolder with PIL"),
-        "pack of 256 over ImageFolder": ("ours, pack of 256", "ImageFolder with PIL"),
-        "original bytes over the decoder": ("ours, original bytes", "decoder, original bytes"),
-        "pack of 256 over the decoder": ("ours, pack of 256", "decoder, pack of 256"),
-    }
-    ratios = {
-        name: summary(
-            [above / below for above, below in zip(rates[ours], rates[theirs], strict=True)]
-        )
-        for name, (ours, theirs) in pairs.items()
-    }
+        packs, times = time_packing(options.folder, items, Path(work))
+        rates = measure(options.folder, packs, names, options.rounds)
+    ratios = {}
+    for name, (above, below) in PAIRS.items():
+        rounds = range(options.rounds)
+        ratios[name] = summary([rates[above][k] / rates[below][k] for k in rounds])
     result = {
         "images": len(items),
         "megabytes": megabytes,
@@ -132,20 +137,17 @@ def main() -> None:
         "batch_size": BATCH,
         "images_per_second_and_core": {name: summary(values) for name, values in rates.items()},
         "ratios": ratios,
-        "packing_mb_per_second": {
-            name: megabytes / median(times) for name, times in packing.items()
-        },
+        "packing_mb_per_second": {name: megabytes / times[name] for name in packs},
         "packing_threads": CORES,
-        "cp_mb_per_second": megabytes / median(copying),
+        "cp_mb_per_second": megabytes / times["cp"],
         "pillow": PIL.__version__,
         **environment(),
     }
     path = Path(__file__).parent / "results" / "loading-cpu.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for name, values in result["images_per_second_and_core"].items():
-        print(
-            f"{name:<26}{values['median']:>8.1f} images/s ({values['min']:.1f} to {values['max']:.1f})"
-        )
+        spread = f"({values['min']:.1f} to {values['max']:.1f})"
+        print(f"{name:<26}{values['median']:>8.1f} images/s {spread}")
     for name, values in ratios.items():
         print(f"{name:<33}{values['median']:>6.2f} ({values['min']:.2f} to {values['max']:.2f})")
     speeds = {**result["packing_mb_per_second"], "cp -r": result["cp_mb_per_second"]}

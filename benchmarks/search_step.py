@@ -28,7 +28,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from plain import Plain
@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from densenas import Choice, CostTable, SearchSpace, SuperNet
 from densenas.runs.provenance import environment
 from densenas.search import SearchTrainer
-from densenas.training.device import PRECISIONS, computing_on, keep_freed_memory
+from densenas.settings import Computing, Precision
+from densenas.training.device import computing_on, keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = 100
@@ -99,32 +100,22 @@ def stepper(
     size = SIZES[name]
     torch.manual_seed(0)
     net, table = SuperNet(space, CLASSES).to(device), CostTable.mult_adds(space, size, CLASSES)
-    images, labels = (
-        torch.randn(batch, 3, size, size, device=device),
-        torch.randint(CLASSES, (batch,), device=device),
-    )
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.randint(CLASSES, (batch,), device=device)
     if which == "ours":
         keep_freed_memory()
         images = images.contiguous(memory_format=torch.channels_last)
-        trainer = SearchTrainer(
-            net.to(memory_format=torch.channels_last),
-            table,
-            space.search,
-            10**6,
-            precision=precision,
-        )
+        net = net.to(memory_format=torch.channels_last)
+        trainer = SearchTrainer(net, table, space.search, 10**6, precision)
     else:
-        del os.environ[
-            "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-        ]  # densenas has set it; the first convolution is yet to come
+        # densenas has set it; the first convolution is yet to come
+        del os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
         trainer = Plain(net, table, space.search, precision)
-    net = trainer.net
-    step, fixed = {
-        "weight": (trainer.weight_step, net.arch_parameters()),
-        "architecture": (trainer.arch_step, net.weight_parameters()),
-    }[kind]
-    for parameter in fixed:
-        parameter.requires_grad_(False)
+        net = trainer.net
+        fixed = net.arch_parameters() if kind == "weight" else net.weight_parameters()
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+    step = trainer.weight_step if kind == "weight" else trainer.arch_step
 
     def one(choice: Choice) -> tuple[float, float]:
         net.sample = lambda count: choice  # both do the same step
@@ -142,7 +133,7 @@ def stepper(
 
 def serve(pipe: Connection, which: str, *arguments: Any) -> None:
     """In a process of its own: does the steps that are asked for; at the end of them, sends the peak memory in GiB."""
-    with computing_on("auto", arguments[3]) as device:
+    with computing_on(Computing(precision=arguments[3])) as device:
         step = stepper(which, *arguments, device)
         while choice := pipe.recv():
             pipe.send(step(choice))
@@ -152,7 +143,7 @@ def serve(pipe: Connection, which: str, *arguments: Any) -> None:
 
 def speeds(precision: str) -> tuple[float, float]:
     """Multiply-adds of a matrix product and bytes of a copy, both per second."""
-    with computing_on("auto", precision) as device:
+    with computing_on(Computing(precision=precision)) as device:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         side = 2048 if device.type == "cpu" else 8192
         matrix = torch.randn(side, side, device=device, dtype=dtype)
@@ -306,7 +297,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=SAMPLED, default=[*SAMPLED])
     parser.add_argument("--batch", type=int, help="images a step; default: by space and device")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision))
     parser.add_argument(
         "--table", action="store_true", help="print the table of the results on this device and end"
     )

@@ -31,6 +31,7 @@ from densenas.recipes import override
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.search import search
+from densenas.settings import Computing, DataSettings
 
 T = TypeVar("T")
 COLUMNS = ["expected", "derived", "measured", "steady"]
@@ -58,7 +59,7 @@ def main() -> None:
     rows, where = [], environment()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DENSENAS_ROOT"] = str(Path(folder))
-        images = data.prepare(Run("data"), "digits")
+        images = data.prepare(Run("data"), DataSettings())
         size, classes = images.image_size, len(images.classes)
         milliseconds = fresh(
             latency.measure, space, size, classes, Path(folder) / "latency.jsonl", 1, "cpu"
@@ -73,7 +74,9 @@ def main() -> None:
                 target = Lattice(table).quantile(share)
                 for seed in range(options.seeds):
                     run = Run(f"{table.kind}-{share}-{seed}")
-                    result = search(run, images, table, recipe, target, seed, device="cpu")
+                    result = search(
+                        run, images, table, recipe, target, Computing(seed=seed, device="cpu")
+                    )
                     row = {
                         "kind": table.kind,
                         "percentile": 100 * share,
@@ -91,7 +94,7 @@ def main() -> None:
             if table.kind == "latency":
                 known = Lattice(table).sample(30, 0, even=True)  # what `judge` looked at
                 networks = found + [one.architecture for one in known]
-                measured = fresh(latency.whole, networks, table.conditions, "cpu", 12)
+                measured = fresh(latency.whole, networks, table, "cpu", 12)
                 slower = median(
                     now / one.cost for now, one in zip(measured[len(found) :], known, strict=True)
                 )

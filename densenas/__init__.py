@@ -3,21 +3,7 @@
 The data's way: space → cost → supernet → search → architecture → training → figures.
 """
 
-import os
-import sys
-
-# OpenMP threads that spin for long while they wait make small networks many times slower as
-# soon as something else wants a core; this short a spin costs nothing on a quiet machine, a
-# shorter one does. Read when PyTorch is loaded: where that was before, it is too late for this
-# process, and `engine.fit` says so.
-_CHOSEN = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
-SPINS_FOR_LONG = "torch" in sys.modules and not _CHOSEN
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-# oneDNN keeps 1,024 compiled convolutions; the steps of a supernet need more and would compile some of them every time.
-# Read before the first convolution.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-
+import densenas.threads  # noqa: F401 (before PyTorch is loaded)
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace

@@ -9,7 +9,7 @@ from densenas.method.space import SearchSpace
 from densenas.settings import WITHIN
 
 # Layers of each stage; widths and strides of the stages are those of the original networks.
-DESIGNS = {
+DESIGNS: dict[str, dict[str, tuple[int, ...]]] = {
     "mbconv_k3_t6": {
         "MobileNetV2": (1, 2, 3, 4, 3, 3, 1),
         "MobileNetV2, one layer a stage": (1,) * 7,
@@ -26,7 +26,7 @@ def _usual_op(space: SearchSpace) -> str:
 
 def designs(space: SearchSpace) -> list[str]:
     """The names of the space's hand-made family."""
-    return [*DESIGNS[_usual_op(space)]]
+    return list(DESIGNS[_usual_op(space)])
 
 
 def hand_made(
@@ -38,16 +38,17 @@ def hand_made(
     target, of 2, or else of 1; a design of which no width does is left out. As usual for small images, the first
     strides are left out where the space halves the map less often; the last 1×1 convolution is the space's own.
     """
+
+    def cost(arch: Architecture) -> float:
+        return arch.mult_adds(input_size, num_classes)
+
     found = {}
-    for name, layers in DESIGNS[_usual_op(space)].items():
+    for design, layers in DESIGNS[_usual_op(space)].items():
         for multiple in (4, 2, 1):
             drawn = [_drawn(space, layers, 1.02**k, multiple) for k in range(-200, 100)]
-            costs = [arch.mult_adds(input_size, num_classes) for arch in drawn]
-            cost, arch = min(
-                zip(costs, drawn, strict=True), key=lambda one: abs(math.log(one[0] / target))
-            )
-            if abs(cost / target - 1) <= WITHIN:
-                found[name] = arch
+            nearest = min(drawn, key=lambda arch: abs(math.log(cost(arch) / target)))
+            if abs(cost(nearest) / target - 1) <= WITHIN:
+                found[design] = nearest
                 break
     return found
 
@@ -56,17 +57,24 @@ def _drawn(
     space: SearchSpace, layers: tuple[int, ...], factor: float, multiple: int
 ) -> Architecture:
     """The space's hand-made family with so many layers a stage, its widths times a factor, rounded to multiples."""
-    mobile, op = space.net_type == "mbv2", _usual_op(space)
-    stem, widths = (32, (16, 24, 32, 64, 96, 160, 320)) if mobile else (64, (64, 128, 256, 512))
+
+    def rounded(width: int) -> int:
+        return max(multiple, multiple * round(width * factor / multiple))
+
+    mobile = space.net_type == "mbv2"
+    op = _usual_op(space)
+    if mobile:
+        stem_width, widths, halving = 32, [16, 24, 32, 64, 96, 160, 320], [1, 2, 3, 5]
+    else:
+        stem_width, widths, halving = 64, [64, 128, 256, 512], [0, 1, 2, 3]
     halvings = round(math.log2(space.fm_sizes[0] / space.fm_sizes[-1]))
-    halving = [s for s in range(len(widths)) if not mobile or s in (1, 2, 3, 5)]
-    halving = halving[len(halving) - halvings :] if halvings else []
-    before, *wide = (
-        max(multiple, multiple * round(width * factor / multiple)) for width in (stem, *widths)
-    )
+    halving = halving[len(halving) - halvings :]  # stages whose first layer halves the map
     blocks = []
-    for stage, (count, width) in enumerate(zip(layers, wide, strict=True)):
-        head = "mbconv_k3_t1" if mobile and not stage else op
-        blocks.append(Block(before, width, head, (op,) * (count - 1), 2 if stage in halving else 1))
+    before = rounded(stem_width)
+    for stage, count in enumerate(layers):
+        width = rounded(widths[stage])
+        head = "mbconv_k3_t1" if mobile and stage == 0 else op
+        stride = 2 if stage in halving else 1
+        blocks.append(Block(before, width, head, (op,) * (count - 1), stride))
         before = width
     return Architecture(tuple(blocks), space.last_dim if mobile else None)

@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from torch import Tensor, nn
+from tqdm import tqdm
 
 from densenas.baselines import designs, hand_made
 from densenas.files import read_json, write_text
@@ -26,44 +24,18 @@ from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
-from densenas.method.supernet import SuperNet
+from densenas.outcome import Search, load_search
 from densenas.pricing import RECIPES, priced_space, read_costs
+from densenas.ranking import one_shot
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
+from densenas.runs.progress import progress, quiet
 from densenas.runs.run import Run
-from densenas.search import Search, load_search, search
-from densenas.settings import WITHIN, RunConfig, StudySettings
+from densenas.search import search
+from densenas.settings import WITHIN, Computing, RunConfig, StudySettings
 from densenas.train import evaluate, retrain
 from densenas.training.checkpoint import digest
 from densenas.training.processes import STOPPED
-
-METHODS = SEARCHED, RANDOM, HAND_MADE = "DenseNAS", "random", "hand-made"
-
-
-class PathOf(nn.Module):
-    """An architecture as a path of a supernet, by the supernet's own weights: images (B, 3, H, W) → logits.
-
-    Its batch norm knows no averages, so that logits depend on the batch: its images must be of mixed classes.
-    """
-
-    def __init__(self, net: SuperNet, arch: Architecture) -> None:
-        super().__init__()
-        space, path = net.space, net.space.path_of(arch)
-        layers = [net.stem]
-        for (i, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
-            routing = net.blocks[j - 1]
-            layers.append(
-                routing.heads[space.incoming(j).index(i)][space.head_ops.index(block.head)]
-            )
-            # Which of its layers a shorter stack skipped does not show in an architecture: the last ones.
-            layers += [
-                ops[space.stack_ops.index(op)]
-                for ops, op in zip(routing.stack, block.stack, strict=False)
-            ]
-        layers.append(net.final[space.incoming(path[-1]).index(path[-2])])
-        self.features, self.classifier = nn.Sequential(*layers), net.classifier
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).mean(dim=(2, 3)))
+from densenas.verdict import HAND_MADE, METHODS, RANDOM, SEARCHED, Result, summary
 
 
 class Job(NamedTuple):
@@ -83,80 +55,100 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Study:
-    """A comparison at equal cost on a run's data and space: for each of `targets` (million Mult-Adds) `seeds` searches,
-    `networks` random networks within 5 % of the target, uniform over architectures, and the hand-made ones.
+class Network:
+    """What a job trains."""
 
-    `space` None is that of the run's costs. `search` and `retrain` override the space's recipes; None is the recipe
-    itself. Each step keeps its result in runs/<run>/evidence/, goes on from its own checkpoint after a kill, and
-    depends on nothing but its job. Raises ValueError with one sentence where there can be no such study.
+    design: str  # DenseNAS, random, or the name of a hand-made design
+    architecture: Architecture | None  # None: no width of the design costs the target
+    seed: int  # of the training
+    search_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison at equal cost on a run's data and space, as its settings have it.
+
+    For each target there are so many searches, random networks within 5 % of the target, uniform over architectures,
+    and the hand-made ones. Each step keeps its result in runs/<run>/evidence/, goes on from its own checkpoint after a
+    kill, and depends on nothing but its job. Raises ValueError with one sentence where there can be no such study.
     """
 
-    run: str
-    space: str | None
-    targets: Sequence[float]
-    seeds: int = 3
-    networks: int = 8
-    search: dict[str, Any] | None = None
-    retrain: dict[str, Any] | None = None
-    precision: str = "fp32"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        asked = {"targets": self.targets, "seeds": self.seeds, "networks": self.networks}
-        StudySettings.of(asked)
-
-    @cached_property
-    def table(self) -> CostTable:
-        table = read_costs(Run(self.run))
-        if table.kind != "mult_adds":
-            raise ValueError(
-                f"run '{self.run}' counts {table.unit}, a study compares at equal Mult-Adds"
-            )
-        return table
-
-    @cached_property
-    def recipes(self) -> SearchSpace:
-        """The table's space with the recipes of the file or preset that was asked for."""
-        return priced_space(self.table, self.space)
-
-    @cached_property
-    def lattice(self) -> Lattice:
-        return Lattice(self.table)
-
-    @cached_property
-    def data(self) -> ImageData:
-        return load(Run(self.run))
+    run: Run
+    settings: StudySettings
 
     def jobs(self) -> list[Job]:
         """Every network to train. Hand-made ones are trained with as many seeds as there are searches.
 
         Known before there are data: a design that no width brings to a target has its jobs, and they say so.
         """
-        space = self.table.space if self.space is None else SearchSpace.load(self.space)
+        named = self.settings.space
+        space = self.table.space if named is None else SearchSpace.load(named)
         counts = {
-            SEARCHED: self.seeds,
-            RANDOM: self.networks,
-            HAND_MADE: len(designs(space)) * self.seeds,
+            SEARCHED: self.settings.seeds,
+            RANDOM: self.settings.networks,
+            HAND_MADE: len(designs(space)) * self.settings.seeds,
         }
-        each = [
-            (method, target, k)
-            for target in self.targets
-            for method in METHODS
-            for k in range(counts[method])
-        ]
-        return [
-            Job.parse(str(Job(*one))) for one in each
-        ]  # as the command line has them, however targets are written
+        jobs = []
+        for target in self.settings.targets:
+            for method in METHODS:
+                for number in range(counts[method]):
+                    # The target as the job's name has it, however many digits were written.
+                    jobs.append(Job.parse(str(Job(method, target, number))))
+        return jobs
 
     def folder(self, job: Job) -> Run:
         """Where a job keeps its checkpoints and its result."""
-        return Run(self.run).part(f"evidence/{job}")
+        return self.run.part(f"evidence/{job}")
+
+    def complete(self) -> pd.DataFrame:
+        """Does here and now what is still to do of all jobs; returns `results`."""
+        missing = [job for job in self.jobs() if self._result(job) is None]
+        if not missing:
+            return self.results()
+        with progress(len(missing), "study") as bar:
+            for job in missing:
+                bar.set_postfix_str(str(job))
+                with quiet():
+                    if job.method == SEARCHED and self._found(job) is None:
+                        self.run_search(job)
+                    self.run_training(job)
+                bar.update()
+        return self.results()
+
+    def results(self) -> pd.DataFrame:
+        """A `Result` for each job that is done and not left out."""
+        rows = []
+        for job in self.jobs():
+            result = self._result(job)
+            if result is not None and "left_out" not in result:
+                del result["settings"]
+                rows.append(result)
+        return pd.DataFrame(rows)
+
+    # What is compared.
+
+    @cached_property
+    def table(self) -> CostTable:
+        table = read_costs(self.run)
+        if table.kind != "mult_adds":
+            counts = f"run '{self.run.name}' counts {table.unit}"
+            raise ValueError(f"{counts}, a study compares at equal Mult-Adds")
+        return table
+
+    @cached_property
+    def data(self) -> ImageData:
+        return load(self.run)
+
+    @cached_property
+    def _lattice(self) -> Lattice:
+        return Lattice(self.table)
 
     def random(self, job: Job) -> Architecture:
         """A random network, the same in every process and whatever else is compared."""
-        spread = (1 - WITHIN) * job.target, (1 + WITHIN) * job.target
-        return self.lattice.sample(1, seed_of(str(job)), *spread)[0].architecture
+        low = (1 - WITHIN) * job.target
+        high = (1 + WITHIN) * job.target
+        (candidate,) = self._lattice.sample(1, seed_of(str(job)), low, high)
+        return candidate.architecture
 
     def hand_made(self, target: float) -> dict[str, Architecture]:
         """The hand-made designs that some width brings to the target."""
@@ -164,145 +156,163 @@ class Study:
 
     def left_out(self) -> str:
         """In words, which hand-made designs are not compared at which target; empty where all are."""
-        words = []
-        for target in self.targets:
+        sentences = []
+        for target in self.settings.targets:
+            affordable = self.hand_made(target)
             for design in designs(self.table.space):
-                if design not in self.hand_made(target):
-                    words.append(_without(design, target))
-        return " ".join(words)
+                if design not in affordable:
+                    sentences.append(_left_out(design, target))
+        return " ".join(sentences)
 
-    @cached_property
-    def search_recipe(self) -> SearchRecipe:
-        return override(self.recipes.search, **self.search or {})
-
-    @cached_property
-    def retrain_recipe(self) -> RetrainRecipe:
-        return override(self.recipes.retrain, **self.retrain or {})
-
-    def _search(self, job: Job) -> Search:
-        how = {"seed": job.number, "precision": self.precision, "device": self.device}
-        return search(
-            self.folder(job), self.data, self.table, self.search_recipe, job.target, **how
-        )
-
-    def searched(self, job: Job) -> None:
-        """Searches for the target and keeps what was derived."""
-        result = self._search(job)
-        seconds = sum(row["seconds"] for row in result.history)
-        found = {
-            "settings": self._search_settings(job),
-            "net_config": str(result.best.architecture),
-            "seconds": seconds,
-        }
-        write_text(self.folder(job).work / "searched.json", json.dumps(found))
-
-    def _search_settings(self, job: Job) -> str:
-        """A digest of what decides a search."""
-        costs = self.table.nested(), self.table.space.model_dump(exclude={*RECIPES})
-        recipe = self.search_recipe.model_dump()
-        return digest([costs, recipe, job.target, job.number, self.precision, self.data.digest])
-
-    def _found(self, job: Job) -> dict[str, Any] | None:
-        """What the search of a job has found, if it is done."""
-        return _kept(self.folder(job).work / "searched.json", self._search_settings(job))
-
-    def network(self, job: Job) -> tuple[str, Architecture | None, int, float | None]:
-        """A job's design by name, its architecture (None: left out), its training's seed, and seconds of search."""
+    def network(self, job: Job) -> Network:
+        """The network of a job; FileNotFoundError or ValueError where its search is not done, or of other settings."""
         if job.method == SEARCHED:
-            path = Run(self.run).need(
-                self.folder(job).work / "searched.json", f"the search of {job}"
-            )
+            path = self.run.need(self._searched(job), f"the search of {job}")
             found = self._found(job)
             if found is None:
                 raise ValueError(f"{path} does not serve: run the search of {job} again")
-            return SEARCHED, Architecture.parse(found["net_config"]), job.number, found["seconds"]
+            arch = Architecture.parse(found["net_config"])
+            return Network(SEARCHED, arch, job.number, found["seconds"])
         if job.method == RANDOM:
-            return RANDOM, self.random(job), job.number, None
-        names = designs(self.table.space)
-        design = names[job.number % len(names)]
-        return design, self.hand_made(job.target).get(design), job.number // len(names), None
+            return Network(RANDOM, self.random(job), job.number)
+        family = designs(self.table.space)
+        design = family[job.number % len(family)]
+        return Network(design, self.hand_made(job.target).get(design), job.number // len(family))
 
-    def _training_settings(self, arch: Architecture | None, seed: int) -> str:
-        """A digest of what decides a training and its result."""
-        recipe = self.retrain_recipe.model_dump()
-        return digest([str(arch), recipe, seed, self.precision, self.data.digest])
+    # The two steps of a job.
 
-    def trained(self, job: Job) -> None:
+    @cached_property
+    def _recipes(self) -> SearchSpace:
+        """The table's space with the recipes of the file or preset that was asked for."""
+        return priced_space(self.table, self.settings.space)
+
+    @cached_property
+    def search_recipe(self) -> SearchRecipe:
+        return override(self._recipes.search, **(self.settings.search or {}))
+
+    @cached_property
+    def retrain_recipe(self) -> RetrainRecipe:
+        return override(self._recipes.retrain, **(self.settings.retrain or {}))
+
+    def _computing(self, seed: int) -> Computing:
+        return Computing(seed=seed, precision=self.settings.precision, device=self.settings.device)
+
+    def run_search(self, job: Job) -> None:
+        """Searches for the target and keeps what was derived."""
+        result = self._search(job)
+        found = {
+            "settings": self._search_settings(job),
+            "net_config": str(result.best.architecture),
+            "seconds": sum(row["seconds"] for row in result.history),
+        }
+        write_text(self._searched(job), json.dumps(found))
+
+    def _search(self, job: Job) -> Search:
+        """The search of a job, gone on with or, where it is done, read."""
+        how = self._computing(job.number)
+        return search(self.folder(job), self.data, self.table, self.search_recipe, job.target, how)
+
+    def run_training(self, job: Job) -> None:
         """Trains a network from scratch on train and val, tests it once, and keeps the result."""
-        design, arch, seed, seconds = self.network(job)
-        result = {"settings": self._training_settings(arch, seed)}
-        if arch is None:
-            result["left_out"] = _without(design, job.target)
-            print(result["left_out"])
+        network = self.network(job)
+        settings = self._training_settings(network)
+        result: dict[str, Any]
+        if network.architecture is None:
+            result = {"left_out": _left_out(network.design, job.target)}
+            tqdm.write(result["left_out"])
         else:
-            how = {"seed": seed, "precision": self.precision, "device": self.device}
-            net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, **how)
-            tested = evaluate(net, self.data, device=self.device)
-            size, classes = self.data.image_size, len(self.data.classes)
-            result |= {
-                "method": job.method,
-                "target": job.target,
-                "number": job.number,
-                "design": design,
-                "seed": seed,
-                "top1": tested["top1"],
-                "loss": tested["loss"],
-                "images": tested["images"],
-                "mult_adds_m": arch.mult_adds(size, classes),
-                "params_m": arch.params(classes),
-                "blocks": len(arch.routing_blocks),
-                "layers": arch.num_layers,
-                "search_seconds": seconds,
-                "train_seconds": sum(row["seconds"] for row in history),
-                "net_config": str(arch),
-            }
-        write_text(self.folder(job).work / "result.json", json.dumps(result, indent=1))
+            result = asdict(self._train(job, network, network.architecture))
+        content = {"settings": settings, **result}
+        write_text(self._trained(job), json.dumps(content, indent=1))
+
+    def _train(self, job: Job, network: Network, arch: Architecture) -> Result:
+        how = self._computing(network.seed)
+        net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, how)
+        test = evaluate(net, self.data, device=self.settings.device)
+        classes = len(self.data.classes)
+        return Result(
+            method=job.method,
+            target=job.target,
+            number=job.number,
+            design=network.design,
+            seed=network.seed,
+            top1=test["top1"],
+            loss=test["loss"],
+            images=test["images"],
+            mult_adds_m=arch.mult_adds(self.data.image_size, classes),
+            params_m=arch.params(classes),
+            blocks=len(arch.routing_blocks),
+            layers=arch.num_layers,
+            search_seconds=network.search_seconds,
+            train_seconds=sum(row["seconds"] for row in history),
+            net_config=str(arch),
+        )
+
+    # What the steps have kept, each with a digest of all that decides it.
+
+    def _searched(self, job: Job) -> Path:
+        return self.folder(job).work / "searched.json"
+
+    def _trained(self, job: Job) -> Path:
+        return self.folder(job).work / "result.json"
+
+    def _search_settings(self, job: Job) -> str:
+        costs = [self.table.nested(), self.table.space.model_dump(exclude={*RECIPES})]
+        recipe = self.search_recipe.model_dump()
+        precision = self.settings.precision
+        return digest([costs, recipe, job.target, job.number, precision, self.data.digest])
+
+    def _training_settings(self, network: Network) -> str:
+        arch = str(network.architecture)
+        recipe = self.retrain_recipe.model_dump()
+        return digest([arch, recipe, network.seed, self.settings.precision, self.data.digest])
+
+    def _found(self, job: Job) -> dict[str, Any] | None:
+        """What the search of a job has found, if it is done."""
+        return _kept(self._searched(job), self._search_settings(job))
 
     def _result(self, job: Job) -> dict[str, Any] | None:
         """What a job has found out, if it is done, whole, and of the data and recipes of today."""
-        path = self.folder(job).work / "result.json"
-        if not path.exists() or (job.method == SEARCHED and self._found(job) is None):
+        path = self._trained(job)
+        if not path.exists():
             return None
-        _, arch, seed, _ = self.network(job)
-        return _kept(path, self._training_settings(arch, seed))
+        if job.method == SEARCHED and self._found(job) is None:
+            return None
+        return _kept(path, self._training_settings(self.network(job)))
 
-    def results(self) -> pd.DataFrame:
-        """A row for each job that is done and not left out; top1 is a share of the test images."""
-        rows = []
-        for job in self.jobs():
-            result = self._result(job)
-            if result and "left_out" not in result:
-                rows.append({name: value for name, value in result.items() if name != "settings"})
-        return pd.DataFrame(rows)
+    # Whether the supernet ranks networks as training does.
 
     def ranking(self, results: pd.DataFrame) -> pd.DataFrame:
         """The trained random networks by `one_shot`, the accuracy on val of their path in the supernet of the middle
         target's first search, and `retrained`, the accuracy on test after training alone.
         """
-        job = Job(SEARCHED, sorted(self.targets)[len(self.targets) // 2], 0)
+        targets = sorted(self.settings.targets)
+        job = Job(SEARCHED, targets[len(targets) // 2], 0)
         try:
             net = load_search(self.folder(job), self.table, len(self.data.classes)).net
         except ValueError:  # its checkpoint is damaged or of other costs
             net = self._search(job).net
         drawn = results[results["method"] == RANDOM]
-        paths = [PathOf(net, Architecture.parse(text)) for text in drawn["net_config"]]
-        one_shot = [evaluate(path, self.data, "val", device=self.device)["top1"] for path in paths]
+        networks = [Architecture.parse(text) for text in drawn["net_config"]]
+        shares = one_shot(net, networks, self.data, self.settings.device)
         return pd.DataFrame(
-            {"target": drawn["target"], "one_shot": one_shot, "retrained": drawn["top1"]}
+            {"target": drawn["target"], "one_shot": shares, "retrained": drawn["top1"]}
         )
 
-    def complete(self) -> pd.DataFrame:
-        """Does here and now what is still to do of all jobs; returns `results`."""
-        for job in self.jobs():
-            if self._result(job) is None:
-                if job.method == SEARCHED and self._found(job) is None:
-                    self.searched(job)
-                self.trained(job)
-        return self.results()
+    def record(self, results: pd.DataFrame, ranking: pd.DataFrame) -> None:
+        """Keeps `results` and `ranking` in the run's reports, with what they say and with what they were computed."""
+        write_text(self.run.reports / "evidence.csv", results.to_csv(index=False))
+        write_text(self.run.reports / "ranking.csv", ranking.to_csv(index=False))
+        found = summary(results, ranking) | {"left_out": self.left_out()}
+        self.run.update_json("metrics.json", "evidence", found)
+        parameters = self.settings.model_dump(mode="json")
+        parameters["space"] = self.settings.space or self.table.space.name
+        self.run.record_provenance("09-evidence", **parameters)
 
 
-def _without(design: str, target: float) -> str:
-    return f"{design} is left out at {target:g} M Mult-Adds: no width of it costs that within {WITHIN:.0%}."
+def _left_out(design: str, target: float) -> str:
+    why = f"no width of it costs that within {WITHIN:.0%}"
+    return f"{design} is left out at {target:g} M Mult-Adds: {why}."
 
 
 def _kept(path: Path, settings: str) -> dict[str, Any] | None:
@@ -314,63 +324,35 @@ def _kept(path: Path, settings: str) -> dict[str, Any] | None:
     except ValueError as error:
         print(error)
         return None
-    if content.get("settings") == settings:
-        return content
-    print(f"{path} is of other data, costs or recipes: it does not count and is made anew")
-    return None
+    if content.get("settings") != settings:
+        print(f"{path} is of other data, costs or recipes: it does not count and is made anew")
+        return None
+    return content
 
 
-def compared(results: pd.DataFrame) -> pd.DataFrame:
-    """Per target and design: n, mean Mult-Adds (millions), and mean, standard deviation and best of top-1 (%)."""
-    shares = results.assign(top1=100 * results["top1"])
-    return shares.groupby(["target", "design"]).agg(
-        n=("top1", "size"),
-        mult_adds_m=("mult_adds_m", "mean"),
-        mean=("top1", "mean"),
-        std=("top1", "std"),
-        best=("top1", "max"),
-    )
+def _configured(configuration: str, run: str) -> Study:
+    """The study of a run's file."""
+    config = RunConfig.load(configuration)
+    stages = config.stages(SearchSpace.load(config.space).input_size)
+    settings = stages.get("09-evidence")
+    if not isinstance(settings, StudySettings):
+        raise ValueError(f"{configuration} has no evidence section, so there is no study")
+    return Study(Run(run), settings)
 
 
-def verdict(results: pd.DataFrame) -> str:
-    """In one sentence, by how many points of accuracy the searched networks beat the others at each target."""
-    table, said = compared(results), []
-    for target, rows in table.groupby(level="target"):
-        rows = rows.droplevel("target")
-        ours, random, hand = (
-            rows.loc[SEARCHED],
-            rows.loc[RANDOM],
-            rows.drop([SEARCHED, RANDOM])["mean"],
-        )
-        words = (
-            f"at {target:g} M Mult-Adds the mean of {ours['n']:.0f} searches is {ours['mean'] - random['mean']:+.1f}"
-            f" points from the mean of {random['n']:.0f} random networks, {ours['mean'] - random['best']:+.1f} from the"
-            f" best of them"
-        )
-        if not len(hand):
-            said.append(f"{words} (no hand-made design costs that)")
-            continue
-        which = (
-            "the better hand-made design"
-            if len(hand) > 1
-            else f"the only hand-made design, {hand.index[0]}"
-        )
-        said.append(f"{words} and {ours['mean'] - hand.max():+.1f} from {which}")
-    return ";\n".join(said) + "."
-
-
-def repeats(results: pd.DataFrame) -> str:
-    """In words, where several searches or draws came to the same network: each was trained alone, with another seed."""
-    words = []
-    for (target, method), rows in results[results["method"] != HAND_MADE].groupby(
-        ["target", "method"]
-    ):
-        different = rows["net_config"].nunique()
-        if different < len(rows):
-            words.append(
-                f"At {target:g} M Mult-Adds {len(rows)} {method} networks are {different} different ones."
-            )
-    return " ".join(words)
+def _do(study: Study, step: str, name: str) -> None:
+    """One step of the job of that name."""
+    possible = {}
+    for job in study.jobs():
+        if step == "train" or job.method == SEARCHED:
+            possible[str(job)] = job
+    if name not in possible:
+        lacks = f"the study of run '{study.run.name}' has no job '{name}' to {step}"
+        raise ValueError(f"{lacks}, it has {', '.join(possible)}")
+    if step == "search":
+        study.run_search(possible[name])
+    else:
+        study.run_training(possible[name])
 
 
 def main() -> None:
@@ -386,27 +368,7 @@ def main() -> None:
     )
     asked = parser.parse_args()
     try:
-        config = RunConfig.load(asked.configuration)
-        input_size = SearchSpace.load(config.space).input_size
-        parameters = config.parameters(asked.run, input_size)
-        if "09-evidence" not in parameters:
-            raise ValueError(f"{asked.configuration} has no evidence section, so there is no study")
-        study = Study(**parameters["09-evidence"])
-        jobs = {str(job): job for job in study.jobs()}
-        job = jobs.get(asked.job)
-        if job is None or (asked.step == "search" and job.method != SEARCHED):
-            some = ", ".join(
-                name
-                for name, one in jobs.items()
-                if asked.step == "train" or one.method == SEARCHED
-            )
-            raise ValueError(
-                f"the study of run '{asked.run}' has no job '{asked.job}' to {asked.step}, it has {some}"
-            )
-        if asked.step == "search":
-            study.searched(job)
-        else:
-            study.trained(job)
+        _do(_configured(asked.configuration, asked.run), asked.step, asked.job)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

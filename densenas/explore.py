@@ -15,9 +15,9 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import best_paths, derive
 from densenas.method.probabilities import Probabilities, expected_cost, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
+from densenas.outcome import Search, load_search
 from densenas.pricing import read_costs
 from densenas.runs.run import Run
-from densenas.search import Search, load_search
 
 NO_RUN = "none, only sliders"
 

@@ -37,6 +37,7 @@ def export(
         program = torch.export.export(net, (images,), dynamic_shapes=any_number)
     with _naming("ONNX"):
         onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert onnx is not None  # the stub's other case: where it writes to a file itself
     # By way of memory: on a full disk the archive's own writer would end the process.
     archive = io.BytesIO()
     torch.export.save(program, archive)

@@ -17,26 +17,24 @@ from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 PACKAGE = Path(__file__).parent
 # A checkout keeps data/ at its top level; an installed wheel carries it inside the package.
-DATA = next(folder for folder in (PACKAGE / "data", PACKAGE.parent / "data") if folder.is_dir())
-
-
-def root() -> Path:
-    """Where reports/ and runs/ live: DENSENAS_ROOT, or else this checkout, or else the working directory."""
-    if named := os.environ.get("DENSENAS_ROOT"):
-        return Path(named).expanduser().absolute()
-    checkout = PACKAGE.parent
-    return checkout if (checkout / "Snakefile").is_file() else Path.cwd()
-
-
+DATA = PACKAGE / "data" if (PACKAGE / "data").is_dir() else PACKAGE.parent / "data"
 TEXT_BYTES = 16 << 20  # of a text file that is read whole; the longest cost table has less than one
 SETTINGS_BYTES = 1 << 18  # of a YAML file
 DEEPEST = 10  # settings within settings
 HOST = re.sub(r"[^\w-]", "-", platform.node())[:64]
 _WRITES = itertools.count()
+
+
+def root() -> Path:
+    """Where reports/ and runs/ live: DENSENAS_ROOT, or else this checkout, or else the working directory."""
+    chosen = os.environ.get("DENSENAS_ROOT")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    checkout = PACKAGE.parent
+    return checkout if (checkout / "Snakefile").is_file() else Path.cwd()
 
 
 class Strict(BaseModel):
@@ -49,43 +47,37 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def refuse(wrong: bool, sentence: str) -> None:
-    """Raises ValueError with this sentence where something is wrong."""
-    if wrong:
-        raise ValueError(sentence)
-
-
 @contextmanager
 def naming(where: str, link: str = ": ") -> Iterator[None]:
     """Around what may raise ValueError, pydantic's included, or OSError: it says in one sentence where, and what."""
     try:
         yield
     except ValidationError as error:
-        # A misspelled name also leaves the right one missing: the misspelling is what to mend.
-        found = error.errors()
-        misspelled = [one for one in found if one["type"] in ("extra_forbidden", "invalid_key")]
-        first = (misspelled or found)[0]
-        raise ValueError(f"{where}: {_sentence(first)}") from None
+        raise ValueError(f"{where}: {_sentence(error)}") from None
     except ValueError as error:
         raise ValueError(f"{where}{link}{error}") from None
     except OSError as error:
         raise type(error)(f"{where}{link}{error}") from None
 
 
-def _sentence(error: ErrorDetails) -> str:
-    """What pydantic found, in our words."""
-    setting = ".".join(map(str, error["loc"]))
-    if error["type"] in ("extra_forbidden", "invalid_key"):
+def _sentence(error: ValidationError) -> str:
+    """The first thing that pydantic found, in our words."""
+    errors = error.errors()
+    # A misspelled name also leaves the right one missing: the misspelling is what to mend.
+    misspelled = [one for one in errors if one["type"] in ("extra_forbidden", "invalid_key")]
+    first = (misspelled or errors)[0]
+    setting = ".".join(str(part) for part in first["loc"])
+    given = first["input"]
+    if misspelled:
         return f"there is no setting '{setting}', is it misspelled?"
-    if error["type"] == "missing":
+    if first["type"] == "missing":
         return f"the setting '{setting}' is missing"
-    reason = error["msg"].removeprefix("Value error, ")
+    reason = first["msg"].removeprefix("Value error, ")
     if not setting:
         return reason
-    given = error["input"]
     if isinstance(given, dict):  # a whole section, of which the reason names the settings
         return f"{setting}: {reason}"
-    if error["type"] == "float_type" and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", str(given), re.I):
+    if first["type"] == "float_type" and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", str(given), re.I):
         reason += "; YAML takes 1e-4 and 1.0e4 for text, write 1.0e-4 and 1.0e+4"
     return f"{setting}: {reason} (got {shown(given)})"
 
@@ -97,6 +89,11 @@ def shown(value: Any) -> str:
     except ValueError:  # Python writes out no integer of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:90]} …"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
 
 
 def literal(text: str) -> Any:
@@ -128,7 +125,7 @@ class _Settings(yaml.SafeLoader):
 
     level = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if event.anchor:
             self._refuse("anchors and aliases (& and *) are not read, write the value out", event)
@@ -149,15 +146,16 @@ class _Settings(yaml.SafeLoader):
             names.append(key.value)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
-        number = node.tag.endswith((":int", ":float"))
-        if number and re.match(r"[-+]?0[\d_]|.*:", node.value):
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        is_number = node.tag.endswith((":int", ":float"))
+        if is_number and re.match(r"[-+]?0[\d_]|.*:", node.value):
             base = "would be read as octal or sexagesimal, write a decimal number"
             self._refuse(f"{node.value[:40]} {base}", node)
         return super().construct_scalar(node)
 
     def _refuse(self, problem: str, where: yaml.Event | yaml.Node) -> NoReturn:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+        mark: Any = where.start_mark  # the stubs tell those of the C parser apart
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -168,7 +166,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(text, _Settings)
     except yaml.MarkedYAMLError as error:
-        line = (error.problem_mark or error.context_mark).line + 1
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else "?"
         problem = error.problem or error.context
         raise ValueError(f"{path}: not valid YAML in line {line}: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import nn
 from densenas.files import naming, read_text, root
 from densenas.method.architecture import Architecture, DerivedNet
 from densenas.runs.run import Run
-from densenas.training.checkpoint import digest, read_checkpoint
+from densenas.training.checkpoint import digest, read_configuration
 
 DERIVED = "the derived network"
-FOUND = (
+PUBLISHED = ("DenseNAS-A", "DenseNAS-B", "DenseNAS-C")
+ENTRIES = (  # of architecture.json, which reports rely on
     "net_config",
     "mult_adds_m",
     "params_m",
@@ -36,17 +38,6 @@ FOUND = (
 )
 
 
-def search_digest(run: Run) -> str | None:
-    """That of the run's present search; None where it is not here, as in a fresh clone."""
-    path = run.work / "search.pt"
-    if not path.exists():
-        return None
-    try:
-        return digest(read_checkpoint(path)["configuration"])
-    except ValueError as error:
-        raise ValueError(f"{error}: run 03-search again") from None
-
-
 def derived(run: Run) -> dict[str, Any]:
     """What 04-derive found, as architecture.json holds it.
 
@@ -55,39 +46,58 @@ def derived(run: Run) -> dict[str, Any]:
     """
     path = run.need(run.reports / "architecture.json", "04-derive")
     found = run.read_json(path.name)
-    missing = [key for key in FOUND if key not in found]
-    if missing:
-        raise ValueError(f"{path} has no entry '{missing[0]}': run 04-derive again")
+    for entry in ENTRIES:
+        if entry not in found:
+            raise ValueError(f"{path} has no entry '{entry}': run 04-derive again")
     with naming(str(path)):
         Architecture.parse(str(found["net_config"]))
     present = search_digest(run)
-    if "search" in found and present not in (None, found["search"]):
+    if present is not None and found.get("search", present) != present:
         since = f"was searched again since {path.name} was written"
         raise ValueError(f"run '{run.name}' {since}: run 04-derive again")
     return found
 
 
+def search_digest(run: Run) -> str | None:
+    """That of the run's present search; None where it is not here, as in a fresh clone."""
+    path = run.work / "search.pt"
+    if not path.exists():
+        return None
+    try:
+        return digest(read_configuration(path))
+    except ValueError as error:
+        raise ValueError(f"{error}: run 03-search again") from None
+
+
 def describe(run: Run, net: nn.Module, folder: Path) -> dict[str, Any]:
-    """What the network in `folder` is: in words, by net_config or name, and by its weights."""
-    record = {"folder": _shown(folder), "weights": weights_digest(net)}
+    """What the network in `folder` is, as metrics.json holds it beside its numbers.
+
+    `network` is it in words, `net_config` or `model` what it is built from, `weights` a digest.
+    """
+    place = {"folder": _from_root(folder), "weights": weights_digest(net)}
     if not isinstance(net, DerivedNet):
         model = read_text(folder / "model").strip()
-        return {"network": model, "model": model, **record}
+        return {"network": model, "model": model, **place}
     arch = net.arch
-    shape = {"net_config": str(arch), "blocks": len(arch.routing_blocks), "layers": arch.num_layers}
-    return {"network": _name(run, arch), **shape, **record}
+    return {
+        "network": _in_words(run, arch),
+        "net_config": str(arch),
+        "blocks": len(arch.routing_blocks),
+        "layers": arch.num_layers,
+        **place,
+    }
 
 
-def _name(run: Run, arch: Architecture) -> str:
+def _in_words(run: Run, arch: Architecture) -> str:
     if (run.reports / "architecture.json").exists() and derived(run)["net_config"] == str(arch):
         return DERIVED
-    for name in ("DenseNAS-A", "DenseNAS-B", "DenseNAS-C"):
+    for name in PUBLISHED:
         if arch == Architecture.named(name):
             return name
     return "a network of another net_config"
 
 
-def _shown(folder: Path) -> str:
+def _from_root(folder: Path) -> str:
     """Relative to the root, which is another on every machine."""
     folder = folder.absolute()
     return str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder)
@@ -102,34 +112,45 @@ def weights_digest(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def credit(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader of an evaluation must be told, beside its numbers, about the tested network.
+@dataclass(frozen=True)
+class Credit:
+    """The network that an evaluation's numbers belong to."""
 
-    `found` is what 04-derive found, empty for a run without a search. Returns the network in words,
-    whether it is the derived one, whether its weights are those that 05-retrain trained last, and a
-    notice, None where nothing is unusual.
+    network: str  # in words
+    derived: bool  # whether it is the one that the run derived
+    trained: bool  # whether its weights are those that 05-retrain trained last
+    notice: str | None  # what a reader must know beside the numbers; None where nothing is unusual
+
+
+def credit(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> Credit:
+    """Whose the numbers of metrics.json's section `evaluate` are.
+
+    `found` is what 04-derive found, empty for a run without a search.
     """
     test = metrics["evaluate"]
-    trained = "weights" in test and test["weights"] == metrics.get("retrain", {}).get("weights")
+    last_weights = metrics.get("retrain", {}).get("weights")
+    is_trained = "weights" in test and test["weights"] == last_weights
     is_derived = "net_config" in test and test["net_config"] == found.get("net_config")
-    network, notice = test.get("network", "not recorded"), None
+    notice = None
     if "network" not in test:
+        network = "not recorded"
         notice = (
             "Which network was tested is not recorded, the evaluation is of an older version:"
             " run 06-evaluate again."
         )
     elif is_derived:
         network = DERIVED
-        if not trained:
+        if not is_trained:
             notice = (
                 f"Its weights are those in {test['folder']},"
                 " which are not the last that 05-retrain trained."
             )
     else:
+        network = test["network"]
         if network == DERIVED:
             network = "a network that was derived before the present one"
         notice = (
             f"Tested was not the network that this run derived, but {network} ({test['folder']}):"
             " the accuracy is not that of the derived one."
         )
-    return {"network": network, "derived": is_derived, "trained": trained, "notice": notice}
+    return Credit(network, is_derived, is_trained, notice)

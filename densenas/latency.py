@@ -6,7 +6,8 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -21,9 +22,10 @@ from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
-from densenas.method.space import Layer, Layers, SearchSpace
+from densenas.method.space import Layer, SearchSpace
+from densenas.runs.progress import progress
 from densenas.runs.provenance import processor
-from densenas.runs.run import progress
+from densenas.settings import Computing
 from densenas.training.device import computing_on, pick_device, warn_of_long_spins
 
 SECONDS = 0.01  # of each timing
@@ -56,23 +58,24 @@ def build(layer: Layer, space: SearchSpace) -> nn.Module:
 
 def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
     """Milliseconds of a call without gradients, after a warm-up; waits for the device once, behind the last call."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # a CUDA toolkit without a GPU is no matter
+    # A CUDA toolkit without a GPU is no matter.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
-    timer = Timer(
-        "module(x)", globals={"module": module, "x": x}, num_threads=torch.get_num_threads()
-    )
-    with torch.inference_mode(), computing_on(str(x.device), "fp32"):
+    names = {"module": module, "x": x}
+    timer = Timer("module(x)", globals=names, num_threads=torch.get_num_threads())
+    with torch.inference_mode(), computing_on(Computing(device=str(x.device))):
         return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
 
 
 def shuffled(items: Sequence[T], rounds: int, what: str) -> Iterator[tuple[int, T]]:
     """Each item once a round, with the round's number, in an order of its own, so that a drift favours none."""
     dice = random.Random(0)
-    order = ((number, item) for number in range(rounds) for item in dice.sample(items, len(items)))
-    return iter(progress(rounds * len(items), what, order))
+    order = []
+    for number in range(rounds):
+        for item in dice.sample(items, len(items)):
+            order.append((number, item))
+    yield from progress(len(order), what, order)
 
 
 def measure(
@@ -93,52 +96,78 @@ def measure(
     layer's first op, as in Mult-Adds.
     Raises ValueError or, where the log cannot be written, OSError with one sentence.
     """
-    counts = {"num_classes": num_classes, "batch_size": batch_size}
-    for name, count in {**counts, "rounds": rounds}.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}, at least 1 is needed")
     warn_of_long_spins()
     where = pick_device(device)
-    conditions = {"input_size": input_size, **counts, **_conditions(where)}
-    mobile = space.net_type == "mbv2"
-    head, stack, final = space.layers(input_size)
-    if not mobile:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
-        final = [layer._replace(op="classifier", width=num_classes) for layer in final]
+    conditions = {
+        "input_size": input_size,
+        "num_classes": num_classes,
+        "batch_size": batch_size,
+        **_conditions(where),
+    }
+    layers = space.layers(input_size)
     stem = Layer("stem", 3, space.chs[0], input_size, 2)
     classifier = Layer("classifier", space.last_dim, num_classes, space.maps(input_size)[-1], 1)
-    rows = [*head, *stack, final, [stem], [classifier] * mobile]
-    layers = sorted({layer for row in rows for layer in row if layer[0] != ops.SKIP})
+    distinct = {stem}
+    mobile = space.net_type == "mbv2"
+    if mobile:
+        distinct.add(classifier)
+    else:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
+        final = [layer._replace(op="classifier", width=num_classes) for layer in layers.final]
+        layers = layers._replace(final=final)
+    for row in [*layers.head, *layers.stack, layers.final]:
+        distinct.update(row)
+    timed = sorted(layer for layer in distinct if layer.op != ops.SKIP)
 
     # All machines of a kind say the same about themselves: what another host timed is never used.
     here = {**conditions, "host": HOST}
     times = _logged(log, here)
+    with _appending(log) as write:
+        for number, layer in shuffled(timed, rounds, "latency"):
+            if len(times[layer]) <= number:
+                ms = _timed(layer, space, batch_size, where)
+                times[layer].append(ms)
+                write(json.dumps({"key": layer, "ms": ms, "conditions": here}))
+
+    # A skip is the one op that is not timed.
+    least = defaultdict(float, {layer: min(times[layer]) for layer in timed})
+    conditions["rounds"] = rounds
+    conditions["entries"] = [_entry(layer, times[layer]) for layer in timed]
+    ends = least[stem], least[classifier] if mobile else 0.0
+    return CostTable.of(space, "latency", layers, least.__getitem__, *ends, conditions)
+
+
+def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
+    """An op as the conditions of a table list it."""
+    return {
+        "op": layer.op,
+        "in_channels": layer.in_channels,
+        "width": layer.width,
+        "map": layer.side,
+        "stride": layer.stride,
+        "ms": min(times),
+        "median": median(times),
+        "max": max(times),
+    }
+
+
+@contextmanager
+def _appending(log: Path) -> Iterator[Callable[[str], None]]:
+    """A function that adds a line to a file; what a kill left of the last line is closed first."""
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
             file.write("\n")
-            for number, layer in shuffled(layers, rounds, "latency"):
-                if len(times[layer]) <= number:
-                    times[layer].append(_timed(layer, space, batch_size, where))
-                    line = {"key": layer, "ms": times[layer][-1], "conditions": here}
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-    # A skip is the one op that is not timed.
-    ms = defaultdict(float, {layer: min(times[layer]) for layer in layers})
-    names = ("op", "in_channels", "width", "map", "stride", "ms", "median", "max")
-    entries = [
-        dict(zip(names, (*layer, ms[layer], median(times[layer]), max(times[layer])), strict=True))
-        for layer in layers
-    ]
-    ends = ms[stem], ms[classifier] if mobile else 0.0
-    conditions |= {"rounds": rounds, "entries": entries}
-    layers_of_space = Layers(head, stack, final)
-    return CostTable.of(space, "latency", layers_of_space, ms.__getitem__, *ends, conditions)
+
+            def write(line: str) -> None:
+                file.write(f"{line}\n")
+                file.flush()
+
+            yield write
 
 
 def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:
-    module = build(layer, space).eval().to(where, memory_format=torch.channels_last)
-    _, channels, _, side, _ = layer
-    x = torch.randn(batch_size, channels, side, side, device=where)
+    module = build(layer, space).eval().to(where).to(memory_format=torch.channels_last)
+    x = torch.randn(batch_size, layer.in_channels, layer.side, layer.side, device=where)
     return milliseconds(module, x.contiguous(memory_format=torch.channels_last))
 
 
@@ -176,28 +205,25 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12)
 
     Columns predicted, measured, and corrected: the prediction times one factor, the median of measured / predicted. An
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
-    Raises ValueError for fewer than 2 networks, of which none can be ranked.
     """
-    if n < 2:
-        raise ValueError(f"networks is {n}, a rank correlation needs at least 2")
     candidates = Lattice(table).sample(n, even=True)
-    measured = whole([one.architecture for one in candidates], table.conditions, device, rounds)
+    measured = whole([one.architecture for one in candidates], table, device, rounds)
     frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": measured})
     frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
     return frame
 
 
 def whole(
-    architectures: Sequence[Architecture], conditions: Mapping[str, Any], device: str, rounds: int
+    architectures: Sequence[Architecture], table: CostTable, device: str, rounds: int
 ) -> list[float]:
     """Milliseconds of each network as a whole, under a table's conditions: the least of so many shuffled rounds."""
     where = pick_device(device)
-    times: list[list[float]] = [[] for _ in architectures]
-    shape = (conditions["batch_size"], 3, conditions["input_size"], conditions["input_size"])
-    x = torch.randn(shape, device=where).contiguous(memory_format=torch.channels_last)
-    nets = [architecture.build(conditions["num_classes"]).eval() for architecture in architectures]
+    x = torch.randn(table.batch_size, 3, table.input_size, table.input_size, device=where)
+    x = x.contiguous(memory_format=torch.channels_last)
+    nets = [architecture.build(table.num_classes).eval() for architecture in architectures]
+    times: list[list[float]] = [[] for _ in nets]
     for _, index in shuffled(range(len(nets)), rounds, "networks"):
-        net = nets[index].to(where, memory_format=torch.channels_last)
+        net = nets[index].to(where).to(memory_format=torch.channels_last)
         times[index].append(milliseconds(net, x))
     return [min(values) for values in times]
 

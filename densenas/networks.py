@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from densenas.files import atomic, read_text, shown, write_text
+from densenas.files import atomic, one_line, read_text, shown, write_text
 from densenas.method.architecture import Architecture, DerivedNet
 from densenas.published import load_published, save_published
 from densenas.runs.run import Run
@@ -77,9 +77,8 @@ def _network_of_function(model: str, num_classes: int) -> nn.Module:
 
 
 def reason(error: BaseException) -> str:
-    """An error of others in one line."""
-    lines = str(error).strip().splitlines() or ["no reason given"]
-    return f"{lines[0][:200]} ({type(error).__name__})"
+    """What an error of others says, with its kind."""
+    return f"{one_line(error)[:200]} ({type(error).__name__})"
 
 
 def _find_code_here() -> None:
@@ -98,7 +97,7 @@ def source_of(model: str) -> Path | None:
         found = importlib.util.find_spec(model.partition(":")[0])
     except (ImportError, ValueError, AttributeError):
         return None
-    return Path(found.origin) if found and found.has_location else None
+    return Path(found.origin) if found and found.origin and found.has_location else None
 
 
 def _refuse_edited(source: Path) -> None:
@@ -162,7 +161,7 @@ def _try_step(model: str, num_classes: int, image_size: int, device: str) -> str
     images = torch.zeros(2, 3, image_size, image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     try:
-        net = net.to(device, memory_format=torch.channels_last).train()
+        net = net.to(device).to(memory_format=torch.channels_last).train()
         logits = net(images)
         wrong = _wrong_output(logits, num_classes, "training")
         if wrong is None:
@@ -220,12 +219,12 @@ def load_network(folder: str | Path, num_classes: int, model: str | None = None)
     """
     folder = Path(folder)
     if not (folder / "model").is_file():
-        net = load_published(folder)[1]
-        told = net.classifier.out_features
-        if told != num_classes:
-            apart = f"the network tells {told} classes apart, the data set has {num_classes}"
+        _, published = load_published(folder)
+        known = len(published.state_dict()["classifier.weight"])
+        if known != num_classes:
+            apart = f"the network tells {known} classes apart, the data set has {num_classes}"
             raise ValueError(f"{folder / 'weights.pt'}: {apart}")
-        return net
+        return published
     found = read_text(folder / "model").strip()
     if found not in CLASSIFIERS and found != model:
         foreign = "code is run only where net_config says the same"

@@ -91,7 +91,9 @@ def _handle(handler: Callable[[int, Any], None]) -> None:
 def check_writable(root: Path, name: str) -> None:
     """PermissionError with one sentence where the run could not keep what it makes."""
     for folder in (root / ".snakemake", root / "runs" / name, root / "reports" / name):
-        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        nearest = folder
+        while not nearest.exists():
+            nearest = nearest.parent
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise PermissionError(
                 f"{nearest} cannot be written, results belong there: see DENSENAS_ROOT"
@@ -120,7 +122,8 @@ def main() -> None:
         from densenas.files import root
         from densenas.preflight import identify
         from densenas.report import tell
-        from densenas.runs.run import Run, locked
+        from densenas.runs.locks import locked
+        from densenas.runs.run import Run
         from densenas.settings import RunConfig
 
         home = root()

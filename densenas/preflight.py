@@ -10,14 +10,11 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
-
-import torch
 
 from densenas.files import DATA, naming, root
 from densenas.images.data import listing
-from densenas.images.pack import Item, fingerprint
+from densenas.images.items import Item, fingerprint
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
@@ -26,13 +23,11 @@ from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
 from densenas.training.processes import check_devices
+from densenas.training.steps import check_batches
 
-DOWNLOADED = 10  # classes of every set that torchvision downloads
-NETWORK_FILES = (
-    "net_config",
-    "model",
-    "weights.pt",
-)  # what `load_network` reads; exports may lie beside them
+DOWNLOADED = 10  # classes that every set of torchvision's has
+# What `load_network` reads; exports may lie beside them.
+NETWORK_FILES = ("net_config", "model", "weights.pt")
 
 
 def identify(run: str = "", configuration: str = "", usual: str = "digits") -> tuple[str, Path]:
@@ -73,99 +68,79 @@ def preflight(config: RunConfig) -> dict[str, str]:
     with one sentence.
     """
     space = SearchSpace.load(config.space)
-    size = config.image_size or space.input_size
-    fit(config, space, size)
-    data, retrain = config.data, config.retrain
-    source = data.dataset, data.source, data.num_classes, data.val_fraction, config.seed
+    data = config.data_settings(space.input_size)
+    space.maps(data.image_size)  # refuses a size at which a map would vanish
+    batches = _batch_sizes(config, space)
     with naming("data"):
-        items = listing(*source, download=False)
-    if items is None:
-        named = data.num_classes
-        classes = len(named) if isinstance(named, list) else named or DOWNLOADED
+        splits = listing(data, download=False)
+    if splits is None:
+        classes = _chosen(data.num_classes)
     else:
-        classes = len({item.label for item in chain(*items.values())})
-        _check_batches(config, space, len(items["train"]), len(items["val"]))
-    if config.targets:
-        lattice = Lattice(CostTable.mult_adds(space, size, classes))
-        for setting, target in config.targets:
-            with naming(setting):
-                lattice.at(target)
-    if retrain.net_config is not None:
+        classes = len({item.label for item in splits["train"]})
+        _check_batches(config, batches, len(splits["train"]), len(splits["val"]))
+    _check_targets(config, CostTable.mult_adds(space, data.image_size, classes))
+    own = config.retrain.net_config
+    if own is not None:
         with naming("retrain.net_config"):
-            check_network(retrain.net_config, classes, size)
-    if config.evaluate.model is not None:
+            check_network(own, classes, data.image_size)
+    trained = config.evaluate.model
+    if trained is not None:
         with naming("evaluate.model"):
-            _check_trained(config.evaluate.model, classes, size, retrain.net_config)
-    code = _code(retrain.net_config)
+            if not Path(trained).expanduser().is_dir():
+                raise FileNotFoundError(f"'{trained}' is not a folder")
+            load_network(Path(trained).expanduser(), classes, own)
+    code = _code(own)
     return {
-        "01-data": _images(data.dataset, chain(*items.values())) if items else "",
+        "01-data": "" if splits is None else _images(data.dataset, splits),
         "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
         "05-retrain": code,
-        "06-evaluate": code + _trained(config.evaluate.model),
+        "06-evaluate": code + _trained(trained),
     }
-
-
-def fit(config: RunConfig, space: SearchSpace, size: int) -> None:
-    """ValueError where this run cannot be made in its space, whatever its images are."""
-    for section, recipe in {"search": space.search, "retrain": space.retrain}.items():
-        with naming(section):
-            override(recipe, **getattr(config, section).overrides())
-    space.maps(size)  # refuses a size at which a map would vanish
-    config.stages(space.input_size)  # refuses a pack that is smaller than the images
-    if not config.targets:
-        return
-    # The classes are not counted yet, the classifier's share is small.
-    low = Lattice(CostTable.mult_adds(space, size, 2)).reach[0]
-    high = Lattice(CostTable.mult_adds(space, size, 10_000)).reach[1]
-    for setting, target in config.targets:
-        if not low <= target <= high:
-            reach = f"networks of space {space.name} at {size} pixels have {low:.4g} to {high:.4g}"
-            raise ValueError(f"{setting} is {target:g} million Mult-Adds, {reach}")
 
 
 def check_machine(config: RunConfig) -> None:
     """ValueError where this machine lacks the devices that the stages compute on."""
-    for section, training in {"search": config.search, "retrain": config.retrain}.items():
-        with naming(section):
-            check_devices(config.device, training.devices)
+    with naming("search"):
+        check_devices(config.device, config.search.devices)
+    with naming("retrain"):
+        check_devices(config.device, config.retrain.devices)
 
 
-def _check_batches(config: RunConfig, space: SearchSpace, train: int, val: int) -> None:
-    """Every process must get two images of each batch, and a batch cannot be larger than the set."""
-    search, retrain = config.search, config.retrain
-    sections = [
-        ("search", search, space.search, train),
-        ("retrain", retrain, space.retrain, train + val),
-    ]
-    for section, settings, recipe, images in sections:
-        batch, devices = settings.batch_size or recipe.batch_size, settings.devices
-        whose = "" if settings.batch_size else f" (of space {space.name})"
-        given = f"{section}.batch_size is {batch}{whose}"
-        if batch > images:
-            raise ValueError(
-                f"{given}, but there are only {images} images to train on: set it to at most that"
-            )
-        if batch % devices or batch < 2 * devices:
-            raise ValueError(
-                f"{given}, but {devices} devices share it: set it to a multiple of at least {2 * devices}"
-            )
-    if val < 2 * search.devices:
-        few = f"{val} images are val, too few for {search.devices} processes of two images each"
-        raise ValueError(
-            f"data.val_fraction is {config.data.val_fraction}: {few}, raise it or add images"
-        )
+def _chosen(num_classes: int | list[str] | None) -> int:
+    """How many classes of a set that torchvision has yet to download."""
+    if isinstance(num_classes, list):
+        return len(num_classes)
+    return num_classes or DOWNLOADED
 
 
-def _check_trained(folder: str, classes: int, size: int, net_config: str | None) -> None:
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"'{folder}' is not a folder")
-    net = load_network(folder, classes, net_config).eval()
-    with torch.no_grad():
-        told = net(torch.zeros(1, 3, size, size)).shape[-1]
-    if told != classes:
-        raise ValueError(
-            f"the network in '{folder}' tells {told} classes apart, the data set has {classes}"
-        )
+def _batch_sizes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
+    """Images a step of search and retraining; ValueError where a recipe cannot be overridden so."""
+    with naming("search"):
+        search = override(space.search, **config.search.overrides())
+    with naming("retrain"):
+        retrain = override(space.retrain, **config.retrain.overrides())
+    return {"search": search.batch_size, "retrain": retrain.batch_size}
+
+
+def _check_batches(config: RunConfig, batches: dict[str, int], train: int, val: int) -> None:
+    with naming("search", "."):
+        splits = {"val": val, "train": train}
+        check_batches(batches["search"], splits, config.search.devices)
+    with naming("retrain", "."):
+        splits = {"train with val": train + val}
+        check_batches(batches["retrain"], splits, config.retrain.devices)
+
+
+def _check_targets(config: RunConfig, table: CostTable) -> None:
+    """ValueError where no network costs what is asked for, in million Mult-Adds."""
+    lattice = Lattice(table)
+    if config.search.target_cost is not None and config.cost.kind == "mult_adds":
+        with naming("search.target_cost"):
+            lattice.at(config.search.target_cost)
+    if config.evidence:
+        with naming("evidence.targets"):
+            for target in config.evidence.targets:
+                lattice.at(target)
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -177,14 +152,18 @@ def _digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _images(dataset: str, items: Iterable[Item]) -> str:
+def _images(dataset: str, splits: dict[str, list[Item]]) -> str:
     """Only of sets that change. Torchvision's are what their names say, and this may be before their download."""
-    return fingerprint(items) if dataset in ("digits", "folder") else ""
+    if dataset not in ("digits", "folder"):
+        return ""
+    return fingerprint(item for items in splits.values() for item in items)
 
 
 def _trained(folder: str | None) -> str:
     """Of the files of a trained network; empty without a folder."""
-    return _digest(Path(folder, name) for name in NETWORK_FILES) if folder else ""
+    if folder is None:
+        return ""
+    return _digest([Path(folder).expanduser() / name for name in NETWORK_FILES])
 
 
 def _code(model: str | None) -> str:

@@ -1,19 +1,81 @@
-"""What a run's candidates cost: the table that 02-cost keeps, and whether it is still that of the run."""
+"""What a run's candidates cost: 02-cost prices them, later stages read the table that it kept."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
+from densenas.images.data import prepared
+from densenas.latency import agreement, judge, measure
 from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
 from densenas.runs.run import Run
+from densenas.settings import CostSettings
 
-RECIPES = (
-    "name",
-    "source",
-    "search",
-    "retrain",
-)  # of a space: what it costs does not depend on them
+# Of a space: what it costs does not depend on them.
+RECIPES = ("name", "source", "search", "retrain")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What 02-cost found.
+
+    `table` is what the search will use; a latency table is scaled by the factor by which whole networks are slower.
+    `measured` are latencies before that, None where nothing was timed. `networks` are random networks, predicted and
+    measured in ms, and `agreement` what they say of `measured`; both None where no network was timed.
+    """
+
+    table: CostTable
+    mult_adds: CostTable
+    measured: CostTable | None = None
+    networks: pd.DataFrame | None = None
+    agreement: dict[str, float] | None = None
+
+
+def price(run: Run, settings: CostSettings) -> Prices:
+    """Prices every candidate of a space for the run's images; keeps the table, agreement and provenance.
+
+    Latency is measured where it is the price or where networks are to be timed; a killed measurement goes on. Raises
+    ValueError, FileNotFoundError or OSError with one sentence.
+    """
+    image_size, num_classes = prepared(run, settings.image_size)
+    space = SearchSpace.load(settings.space)
+    mult_adds = CostTable.mult_adds(space, image_size, num_classes)
+    prices = Prices(mult_adds, mult_adds)
+    if settings.networks or settings.kind == "latency":
+        with run.alone():  # beside another stage of this run all would be timed wrong
+            prices = _timed(run, prices, settings)
+    prices.table.write(run.reports / "cost.json")
+    parameters = settings.model_dump(mode="json") | {"image_size": image_size}
+    run.record_provenance("02-cost", **parameters)
+    return prices
+
+
+def _timed(run: Run, prices: Prices, settings: CostSettings) -> Prices:
+    """The prices with latency of every op and of some whole networks, which are kept."""
+    device, rounds = settings.device, settings.rounds
+    measured = measure(
+        prices.mult_adds.space,
+        prices.mult_adds.input_size,
+        prices.mult_adds.num_classes,
+        run.work / "latency.jsonl",
+        settings.batch_size,
+        device,
+        rounds,
+    )
+    measured.write(run.reports / "latency.json")
+    table = measured if settings.kind == "latency" else prices.table
+    if not settings.networks:
+        return Prices(table, prices.mult_adds, measured)
+    networks = judge(measured, settings.networks, device, rounds)
+    agreed = agreement(networks)
+    if settings.kind == "latency":
+        table = measured.scaled(agreed["factor"])
+    where = {"device": measured.conditions["device"]}
+    run.update_json("metrics.json", "latency", {**agreed, **where})
+    return Prices(table, prices.mult_adds, measured, networks, agreed)
 
 
 def read_costs(run: Run, space: str | Path | None = None) -> CostTable:
@@ -31,9 +93,10 @@ def read_costs(run: Run, space: str | Path | None = None) -> CostTable:
     if "input_size" not in table.conditions:
         raise ValueError(f"{path} does not say for which images it holds: {again}")
     priced = table.input_size, table.num_classes
-    if (run.work / "data.json").exists() and priced != run.images():
-        found = "{} pixels in {} classes".format(*priced)
-        have = "the prepared ones have {} in {}".format(*run.images())
+    if (run.work / "data.json").exists() and priced != prepared(run):
+        size, classes = prepared(run)
+        found = f"{priced[0]} pixels in {priced[1]} classes"
+        have = f"the prepared ones have {size} in {classes}"
         raise ValueError(f"{path} prices images of {found}, {have}: {again}")
     return table
 
@@ -49,6 +112,7 @@ def priced_space(table: CostTable, space: str | None) -> SearchSpace:
     settings = [name for name in SearchSpace.model_fields if name not in RECIPES]
     changed = [name for name in settings if getattr(given, name) != getattr(table.space, name)]
     if changed:
-        other = f"is not the one that the run's costs are of, {table.space.name} ({', '.join(changed)} differ)"
-        raise ValueError(f"space '{space}' {other}: run 02-cost with it first")
+        priced = f"the one that the run's costs are of, {table.space.name}"
+        differ = f"({', '.join(changed)} differ)"
+        raise ValueError(f"space '{space}' is not {priced} {differ}: run 02-cost with it first")
     return given

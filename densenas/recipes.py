@@ -67,7 +67,6 @@ Recipe = TypeVar("Recipe", SearchRecipe, RetrainRecipe)
 
 
 def override(recipe: Recipe, **settings: Any) -> Recipe:
-    """The recipe with those settings that are not None; ValueError with one sentence where one cannot be."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    with naming(type(recipe).__name__):
-        return type(recipe)(**{**recipe.model_dump(), **given})
+    """The recipe with these settings instead; ValueError with one sentence where one cannot be."""
+    with naming("recipe"):
+        return type(recipe)(**{**recipe.model_dump(), **settings})

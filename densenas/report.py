@@ -30,59 +30,57 @@ TEMPLATES = jinja2.Environment(
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a share seen in n trials (Wilson 1927)."""
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    centre = (share + z**2 / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+# Columns of `all_runs`: what every evaluated run has, what only some have, what only a derived network has.
 OVERVIEW = (
     "name",
     "dataset",
-    "network",
-    "group",
-    "top1",
-    "low",
+    "network",  # tested, in words
+    "group",  # the space it was derived from, or the network's own name
+    "top1",  # %
+    "low",  # of its 95 % interval, %
     "high",
     "images",
-    "cost",
-    "target",
-    "params",
+    "cost",  # million Mult-Adds
+    "target",  # in the cost's own unit
+    "params",  # thousands
     "ms",
     "blocks",
     "layers",
-    "seconds",
+    "seconds",  # of the search
     "seed",
 )
 
 
 def all_runs() -> pd.DataFrame:
-    """Every evaluated run, and the network it tested: top1 and interval in %, cost in M Mult-Adds.
-
-    `group` is the space it was derived from, or the network's own name. What only a search has
-    (target, in the cost's own unit, seconds, seed) is missing where the tested network is not the
-    one that the run derived.
-    """
+    """Every evaluated run, and the network it tested; a column is missing a value where a run has none."""
     rows = []
     for path in sorted((root() / "reports").glob("*/metrics.json")):
         try:
-            rows += _evaluated(Run(path.parent.name))
+            run = Run(path.parent.name)
+            metrics = run.read_json("metrics.json")
+            if "evaluate" in metrics:
+                rows.append(_overview_row(run, metrics))
         except (ValueError, KeyError, TypeError) as error:  # must not stop another run's report
             print(f"left out of the overview: {error}")
     return pd.DataFrame(rows, columns=OVERVIEW)
 
 
-def _evaluated(run: Run) -> list[dict[str, Any]]:
-    """The run's row of the overview, none before it is evaluated."""
-    metrics, found = run.read_json("metrics.json"), run.read_json("architecture.json")
-    if "evaluate" not in metrics:
-        return []
-    test, told = metrics["evaluate"], credit(metrics, found)
+def _overview_row(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    found = run.read_json("architecture.json")
+    test = metrics["evaluate"]
+    tested = credit(metrics, found)
     low, high = wilson(test["top1"], test["images"])
     row = {
         "name": run.name,
         "dataset": metrics["data"]["dataset"],
-        "network": told["network"],
-        "group": told["network"],
+        "network": tested.network,
+        "group": tested.network,
         "top1": 100 * test["top1"],
         "low": 100 * low,
         "high": 100 * high,
@@ -93,15 +91,14 @@ def _evaluated(run: Run) -> list[dict[str, Any]]:
         "blocks": test.get("blocks"),
         "layers": test.get("layers"),
     }
-    if told["derived"]:
-        target, unit = found["target_cost"], found["cost_unit"].replace("million", "M")
-        row |= {
-            "group": found["space"],
-            "target": f"{target} {unit}" if target else "none",
-            "seconds": metrics["search"]["seconds"],
-            "seed": found["seed"],
-        }
-    return [row]
+    if tested.derived:
+        target = found["target_cost"]
+        unit = found["cost_unit"].replace("million", "M")
+        row["group"] = found["space"]
+        row["target"] = f"{target} {unit}" if target else "none"
+        row["seconds"] = metrics["search"]["seconds"]
+        row["seed"] = found["seed"]
+    return row
 
 
 def write_overview() -> str:
@@ -125,14 +122,15 @@ def _sections(run: Run, name: str, stages: dict[str, str]) -> dict[str, Any]:
 
 
 def evaluation(run: Run) -> dict[str, Any]:
-    """What a report says of an evaluated run: metrics.json, what was derived, and what was tested.
+    """What a report says of an evaluated run: metrics.json, what was derived (`arch`), and what was tested (`tested`).
 
     Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not
     run again.
     """
     stages = {"data": "01-data", "search": "03-search", "evaluate": "06-evaluate"}
     metrics = _sections(run, "metrics.json", stages)
-    found, test = derived(run), metrics["evaluate"]
+    found = derived(run)
+    test = metrics["evaluate"]
     return {
         **metrics,
         "retrain": metrics.get("retrain"),
@@ -146,21 +144,22 @@ def evaluation(run: Run) -> dict[str, Any]:
 def write_report(run: Run) -> str:
     """Writes index.html from the run's files; returns its path relative to the repository."""
     content = evaluation(run)
-    captions, folder = run.read_json("figures/captions.json"), run.reports / "figures"
+    captions = run.read_json("figures/captions.json")
     provenance = _sections(run, "provenance.json", {"03-search": "03-search"})
-    sources = {
-        name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in captions
-    }
-    content |= {
-        "captions": captions,
-        "sources": sources,
-        "parameters": {
-            stage: yaml.safe_dump(entry["parameters"]) for stage, entry in provenance.items()
-        },
-        "environment": provenance["03-search"],
-        "notebooks": sorted(path.name for path in run.reports.glob("*.ipynb")),
-    }
-    write_text(run.reports / "index.html", TEMPLATES.get_template("report.html.j2").render(content))
+    sources = {}
+    for name in captions:
+        figure = (run.reports / "figures" / f"{name}.svg").read_bytes()
+        sources[name] = base64.b64encode(figure).decode()
+    parameters = {}
+    for stage, entry in provenance.items():
+        parameters[stage] = yaml.safe_dump(entry["parameters"])
+    content["captions"] = captions
+    content["sources"] = sources
+    content["parameters"] = parameters
+    content["environment"] = provenance["03-search"]
+    content["notebooks"] = sorted(path.name for path in run.reports.glob("*.ipynb"))
+    page = TEMPLATES.get_template("report.html.j2").render(content)
+    write_text(run.reports / "index.html", page)
     return f"reports/{run.name}/index.html"
 
 
@@ -171,31 +170,38 @@ def in_words(run: Run, path: str, overview: str) -> str:
 
 
 def write_study(run: Run) -> str:
-    """Writes evidence.html, notebook 09 as it ran, without code; returns its path relative to the repository."""
-    clean = TagRemovePreprocessor(remove_all_outputs_tags={"work"})
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[clean])
+    """Writes evidence.html, notebook 09 as it ran, without code; returns its path relative to the repository.
+
+    Where README.md has a place for this study, its figure and result are written there.
+    """
+    tags = TagRemovePreprocessor(remove_all_outputs_tags={"work"}, remove_cell_tags={"demo"})
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[tags])
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
-    made = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
+    stages = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})
+    provenance = stages["09-evidence"]
     metrics = _sections(run, "metrics.json", {"data": "01-data"})
-    content = {
-        "run": run.name,
-        "data": metrics["data"],
-        "body": body,
-        "parameters": yaml.safe_dump(made["parameters"]),
-        "environment": made,
-    }
-    page = TEMPLATES.get_template("study.html.j2").render(content)
+    page = TEMPLATES.get_template("study.html.j2").render(
+        run=run.name,
+        data=metrics["data"],
+        body=body,
+        parameters=yaml.safe_dump(provenance["parameters"]),
+        environment=provenance,
+    )
     write_text(run.reports / "evidence.html", page)
-    # Where the README has a place for this study, its figure and result stand there.
-    quoted = TEMPLATES.get_template("study.md.j2").render(metrics, run=run.name, made=made)
+    quote = TEMPLATES.get_template("study.md.j2").render(
+        metrics, run=run.name, provenance=provenance
+    )
     readme = root() / "README.md"
-    place = rf"(<!-- {re.escape(run.name)} -->).*?(?=<!-- end -->)"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart
-        text = re.sub(
-            place, lambda match: f"{match[1]}\n{quoted}\n", read_text(readme), flags=re.DOTALL
-        )
-        write_text(readme, text)
+        write_text(readme, _quoting(read_text(readme), run.name, quote))
     return f"reports/{run.name}/evidence.html"
+
+
+def _quoting(text: str, name: str, quote: str) -> str:
+    """The text with the quote between the comments <!-- name --> and <!-- end -->, if it has these."""
+    start = f"<!-- {name} -->"
+    place = rf"{re.escape(start)}.*?(?=<!-- end -->)"
+    return re.sub(place, lambda _: f"{start}\n{quote}\n", text, flags=re.DOTALL)
 
 
 def tell(run: Run) -> None:
@@ -204,29 +210,24 @@ def tell(run: Run) -> None:
     Raises FileNotFoundError or ValueError with one sentence where there is nothing to report.
     """
     metrics = run.read_json("metrics.json")
-    if not {"evidence", "evaluate"} & set(metrics):
-        have = (
-            "is not there"
-            if not run.reports.is_dir()
-            else "holds no result of 06-evaluate or 09-evidence yet"
-        )
-        raise FileNotFoundError(
-            f"run '{run.name}' has nothing to report: reports/{run.name} {have}"
-        )
+    if "evidence" not in metrics and "evaluate" not in metrics:
+        lacks = "holds no result of 06-evaluate or 09-evidence yet"
+        if not run.reports.is_dir():
+            lacks = "is not there"
+        nothing = f"run '{run.name}' has nothing to report"
+        raise FileNotFoundError(f"{nothing}: reports/{run.name} {lacks}")
     print(f"\nRun '{run.name}'")
     try:
         if "evidence" in metrics:
-            _tell_study(run, metrics)
+            path = write_study(run)
+            print(metrics["evidence"]["verdict"])
+            print(f"  report           {path}, beside all runs in {write_overview()}\n")
         if "evaluate" in metrics:
-            print(in_words(run, write_report(run), write_overview()))
+            path = write_report(run)
+            print(in_words(run, path, write_overview()))
     except (KeyError, TypeError, jinja2.UndefinedError) as error:
-        what = f"the files of reports/{run.name} are incomplete or of another version ({error})"
-        raise ValueError(f"{what}: run the stages of '{run.name}' again") from None
-
-
-def _tell_study(run: Run, metrics: dict[str, Any]) -> None:
-    path, found = write_study(run), metrics["evidence"]["verdict"]
-    print(f"{found}\n  {'report':<16} {path}, beside all runs in {write_overview()}\n")
+        other = f"the files of reports/{run.name} are incomplete or of another version ({error})"
+        raise ValueError(f"{other}: run the stages of '{run.name}' again") from None
 
 
 def main() -> None:

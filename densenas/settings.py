@@ -18,9 +18,7 @@ from densenas.files import Strict, naming, read_yaml
 from densenas.recipes import Epochs, Images
 
 ELONGATION = 16  # times as long as wide an image is used as a whole, of longer ones the middle
-LARGEST_PACK = (
-    65_500 // ELONGATION
-)  # pixels, the largest shorter side whose longer one a JPEG can have
+LARGEST_PACK = 65_500 // ELONGATION  # pixels: no side of a JPEG can be much longer than 65,500
 WITHIN = 0.05  # of a study's target, as a share: what random and hand-made networks may cost
 
 
@@ -41,11 +39,14 @@ def _as_pack(pack: Any) -> Any:
     raise ValueError(f"expected 'original' or a shorter side of 1 to {LARGEST_PACK} pixels")
 
 
-def _as_class_names(classes: Any) -> Any:
-    if isinstance(classes, list):
-        for name in classes:
-            if not isinstance(name, str):
-                raise ValueError(f"{name!r} is not read as text, put names of classes in quotes")
+def _as_classes(classes: Any) -> Any:
+    if classes is None or type(classes) is int:
+        return classes
+    if not isinstance(classes, list):
+        raise ValueError("expected a number of classes, or a list of their names")
+    for name in classes:
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is not read as text, put names of classes in quotes")
     return classes
 
 
@@ -70,14 +71,14 @@ Device = Annotated[str, AfterValidator(_as_device)]  # auto is a GPU where there
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Side = Annotated[int, Field(ge=8)]  # of square images, in pixels
 Pack = Annotated[Literal["original"] | int | None, BeforeValidator(_as_pack)]
-Classes = Annotated[int | list[str] | None, BeforeValidator(_as_class_names)]
+Classes = Annotated[int | list[str] | None, BeforeValidator(_as_classes)]
 Networks = Annotated[int, Field(ge=0, le=10_000), AfterValidator(_as_networks)]
 Targets = Annotated[
     tuple[PositiveFloat, ...],
     Field(min_length=1, max_length=100, strict=False),
     AfterValidator(_as_targets),
 ]
-Overrides = dict[str, Any]  # fields of a recipe, checked where the recipe is known
+Overrides = dict[str, Any]  # fields of a recipe, checked by `recipes.override` against the space's
 
 
 class Settings(Strict):
@@ -94,21 +95,27 @@ class Settings(Strict):
             return cls.model_validate(given)
 
 
-class DataSettings(Settings):
-    """01: from images to a pack with train, val and test."""
+class SourceSettings(Settings):
+    """Which images a run uses, of whatever size."""
 
     dataset: Dataset = "digits"
     source: str | None = None  # folder with the data; None: embedded, or downloaded
     num_classes: Classes = None  # the first n in sorted order, or those named; None: all
-    val_fraction: float = Field(
-        0.2, gt=0, lt=1
-    )  # share of the training images for the architecture step
-    image_size: Side = 32
-    pack: Pack = None  # None: original bytes, small sets in memory; "original": read from the pack; or a shorter side
+    # Share of the training images that the architecture step gets.
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    # None: original bytes, small sets in memory; "original": read from the pack in every epoch; or
+    # the shorter side in pixels to which images are resized once.
+    pack: Pack = None
     quality: int = Field(90, ge=1, le=100)  # JPEG quality of what is resized
     augment: Augment | None = None  # None: weak in memory, random_sized from the pack
     skip_broken: bool = False  # leave out images that cannot be read
     seed: Seed = 0  # decides which training images are val
+
+
+class DataSettings(SourceSettings):
+    """01: from images to a pack with train, val and test."""
+
+    image_size: Side = 32
 
     @model_validator(mode="after")
     def _packs_large_enough(self) -> Self:
@@ -147,20 +154,23 @@ class TrainingSettings(Computing):
     recipe: Overrides | None = None  # any other field of the recipe, e.g. {"lr": 0.1}
     devices: int = Field(1, ge=1)  # processes on this machine that train together
 
+    @property
+    def shortened(self) -> Overrides:
+        """The fields of the recipe that have settings of their own, where they are set."""
+        names = {"epochs", "arch_start_epoch", "batch_size"}
+        return self.model_dump(include=names, exclude_none=True)
+
     def overrides(self) -> Overrides:
         """What replaces fields of the space's recipe."""
-        named = self.model_dump(
-            include={"epochs", "arch_start_epoch", "batch_size"}, exclude_none=True
-        )
-        return {**(self.recipe or {}), **named}
+        return {**(self.recipe or {}), **self.shortened}
 
     def computing(self) -> Computing:
         return Computing(**self.model_dump(include={*Computing.model_fields}))
 
     @model_validator(mode="after")
-    def _says_nothing_twice(self) -> Self:
-        for name in self.recipe or {}:
-            if getattr(self, name, None) is not None:
+    def _sets_nothing_twice(self) -> Self:
+        for name in self.shortened:
+            if name in (self.recipe or {}):
                 raise ValueError(f"{name} is given twice, by itself and in recipe: leave one out")
         return self
 
@@ -168,9 +178,7 @@ class TrainingSettings(Computing):
 class SearchSettings(TrainingSettings):
     """03: the search."""
 
-    space: str | None = (
-        None  # preset or YAML file, for its recipe; None: the space of the run's costs
-    )
+    space: str | None = None  # preset or YAML file, for its recipe; None: the one that was priced
     arch_start_epoch: int | None = Field(None, ge=0)  # first epoch (from 0) with architecture steps
     target_cost: float | None = Field(None, gt=0)  # in the table's unit; None: the paper's loss
 
@@ -178,31 +186,25 @@ class SearchSettings(TrainingSettings):
 class RetrainSettings(TrainingSettings):
     """05: training a network from scratch."""
 
-    net_config: str | None = (
-        None  # a net_config, a network's name, "package.module:function"; None: the derived one
-    )
+    # A net_config, a network's name or "package.module:function"; None: the derived network.
+    net_config: str | None = None
 
 
 class EvaluateSettings(Settings):
     """06: the test images, once."""
 
     model: str | None = None  # folder of a network; None: what 05-retrain trained
-    net_config: str | None = (
-        None  # what 05-retrain was given, where that was code of the user's own
-    )
+    net_config: str | None = None  # what 05-retrain was given, where that was the user's own code
     device: Device = "auto"
 
 
 class StudySettings(Settings):
     """09: searched, random and hand-made networks of equal cost."""
 
-    space: str | None = (
-        None  # preset or YAML file, for its recipes; None: the space of the run's costs
-    )
+    space: str | None = None  # preset or YAML file, for its recipes; None: the one that was priced
     targets: Targets  # millions of Mult-Adds
-    seeds: int = Field(
-        3, ge=1, le=1000
-    )  # searches for each target, and trainings of each hand-made network
+    # Searches for each target, and trainings of each hand-made network.
+    seeds: int = Field(3, ge=1, le=1000)
     networks: int = Field(8, ge=2, le=1000)  # random networks for each target
     search: Overrides | None = None  # fields of the recipe of every search
     retrain: Overrides | None = None  # and of every training
@@ -210,16 +212,9 @@ class StudySettings(Settings):
     device: Device = "auto"
 
 
-SECTIONS: dict[str, type[Settings]] = {
-    "data": DataSettings,
-    "cost": CostSettings,
-    "search": SearchSettings,
-    "retrain": RetrainSettings,
-    "evaluate": EvaluateSettings,
-    "evidence": StudySettings,
-}
-SHARED = ("space", "image_size", "seed", "device", "deterministic")  # stand on top, for all stages
-# Of the study, what its searches and trainings are told in their own sections.
+# Settings that stand on top of a run's file, for all stages.
+SHARED = ("space", "image_size", "seed", "device", "deterministic")
+# Settings of a stage that follow from the sections of others.
 DERIVED = {"evidence": ("search", "retrain", "precision"), "evaluate": ("net_config",)}
 
 
@@ -235,32 +230,50 @@ class RunConfig(Strict):
     seed: Seed = 0
     device: Device = "auto"
     deterministic: bool = False
-    data: DataSettings
+    data: SourceSettings
     cost: CostSettings
     search: SearchSettings
     retrain: RetrainSettings
     evaluate: EvaluateSettings
     evidence: StudySettings | None = None  # the study that `make evidence` makes
 
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Reads and checks a run's file alone; ValueError or FileNotFoundError with one sentence.
+
+        Whether the run can be made in its space, and of its images, is `preflight`'s to say.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no run configuration '{path}'")
+        settings = read_yaml(Path(path))
+        with naming(str(path)):
+            return cls.model_validate(settings)
+
     @model_validator(mode="before")
     @classmethod
-    def _share(cls, settings: Any) -> Any:
+    def _share(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Fills what stands on top into the sections that take it."""
-        if not isinstance(settings, dict):
-            return settings
-        shared = {name: settings[name] for name in SHARED if settings.get(name) is not None}
-        filled = dict(settings)
-        for section, model in SECTIONS.items():
-            given = settings.get(section)
-            if section not in settings and section not in ("data", "evidence"):
-                given = {}
+        models: dict[str, type[Settings]] = {
+            "data": SourceSettings,
+            "cost": CostSettings,
+            "search": SearchSettings,
+            "retrain": RetrainSettings,
+            "evaluate": EvaluateSettings,
+            "evidence": StudySettings,
+        }
+        optional: dict[str, Any] = {"cost": {}, "search": {}, "retrain": {}, "evaluate": {}}
+        filled: dict[str, Any] = {**optional, **settings}
+        for section, model in models.items():
+            given = filled.get(section)
             if not isinstance(given, dict):
-                continue
-            for name in (*SHARED, *DERIVED.get(section, ())):
-                if name in given:
-                    raise ValueError(f"there is no setting '{section}.{name}': {_place(name)}")
-            taken = {name: value for name, value in shared.items() if name in model.model_fields}
-            filled[section] = given | taken
+                continue  # missing, or refused as what it is
+            _refuse_displaced(section, given)
+            shared = {
+                name: settings[name]
+                for name in SHARED
+                if name in model.model_fields and settings.get(name) is not None
+            }
+            filled[section] = {**given, **shared}
         return filled
 
     @model_validator(mode="after")
@@ -271,37 +284,21 @@ class RunConfig(Strict):
             )
         return self
 
-    @property
-    def targets(self) -> list[tuple[str, float]]:
-        """Every cost in million Mult-Adds that is asked for, with the setting that asks."""
-        targets = [
-            ("evidence.targets", target)
-            for target in (self.evidence.targets if self.evidence else ())
-        ]
-        if self.search.target_cost is not None and self.cost.kind == "mult_adds":
-            targets.append(("search.target_cost", self.search.target_cost))
-        return targets
+    def data_settings(self, input_size: int) -> DataSettings:
+        """Those of 01-data; `input_size` is the space's own, for a run that names no other.
 
-    @classmethod
-    def load(cls, path: str | Path) -> RunConfig:
-        """Reads and checks a run's file; ValueError or FileNotFoundError with one sentence.
-
-        Whether the run can be made in its space, and of its images, is `preflight`'s to say.
+        ValueError where the pack is too small for it.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no run configuration '{path}'")
-        settings = read_yaml(Path(path))
-        with naming(str(path)):
-            return cls.model_validate(settings)
+        side = self.image_size or input_size
+        with naming("data"):
+            return DataSettings(**self.data.model_dump(), image_size=side)
 
     def stages(self, input_size: int) -> dict[str, Settings]:
-        """Every stage's settings; `input_size` is the space's own, for a run that names no other."""
-        side = {"image_size": self.image_size or input_size}
-        with naming("data"):
-            data = DataSettings(**self.data.model_dump() | side)
+        """Every stage's settings, by its notebook; as `data_settings`."""
+        data = self.data_settings(input_size)
         stages: dict[str, Settings] = {
             "01-data": data,
-            "02-cost": self.cost.model_copy(update=side),
+            "02-cost": self.cost.model_copy(update={"image_size": data.image_size}),
             "03-search": self.search,
             "05-retrain": self.retrain,
             "06-evaluate": self.evaluate.model_copy(update={"net_config": self.retrain.net_config}),
@@ -316,14 +313,20 @@ class RunConfig(Strict):
         return stages
 
     def parameters(self, run: str, input_size: int) -> dict[str, dict[str, Any]]:
-        """What each stage's notebook is given, as YAML and JSON know it."""
-        given: dict[str, dict[str, Any]] = {"04-derive": {}, "07-figures": {}}
+        """What each notebook is given, as YAML and JSON know it."""
+        parameters: dict[str, dict[str, Any]] = {"04-derive": {}, "07-figures": {}}
         for stage, settings in self.stages(input_size).items():
-            given[stage] = settings.model_dump(mode="json")
-        return {stage: {"run": run, **given[stage]} for stage in sorted(given)}
+            parameters[stage] = settings.model_dump(mode="json")
+        return {stage: {"run": run, **parameters[stage]} for stage in sorted(parameters)}
 
 
-def _place(name: str) -> str:
-    if name in SHARED:
-        return "it stands on top, for all stages"
-    return "it follows from the sections search and retrain"
+def _refuse_displaced(section: str, given: dict[str, Any]) -> None:
+    """ValueError where a section sets what stands elsewhere."""
+    for name in given:
+        if name in SHARED:
+            place = "it stands on top, for all stages"
+        elif name in DERIVED.get(section, ()):
+            place = "it follows from the sections search and retrain"
+        else:
+            continue
+        raise ValueError(f"there is no setting '{section}.{name}': {place}")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from densenas.files import DATA
 from densenas.method.space import SearchSpace
 from densenas.search import search_run
 from densenas.settings import RunConfig
 from densenas.train import retrain_run
-from densenas.training.processes import STOPPED, together
+from densenas.training.processes import STOPPED, join
 
-STAGES = {"03-search": search_run, "05-retrain": retrain_run}
+STAGES: dict[str, Callable[[str, Any], None]] = {
+    "03-search": search_run,
+    "05-retrain": retrain_run,
+}
 
 
 def main() -> None:
@@ -29,17 +34,15 @@ def main() -> None:
     asked = parser.parse_args()
     try:
         config = RunConfig.load(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
-        space = SearchSpace.load(config.space)
-        parameters = config.parameters(asked.run, space.input_size)[asked.stage]
+        settings = config.stages(SearchSpace.load(config.space).input_size)[asked.stage]
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    del parameters["devices"]  # torchrun decides
-    function, name = STAGES[asked.stage], parameters.pop("run")
+    stage = STAGES[asked.stage]
     if "WORLD_SIZE" in os.environ:
-        together(function, (name,), parameters)
+        join(stage, config.device, asked.run, settings)
         return
     try:
-        function(name, **parameters)
+        stage(asked.run, settings)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

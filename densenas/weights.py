@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 
-def read_saved(path: Path) -> Any:
-    """What torch.save wrote, on the CPU; ValueError with one sentence where it is damaged or holds code."""
+def read_saved(path: Path, mapped: bool = False) -> Any:
+    """What torch.save wrote, on the CPU; ValueError with one sentence where it is damaged or holds code.
+
+    `mapped` leaves tensors in the file until they are used, and does not look whether they are damaged.
+    """
     damaged = ValueError(f"{path} is damaged or holds more than weights, it was not read")
     try:
-        if zipfile.is_zipfile(path):  # not before PyTorch 1.6
+        if not mapped and zipfile.is_zipfile(path):  # not before PyTorch 1.6
             with zipfile.ZipFile(path) as archive:
                 # PyTorch itself would read flipped bits as weights.
                 if archive.testzip():
                     raise damaged
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (MemoryError, PermissionError):
         raise
     except Exception:  # a damaged or foreign file makes the unpickler raise nearly anything

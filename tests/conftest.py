@@ -1,10 +1,12 @@
 import multiprocessing
 import os
+import shutil
 
 # Tiny networks gain nothing from threads, and lose much once another process wants a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from helpers import REPOSITORY
 from hypothesis import HealthCheck, settings
 
 from densenas.runs.run import Run
@@ -37,3 +39,10 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def run(root):
     return Run("made-up")
+
+
+@pytest.fixture
+def reported(root):
+    """The committed run of the digits, where it can be changed and damaged."""
+    shutil.copytree(REPOSITORY / "reports" / "digits", root / "reports" / "digits")
+    return Run("digits")

@@ -11,9 +11,13 @@ import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from densenas import CostTable, SearchSpace, SuperNet
+from densenas import Architecture, CostTable, SearchSpace, SuperNet
+from densenas.images.data import ImageData, Split
+from densenas.recipes import RetrainRecipe, SearchRecipe
+from densenas.settings import DataSettings
 
 REPOSITORY = Path(__file__).parent.parent
 MBCONVS = [f"mbconv_k{kernel}_t{expansion}" for kernel in (3, 5, 7) for expansion in (1, 3, 6)]
@@ -50,6 +54,11 @@ def full_disk(size=1 << 16):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def class_folders(place, **settings):
+    """The settings of a data set of one's own."""
+    return DataSettings(dataset="folder", source=str(place), **{"image_size": 16, **settings})
 
 
 def make_space(**settings):
@@ -216,3 +225,80 @@ def candidates(net, choice):
             for layer, row in zip(modules, rows, strict=True):
                 for index, module in enumerate(layer):
                     yield module, index in row
+
+
+# ---------------------------------------------------------------- small trainings
+
+
+TABLE = CostTable.mult_adds(SMALL, 16, 3)
+SEARCH = SearchRecipe(
+    epochs=3,
+    arch_start_epoch=1,
+    batch_size=8,
+    log_base=2.0,
+    sub_loss_factor=0.1,
+    arch_lr=0.05,
+    softmax_temp=0.9,
+)
+RETRAIN = RetrainRecipe(epochs=3, batch_size=8, lr=0.1, warmup_epochs=1)
+ARCH = Architecture.parse(
+    "[[4, 4], 'mbconv_k3_t1', [], 0, 1]|[[4, 6], 'mbconv_k3_t3', ['mbconv_k5_t6'], 1, 2]|[[6, 7], 'conv1_1']"
+)
+
+
+def split(count, seed):
+    """Noise whose brightness is the class."""
+    labels = torch.arange(count) % 3
+    noise = torch.randint(0, 60, (count, 3, 16, 16), generator=torch.Generator().manual_seed(seed))
+    return Split((noise + 90 * labels[:, None, None, None]).byte(), labels)
+
+
+def image_data(train=24, val=16, test=10, seed=0):
+    parts = [split(count, 3 * seed + index) for index, count in enumerate((train, val, test))]
+    classes, digest = ["dark", "grey", "light"], f"made up {train} {val} {seed}"
+    return ImageData("digits", classes, *parts, [0.45] * 3, [0.3] * 3, digest)
+
+
+DATA = image_data()
+
+
+@contextmanager
+def before_each_step(hook):
+    """Calls this with the optimiser before each of its steps."""
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def stopping_before_step(number):
+    """Ctrl-C in the middle of the step of this number, from 1."""
+    steps = []
+
+    def stop(*_):
+        steps.append(1)
+        if len(steps) == number:
+            raise KeyboardInterrupt
+
+    with before_each_step(stop):
+        yield
+
+
+def checkpoint(run, stage):
+    return torch.load(run.work / f"{stage}.pt", weights_only=True)
+
+
+def identical(ours, theirs):
+    """The same values bit by bit, times aside."""
+    if isinstance(ours, dict):
+        compared = ours.keys() - {"seconds"}
+        return ours.keys() == theirs.keys() and all(
+            identical(ours[key], theirs[key]) for key in compared
+        )
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(identical, ours, theirs))
+    if isinstance(ours, torch.Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    return ours == theirs

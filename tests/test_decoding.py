@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import encode_jpeg
 
-from densenas.images.decoding import ELONGATION, decode, middle
-from densenas.images.loading import transform
+from densenas.images.decoding import decode
+from densenas.images.transforms import middle, transform
+from densenas.settings import ELONGATION
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 

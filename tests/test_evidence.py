@@ -11,26 +11,21 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from helpers import LATENCY, SMALL, make_space, refused
+from helpers import LATENCY, SMALL, make_space, random_table, refused
 from helpers import REPOSITORY as ROOT
-from test_search import DATA, SEARCH, TABLE
+from torchvision.io import write_png
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
-from densenas.evidence import (
-    METHODS,
-    Job,
-    PathOf,
-    Study,
-    compared,
-    hand_made,
-    main,
-    repeats,
-    verdict,
-)
+from densenas.baselines import hand_made
+from densenas.evidence import Job, Study, main
+from densenas.images.data import prepare
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
+from densenas.preflight import checked
+from densenas.ranking import PathOf
 from densenas.runs.run import Run
-from densenas.settings import RunConfig
+from densenas.settings import DataSettings, StudySettings
+from densenas.verdict import METHODS, agreement, compared, repeats, summary, verdict
 
 TARGET = 0.02  # million Mult-Adds
 EPOCH = {"epochs": 1, "batch_size": 8}
@@ -48,9 +43,9 @@ EPOCH = {"epochs": 1, "batch_size": 8}
 )
 def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size, target, designs):
     space = SearchSpace.load(space)
-    made = hand_made(space, target, size, 10)
-    assert [*made] == designs
-    for arch in made.values():
+    networks = hand_made(space, target, size, 10)
+    assert [*networks] == designs
+    for arch in networks.values():
         assert arch.mult_adds(size, 10) == pytest.approx(target, rel=0.05)
         halvings = sum(block.stride == 2 for block in arch.blocks)
         assert space.fm_sizes[0] == space.fm_sizes[-1] * 2**halvings
@@ -62,9 +57,9 @@ def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size,
 )
 def test_hand_made_networks_of_small_costs_have_finer_widths(size, targets):
     for target in targets:
-        made = hand_made(SearchSpace.load("digits"), target, size, 10)
-        assert len(made) == 2
-        for arch in made.values():
+        networks = hand_made(SearchSpace.load("digits"), target, size, 10)
+        assert len(networks) == 2
+        for arch in networks.values():
             assert arch.mult_adds(size, 10) == pytest.approx(target, rel=0.05)
 
 
@@ -81,8 +76,8 @@ def test_a_design_that_no_width_brings_to_the_target_is_left_out():
     ],
 )
 def test_at_the_cost_of_the_original_the_widths_are_the_originals(space, design, widths, mult_adds):
-    made = hand_made(SearchSpace.load(space), mult_adds, 224, 1000)[design]
-    assert [block.out_ch for block in made.blocks] == widths
+    network = hand_made(SearchSpace.load(space), mult_adds, 224, 1000)[design]
+    assert [block.out_ch for block in network.blocks] == widths
 
 
 def test_a_path_of_the_supernet_gives_what_the_supernet_gives_where_there_is_one_path():
@@ -114,17 +109,38 @@ def test_a_path_of_the_supernet_gives_what_the_supernet_gives_where_there_is_one
     torch.testing.assert_close(PathOf(net, candidate.architecture)(images), net(images, choice))
 
 
+def settings(targets=(TARGET, 2 * TARGET), **others):
+    return StudySettings(**{"targets": targets, "seeds": 1, "networks": 2, **others})
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Class folders of noise whose brightness is the class: 42 images of three classes to train on, 9 to test."""
+    source = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in {"train": 14, "test": 3}.items():
+        for brightness, name in enumerate(("dark", "grey", "light")):
+            folder = source / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = torch.randint(0, 60, (3, 16, 16), generator=generator)
+                write_png((noise + 90 * brightness).byte(), str(folder / f"{number}.png"))
+    return source
+
+
 @pytest.fixture
-def study(run, monkeypatch):
-    (run.reports).mkdir(parents=True)
-    table = CostTable.mult_adds(SMALL.model_copy(update={"search": SEARCH}), 16, 3)
-    table.write(run.reports / "cost.json")
-    monkeypatch.setattr("densenas.evidence.load", lambda _: DATA)
+def study(run, images):
+    prepare(run, DataSettings(dataset="folder", source=str(images), image_size=16))
+    CostTable.mult_adds(SMALL, 16, 3).write(run.reports / "cost.json")
     space = run.reports / "space.yml"
     space.write_text(SMALL.model_dump_json())
-    return Study(
-        run.name, str(space), (TARGET, 2 * TARGET), 1, 2, {**EPOCH, "arch_start_epoch": 0}, EPOCH
-    )
+    short = {"search": {**EPOCH, "arch_start_epoch": 0}, "retrain": EPOCH}
+    return Study(run, settings(space=str(space), **short))
+
+
+def changed(study, **others):
+    """The same study with other settings."""
+    return replace(study, settings=study.settings.model_copy(update=others))
 
 
 def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_study(study):
@@ -132,65 +148,69 @@ def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_s
     drawn = [study.random(job) for job in jobs]
     assert all(arch.mult_adds(16, 3) == pytest.approx(2 * TARGET, rel=0.051) for arch in drawn)
     assert len({*map(str, drawn)}) > 1
-    larger = Study(study.run, study.space, (TARGET, 3 * TARGET, 2 * TARGET), 1, 9)
+    larger = changed(study, targets=(TARGET, 3 * TARGET, 2 * TARGET), networks=9)
     assert [larger.random(Job.parse(str(job))) for job in jobs] == drawn
 
 
 def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     alone = Job("random", 2 * TARGET, 1)
-    study.trained(alone)
+    study.run_training(alone)
     (first,) = study.results().to_dict("records")
+    assert "retrain: " in capsys.readouterr().out
     results = study.complete()
+    out = capsys.readouterr().out
+    assert "study: " in out and "retrain: " not in out, "many trainings have one bar"
+    assert "MobileNetV2, one layer a stage is left out at 0.02 M Mult-Adds: no width" in out
     assert len(study.jobs()) == 2 * (1 + 2 + 2)
     # Three of the four hand-made networks cannot be so small.
     assert results.groupby("target").size().to_dict() == {TARGET: 3, 2 * TARGET: 4}
-    assert (
-        "MobileNetV2, one layer a stage is left out at 0.02 M Mult-Adds: no width"
-        in study.left_out()
-    )
     assert study.left_out().count("is left out") == 3
-    said = verdict(results)
-    assert "random networks" in said and "(no hand-made design costs that)" in said
-    assert "from the only hand-made design, MobileNetV2, one layer a stage" in said
-    assert set(results["method"]) == set(METHODS)
+    sentence = verdict(results)
+    assert "random networks" in sentence and "(no hand-made design costs that)" in sentence
+    assert "from the only hand-made design, MobileNetV2, one layer a stage" in sentence
+    assert {*results["method"]} == {*METHODS}
     for row in results.itertuples():
         arch = Architecture.parse(row.net_config)
         assert row.mult_adds_m == arch.mult_adds(16, 3)
         assert row.mult_adds_m == pytest.approx(row.target, rel=0.051)
     same = results.query("method == 'random' and number == 1 and target == @alone.target").iloc[0]
     assert same["top1"] == first["top1"] and same["loss"] == first["loss"]
-    capsys.readouterr()
     assert study.complete().equals(results) and not capsys.readouterr().out
     ranking = study.ranking(results)
     assert len(ranking) == 4 and ranking["one_shot"].between(0, 1).all()
+    study.record(results, ranking)
+    recorded = study.run.read_json("metrics.json")["evidence"]
+    assert recorded["verdict"] == sentence and recorded["left_out"] == study.left_out()
+    assert pd.read_csv(study.run.reports / "evidence.csv")["top1"].equals(results["top1"])
+    provenance = study.run.read_json("provenance.json")["09-evidence"]["parameters"]
+    assert provenance == study.settings.model_dump(mode="json") | {"space": study.settings.space}
 
 
 def test_a_job_needs_its_search(study):
     with refused(
         FileNotFoundError, r"no searched\.json yet: run the search of DenseNAS_0\.02_0 first"
     ):
-        study.trained(Job("DenseNAS", TARGET, 0))
+        study.run_training(Job("DenseNAS", TARGET, 0))
 
 
-@pytest.mark.parametrize("targets", [(1.0, 1.0), (1.0, 1.0000001), (0.6, 1.0, 1.05)])
-def test_targets_that_compare_the_same_networks_are_refused(targets):
-    with refused(
-        ValueError, r"study: targets: 1\.0 and 1\.\d+ are within 5% of each other .*, leave one out"
-    ):
-        Study("made-up", "digits", targets)
-
-
-@pytest.mark.parametrize("target", [float("nan"), float("inf"), 0, -1, True, "1.0"])
-def test_targets_that_are_no_costs_are_refused(target):
-    with refused(ValueError, r"study: targets\.0: "):
-        Study("made-up", "digits", (target,))
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        ((1.0, 1.0), r"targets: 1\.0 and 1\.0 are within 5% of each other .*, leave one out"),
+        ((0.6, 1.0, 1.05), r"targets: 1\.0 and 1\.05 are within 5%"),
+        *(((cost,), r"targets\.0: ") for cost in (float("nan"), float("inf"), 0, -1, True, "1.0")),
+    ],
+)
+def test_targets_that_compare_nothing_are_refused(targets, sentence):
+    with refused(ValueError, sentence):
+        StudySettings.of({"targets": targets})
 
 
 def test_a_result_of_other_settings_does_not_count(study, capsys):
     job = Job("random", TARGET, 0)
-    study.trained(job)
+    study.run_training(job)
     assert len(study.results()) == 1
-    longer = replace(study, retrain={**EPOCH, "epochs": 2})
+    longer = changed(study, retrain={**EPOCH, "epochs": 2})
     assert not len(longer.results())
     assert (
         "random_0.02_0/result.json is of other data, costs or recipes: it does not count"
@@ -198,11 +218,11 @@ def test_a_result_of_other_settings_does_not_count(study, capsys):
     )
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"top1": 1.0}'])
+@pytest.mark.parametrize("content", ["{", '{"top1": 1.0}'])
 def test_a_damaged_result_is_made_anew(study, content):
     job = Job("DenseNAS", TARGET, 0)
-    study.searched(job)
-    study.trained(job)
+    study.run_search(job)
+    study.run_training(job)
     before = study.results()
     for name in ("result.json", "searched.json"):
         path = study.folder(job).work / name
@@ -213,19 +233,19 @@ def test_a_damaged_result_is_made_anew(study, content):
             if name == "searched.json"
             else nullcontext()
         ):
-            study.trained(job)
-        study.searched(job)
-        study.trained(job)
+            study.run_training(job)
+        study.run_search(job)
+        study.run_training(job)
         assert study.results().equals(before)
 
 
 def test_a_study_without_a_space_is_of_the_runs_costs(study):
-    assert replace(study, space=None).jobs() == study.jobs()
+    assert changed(study, space=None).jobs() == study.jobs()
     with refused(ValueError, r"space 'digits' is not the one that the run's costs are of"):
-        replace(study, space="digits").searched(Job("DenseNAS", TARGET, 0))
+        changed(study, space="digits").run_search(Job("DenseNAS", TARGET, 0))
 
 
-def test_networks_that_came_twice_are_told():
+def test_networks_that_came_twice_are_named():
     rows = [
         ("DenseNAS", "a"),
         ("DenseNAS", "a"),
@@ -266,28 +286,20 @@ def test_a_command_line_that_cannot_be_says_what_can(
     )
     with pytest.raises(SystemExit) as ended:
         main()
-    said = capsys.readouterr().err + str(ended.value)
-    assert sentence in said and ended.value.code not in (0, None)
+    message = capsys.readouterr().err + str(ended.value)
+    assert sentence in message and ended.value.code not in (0, None)
 
 
 def test_a_study_compares_mult_adds_alone(study):
-    conditions = {**LATENCY, **TABLE.conditions}
-    table = CostTable(
-        TABLE.space, "latency", 1.0, TABLE.head, TABLE.stack, TABLE.final, 0.1, conditions
-    )
-    table.write(Run(study.run).reports / "cost.json")
+    random_table(SMALL, 0, conditions=LATENCY).write(study.run.reports / "cost.json")
     with refused(ValueError, r"run 'made-up' counts ms, a study compares at equal Mult-Adds"):
         study.random(Job("random", TARGET, 0))
 
 
-def test_a_studys_jobs_are_what_their_names_say():
-    study = Study("made-up", "digits", (1, 0.123456789), 1, 2)
+def test_a_studys_jobs_are_what_their_names_say(run):
+    study = Study(run, settings((1, 0.123456789), space="digits"))
     assert [Job.parse(str(job)) for job in study.jobs()] == study.jobs()
-
-
-def test_a_job_comes_back_from_its_name():
-    for job in (Job("DenseNAS", 1.0, 0), Job("hand-made", 0.65, 12)):
-        assert Job.parse(str(job)) == job
+    assert Job.parse("hand-made_0.65_12") == ("hand-made", 0.65, 12)
 
 
 @pytest.mark.filterwarnings("error")
@@ -320,10 +332,26 @@ def test_the_verdict_is_a_difference_of_means():
     ]
     table = compared(pd.DataFrame(rows)).loc[1.0]
     assert table.loc["random", "mean"] == pytest.approx(71) and table.loc["random", "n"] == 3
-    said = verdict(pd.DataFrame(rows))
-    assert "at 1 M Mult-Adds" in said
-    assert "+14.0 points from the mean of 3 random" in said and "+2.0 from the best" in said
-    assert "+3.0 from the better hand-made" in said
+    sentence = verdict(pd.DataFrame(rows))
+    assert "at 1 M Mult-Adds" in sentence
+    assert "+14.0 points from the mean of 3 random" in sentence and "+2.0 from the best" in sentence
+    assert "+3.0 from the better hand-made" in sentence
+
+
+@pytest.mark.parametrize(
+    ("one_shot", "retrained", "sentence"),
+    [
+        # Ranks by target: the cheap ones agree, the dear ones do not; the dear ones are better by both.
+        ((0.1, 0.2, 0.5, 0.6), (0.3, 0.4, 0.9, 0.8), "0.80 over 4 networks, 0.00 among those of"),
+        ((0.1, 0.2, 0.5, 0.5), (0.3, 0.4, 0.9, 0.8), "0.95 over 4 networks, 0.71 among those of"),
+        ((0.1, 0.1, 0.1, 0.1), (0.3, 0.4, 0.9, 0.8), "no rank correlation of 4 networks"),
+        ((0.1, 0.2), (0.3, 0.4), "no rank correlation of 2 networks"),
+    ],
+)
+def test_how_far_the_supernet_ranks_as_training_does(one_shot, retrained, sentence):
+    targets = (1.0, 1.0, 2.0, 2.0)[: len(one_shot)]
+    columns = {"target": targets, "one_shot": one_shot, "retrained": retrained}
+    assert sentence in agreement(pd.DataFrame(columns))
 
 
 CONFIG = """
@@ -343,7 +371,11 @@ evidence: {targets: [1.0], seeds: 1, networks: 2}
             "cost: {kind: latency}\nretrain:",
             r"evidence compares at equal Mult-Adds, but cost\.kind is latency",
         ),
-        ("[1.0]", "[1.0, 400]", r"evidence\.targets is 400 million.*have"),
+        (
+            "[1.0]",
+            "[1.0, 400]",
+            r"evidence\.targets: space digits has no architecture of 388 to 412 million",
+        ),
         ("[1.0]", "[]", r"evidence\.targets"),
         ("networks: 2", "networks: 1", r"evidence\.networks.*2"),
     ],
@@ -352,75 +384,56 @@ def test_a_study_that_cannot_work_is_refused(tmp_path, line, wrong, sentence):
     path = tmp_path / "run.yml"
     path.write_text(CONFIG.replace(line, wrong))
     with refused(ValueError, sentence):
-        RunConfig.load(path)
+        checked(path)
 
 
-def test_the_committed_study_is_what_its_files_say(tmp_path, monkeypatch):
-    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
-    shutil.copytree(ROOT / "reports/cifar10", tmp_path / "reports/cifar10")
-    shutil.copy(ROOT / "README.md", tmp_path)
+def test_the_committed_study_is_what_its_files_say(root):
+    shutil.copytree(ROOT / "reports/cifar10", root / "reports/cifar10")
+    shutil.copy(ROOT / "README.md", root)
     run = Run("cifar10")
-    page = (tmp_path / report.write_study(run)).read_text()
-    said = verdict(pd.read_csv(run.reports / "evidence.csv"))
-    assert said in page and said in (ROOT / "README.md").read_text()
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    page = (root / report.write_study(run)).read_text()
+    results = pd.read_csv(run.reports / "evidence.csv")
+    ranking = pd.read_csv(run.reports / "ranking.csv")
+    assert run.read_json("metrics.json")["evidence"] == {
+        "left_out": "",
+        **summary(results, ranking),
+    }
+    sentence = verdict(results)
+    assert sentence in page and sentence in (ROOT / "README.md").read_text()
+    assert (root / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert not re.search(r"""(src|href|import\()=?["'](https?:)?//""", page), (
         "it must read without a network"
     )
 
 
-def test_a_cluster_trains_any_part_of_a_study(tmp_path):
+def test_a_cluster_trains_any_part_of_a_study(root):
     """Snakemake hands every job to a submit command; this stand-in starts it here."""
-    name, config, submit = (
-        f"test-cluster-{os.getpid()}",
-        tmp_path / "study.yml",
-        tmp_path / "submit",
-    )
+    config = root / "study.yml"
     config.write_text(CONFIG)
+    submit = root / "submit"
     submit.write_text(
         '#!/bin/sh\nnohup sh "$1" > "$1.log" 2>&1 &\necho $!\necho "$1" >> "$(dirname "$0")/submitted"\n'
     )
     submit.chmod(0o755)
-    run, tools = Run(name), os.path.dirname(sys.executable)
-    results = [f"runs/{name}/evidence/{job}/result.json" for job in ("DenseNAS_1_0", "random_1_1")]
-    command = [
-        f"{tools}/snakemake",
-        "--executor",
-        "cluster-generic",
-        "--cluster-generic-submit-cmd",
-        str(submit),
-        "--jobs",
-        "2",
-        "--cores",
-        "2",
-        "--nolock",
-        "--latency-wait",
-        "20",
-        "--seconds-between-status-checks",
-        "1",
-        "--config",
-        f"run={name}",
-        f"configuration={config}",
-        "--",
-        *results,
-    ]
+    tools = os.path.dirname(sys.executable)
+    results = [f"runs/part/evidence/{job}/result.json" for job in ("DenseNAS_1_0", "random_1_1")]
+    cluster = f"--executor cluster-generic --cluster-generic-submit-cmd {submit} --jobs 2 --cores 2"
+    patience = "--nolock --latency-wait 20 --seconds-between-status-checks 1"
+    study = f"--config run=part configuration={config} --"
+    command = [f"{tools}/snakemake", *f"{cluster} {patience} {study}".split(), *results]
     env = {**os.environ, "PATH": os.pathsep.join([tools, os.environ["PATH"]])}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        # data, cost, one search and two networks
-        assert len((tmp_path / "submitted").read_text().splitlines()) == 5
-        assert all((ROOT / result).exists() for result in results)
-    finally:
-        for folder in (run.reports, run.work):
-            shutil.rmtree(folder, ignore_errors=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # data, cost, one search and two networks
+    assert len((root / "submitted").read_text().splitlines()) == 5
+    assert all((root / result).exists() for result in results)
 
 
-def test_ctrl_c_on_a_job_of_a_study_is_one_sentence(tmp_path, monkeypatch):
+def test_ctrl_c_on_a_job_of_a_study_is_one_sentence(root, monkeypatch):
     def stopped(study, job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Study, "searched", stopped)
+    monkeypatch.setattr(Study, "run_search", stopped)
     configuration = str(ROOT / "data/configs/evidence-digits.yml")
     monkeypatch.setattr(
         sys, "argv", ["evidence", configuration, "made-up", "search", "DenseNAS_1_0"]

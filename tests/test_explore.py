@@ -23,6 +23,7 @@ from densenas.explore import NO_RUN, Explorer, best_paths, candidates, finished,
 from densenas.method.probabilities import Probabilities, expected_cost
 from densenas.runs.run import Run
 from densenas.search import search
+from densenas.settings import Computing
 
 
 @given(spaces())
@@ -93,7 +94,7 @@ def test_candidates_are_those_of_the_block():
 @pytest.fixture
 def searched(root, run, tmp_path, monkeypatch):
     monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
-    result = search(run, DATA, TABLE, SEARCH, device="cpu")
+    result = search(run, DATA, TABLE, SEARCH, how=Computing(device="cpu"))
     TABLE.write(run.reports / "cost.json")
     path = tmp_path / "made up.yml"
     path.write_text(SMALL.model_dump_json())  # JSON is YAML

@@ -3,9 +3,8 @@
 import onnxruntime
 import pytest
 import torch
-from helpers import full_disk, refused
+from helpers import ARCH, full_disk, refused
 from test_architecture import TINY
-from test_search import ARCH
 
 from densenas import Architecture
 from densenas.export import export

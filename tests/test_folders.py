@@ -36,9 +36,11 @@ def splits(*names):
 
 def read(source):
     """How many images each class has in each split, and the notes."""
-    items, notes = read_folder(source)
-    assert [item.key for item in items] == sorted(item.key for item in items)
-    return Counter((item.part, item.label) for item in items), "; ".join(notes)
+    images = read_folder(source)
+    keys = [item.key for item in images.items]
+    assert keys == sorted(keys)
+    counts = Counter((item.part, item.label) for item in images.items)
+    return counts, "; ".join(images.notes)
 
 
 def in_each(*parts):
@@ -204,7 +206,7 @@ def test_images_are_where_the_links_lead(source, tmp_path):
     """A link that is set to another folder is another source, although every name stays the same."""
     touch(tmp_path / "A", "cat", "dog")
     (source / "now").symlink_to(tmp_path / "A")
-    assert {item.content.parent.parent for item in read_folder(source / "now")[0]} == {
+    assert {item.content.parent.parent for item in read_folder(source / "now").items} == {
         tmp_path / "A"
     }
 

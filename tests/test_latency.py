@@ -9,6 +9,8 @@ from helpers import SKIP, SMALL, full_disk, refused
 from densenas import CostTable, SearchSpace, latency
 from densenas.latency import agreement, judge, measure
 from densenas.method.derivation import Lattice
+from densenas.pricing import price, read_costs
+from densenas.settings import CostSettings
 
 RES = SearchSpace.load("cifar_resnet")
 
@@ -150,13 +152,8 @@ def test_a_full_disk_while_measuring_is_one_sentence_and_the_same_call_goes_on(q
         assert 0 < timed.call_count < 2 * len(entries(table))
 
 
-def test_what_cannot_be_measured_is_refused(quick, tmp_path):
-    for name in ("num_classes", "batch_size", "rounds"):
-        with refused(ValueError, rf"{name} is 0, at least 1 is needed"):
-            measure(SMALL, 16, **{"num_classes": 3, "log": tmp_path / "log", name: 0})
+def test_a_table_times_nothing_is_none(quick, tmp_path):
     table = measure(SMALL, 16, 3, tmp_path / "log.jsonl", rounds=1)
-    with refused(ValueError, "networks is 1, a rank correlation needs at least 2"):
-        judge(table, 1)
     with refused(ValueError, "cannot be scaled by nan"):
         table.scaled(float("nan"))
 
@@ -175,3 +172,28 @@ def test_whole_networks_judge_the_table(quick, space, tmp_path):
     assert [scaled.total(arch) for arch in archs] == pytest.approx(
         [1.5 * table.total(arch) for arch in archs]
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "networks"), [("mult_adds", 0), ("mult_adds", 3), ("latency", 0), ("latency", 3)]
+)
+def test_a_run_is_priced_in_one_call(kind, networks, quick, run):
+    run.work.mkdir(parents=True)
+    (run.work / "data.json").write_text('{"image_size": 16, "classes": ["a", "b", "c"]}')
+    path = run.work / "space.yml"
+    path.write_text(SMALL.model_dump_json())
+    settings = CostSettings(space=str(path), kind=kind, networks=networks, rounds=1)
+    prices = price(run, settings)
+    assert read_costs(run) == prices.table and prices.table.kind == kind
+    assert prices.mult_adds == CostTable.mult_adds(SMALL, 16, 3)
+    parameters = run.read_json("provenance.json")["02-cost"]["parameters"]
+    assert parameters == settings.model_dump() | {"image_size": 16}
+    assert (prices.measured is None) == (not networks and kind == "mult_adds")
+    assert ("latency" in run.read_json("metrics.json")) == bool(networks)
+    if networks:
+        assert len(prices.networks) == networks
+        assert run.read_json("metrics.json")["latency"]["factor"] == prices.agreement["factor"]
+        assert CostTable.read(run.reports / "latency.json") == prices.measured
+    if networks and kind == "latency":
+        factor = prices.agreement["factor"]
+        assert prices.table.stem == pytest.approx(factor * prices.measured.stem)

@@ -5,18 +5,18 @@ import os
 import random
 import shutil
 import time
-from unittest import mock
+from types import SimpleNamespace
 
 import lmdb
 import pytest
 import torch
-from helpers import refused
+from helpers import class_folders, full_disk, refused
 from torchvision.io import decode_image, encode_jpeg, encode_png, write_jpeg, write_png
 
-from densenas.images import pack as pack_module
 from densenas.images.data import load, prepare
-from densenas.images.pack import Item, Packed, fingerprint, read_manifest, verify, write_pack
-from densenas.runs.run import Run
+from densenas.images.items import Item, fingerprint
+from densenas.images.pack import Packed, read_manifest, verify
+from densenas.images.packing import write_pack
 
 
 def noise(height, width, seed=0):
@@ -63,7 +63,7 @@ def test_a_pack_holds_the_bytes_or_the_resized_image(pack, run, tmp_path):
         for index in range(5):
             write_jpeg(noise(50 + 10 * index, 80, index), f"{folder}/{name}/large{index}.JPG")
             write_png(noise(20, 30, index), f"{folder}/{name}/klein ä{index}.png")
-    data = prepare(run, "folder", str(folder), image_size=16, pack=pack, quality=80)
+    data = prepare(run, class_folders(folder, pack=pack, quality=80))
     rows = read_manifest(run.work / "data")
     assert set(rows["key"]) == {path.relative_to(folder).as_posix() for path in folder.glob("*/*")}
     shrunk = 0
@@ -104,21 +104,19 @@ def half_broken(tmp_path):
 def test_all_broken_images_are_named_at_the_end(half_broken, run):
     said = r"^7 of 31 images cannot be read: .*; mend or remove them, or set skip_broken$"
     with pytest.raises(ValueError, match=said) as caught:
-        prepare(run, "folder", str(half_broken), image_size=16)
+        prepare(run, class_folders(half_broken))
     for name in BROKEN | {"self.jpg": 0}:
         assert f"a/{name} (" in str(caught.value)
     assert "b/dangling.jpg (No such file or directory)" in str(caught.value)
     assert not (run.work / "data").exists() and not (run.work / "data.json").exists()
 
 
-def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run, monkeypatch):
-    data = prepare(run, "folder", str(half_broken), image_size=16, skip_broken=True)
+def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run, read):
+    data = prepare(run, class_folders(half_broken, skip_broken=True))
     assert sum(map(len, data.splits.values())) == len(read_manifest(run.work / "data")) == 24
     (half_broken / "a/empty.jpg").write_bytes(jpeg(seed=99))
-    read = []
-    encoded = Item.encoded
-    monkeypatch.setattr(Item, "encoded", lambda item: read.append(item.key) or encoded(item))
-    data = prepare(run, "folder", str(half_broken), image_size=16, skip_broken=True)
+    read.clear()
+    data = prepare(run, class_folders(half_broken, skip_broken=True))
     assert sum(map(len, data.splits.values())) == 25
     assert len(read) == 7, "what is packed already is not read again"
     for name in (
@@ -127,9 +125,8 @@ def test_broken_images_are_skipped_where_asked_and_tried_again(half_broken, run,
         *(f"a/{name}" for name in BROKEN if name != "empty.jpg"),
     ):
         (half_broken / name).unlink()
-    assert (
-        sum(map(len, prepare(run, "folder", str(half_broken), image_size=16).splits.values())) == 25
-    )
+    data = prepare(run, class_folders(half_broken))
+    assert sum(map(len, data.splits.values())) == 25
 
 
 def test_a_class_that_loses_its_last_image(run, tmp_path):
@@ -137,57 +134,56 @@ def test_a_class_that_loses_its_last_image(run, tmp_path):
     for path in (folder / "a").glob("*"):
         path.write_bytes(b"broken")
     with refused(ValueError, r"class 'a' has no image left for train"):
-        prepare(run, "folder", str(folder), image_size=16, skip_broken=True)
+        prepare(run, class_folders(folder, skip_broken=True))
 
 
 def test_a_finished_pack_is_kept_and_another_plan_replaces_it(run, tmp_path):
     folder = fill(tmp_path / "set", 9)
-    prepare(run, "folder", str(folder), image_size=16)
+    prepare(run, class_folders(folder))
     before = {path: path.stat().st_ino for path in (run.work / "data").iterdir()}
-    prepare(run, "folder", str(folder), image_size=16)
+    prepare(run, class_folders(folder))
     assert {path: path.stat().st_ino for path in (run.work / "data").iterdir()} == before
-    prepare(run, "folder", str(folder), image_size=16, seed=1)
+    prepare(run, class_folders(folder, seed=1))
     assert {path: path.stat().st_ino for path in (run.work / "data").iterdir()} != before
     assert not (run.work / "data.partial").exists()
 
 
-def test_ten_thousand_tiny_files(tmp_path, monkeypatch):
+def test_many_tiny_files(tmp_path):
     folder = tmp_path / "set"
     pixel = encode_png(torch.zeros(1, 1, 1, dtype=torch.uint8)).numpy().tobytes()
     for name in range(10):
         (folder / str(name)).mkdir(parents=True)
-        for index in range(1000):
+        for index in range(200):
             (folder / str(name) / f"{name}-{index}.png").write_bytes(pixel)
     write_pack(tmp_path / "pack", {"train": items(folder)})
-    assert verify(tmp_path / "pack") == 10_000
-    assert len(Packed(tmp_path / "pack", read_manifest(tmp_path / "pack"), 8)) == 10_000
+    assert len(verify(tmp_path / "pack")) == 2000
+    assert len(Packed(tmp_path / "pack", read_manifest(tmp_path / "pack"), 8)) == 2000
 
 
 def test_the_map_grows(tmp_path):
     """Past the 64 MB that it starts with."""
-    generator = torch.Generator().manual_seed(0)
-    arrays = torch.randint(0, 256, (70, 3, 600, 600), generator=generator, dtype=torch.uint8)
-    write_pack(
-        tmp_path / "pack",
-        {"train": [Item(str(k), "a", None, array) for k, array in enumerate(arrays)]},
-    )
+    images = [noise(1600, 1700, seed) for seed in range(9)]
+    for index, image in enumerate(images):
+        pixels = image.permute(1, 2, 0).contiguous().numpy().tobytes()
+        (tmp_path / f"{index}.ppm").write_bytes(b"P6 1700 1600 255\n" + pixels)
+    found = [Item(str(k), "a", None, tmp_path / f"{k}.ppm") for k in range(9)]
+    write_pack(tmp_path / "pack", {"train": found})
     assert (tmp_path / "pack/train.lmdb").stat().st_size > 70e6
     packed = Packed(tmp_path / "pack", read_manifest(tmp_path / "pack"), 8)
-    assert all(torch.equal(packed.read(k), array) for k, array in enumerate(arrays))
+    assert all(torch.equal(packed.read(k), image) for k, image in enumerate(images))
 
 
 def packing(folder, target, begun):
     """Packs in a process of its own."""
     found = [Item(path.name, path.parent.name, None, path) for path in sorted(folder.glob("*/*"))]
     begun.set()
-    with mock.patch("densenas.images.pack.CHUNK", 8):
-        write_pack(target, {"train": found[::2], "val": found[1::2]}, shorter=32)
+    write_pack(target, {"train": found[::2], "val": found[1::2]}, shorter=32)
 
 
 def test_kill_9_at_any_moment(processes, tmp_path):
     folder = fill(tmp_path / "set", 0)
-    for index in range(200):
-        (folder / "ab"[index % 2] / f"{index:03d}.jpg").write_bytes(jpeg(140, 140, index))
+    for index in range(300):
+        (folder / "ab"[index % 2] / f"{index:03d}.jpg").write_bytes(jpeg(100, 100, index))
 
     def start(target):
         begun = processes.Event()
@@ -206,7 +202,7 @@ def test_kill_9_at_any_moment(processes, tmp_path):
     expected = content(tmp_path / "undisturbed")
     moments = random.Random(0)
     target, killed = tmp_path / "pack", 0
-    for _ in range(10):
+    for _ in range(7):
         process = start(target)
         time.sleep(needed * moments.uniform(0, 0.4))
         killed += process.is_alive()
@@ -215,14 +211,14 @@ def test_kill_9_at_any_moment(processes, tmp_path):
         assert not target.exists() or content(target) == expected
         if moments.random() < 0.3:  # finished after this kill, or killed again where it goes on
             assert ends(start(target))
-            assert content(target) == expected and verify(target) == 200
+            assert content(target) == expected and len(verify(target)) == 300
             shutil.rmtree(target)
     assert killed
     assert ends(start(target))
     assert content(target) == expected and not (tmp_path / "pack.partial").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed", "undecodable"])
+@pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_verify_names_what_is_wrong(damage, tmp_path):
     write_pack(tmp_path / "pack", {"train": items(fill(tmp_path / "set", 5, "a"))})
     with (
@@ -230,9 +226,7 @@ def test_verify_names_what_is_wrong(damage, tmp_path):
         env.begin(write=True) as writer,
     ):
         name = next(key for key, _ in writer.cursor() if not key.startswith(b"row:"))
-        writer.delete(name) if damage == "missing" else writer.put(
-            name, b"\xff\xd8" if damage[0] == "u" else jpeg()
-        )
+        writer.delete(name) if damage == "missing" else writer.put(name, jpeg())
     reason = r"is missing" if damage == "missing" else "has other bytes than were packed"
     with refused(
         ValueError,
@@ -244,54 +238,38 @@ def test_verify_names_what_is_wrong(damage, tmp_path):
 @pytest.fixture
 def read(monkeypatch):
     """The keys of the images that are read from their source."""
-    keys, encoded = [], Item.encoded
-    monkeypatch.setattr(Item, "encoded", lambda item: keys.append(item.key) or encoded(item))
+    keys, original = [], Item.read
+    monkeypatch.setattr(Item, "read", lambda item: keys.append(item.key) or original(item))
     return keys
 
 
-FULL = [lmdb.DiskError("mdb_txn_commit: No space left on device"), OSError(28, "No space left")]
+FULL = 200_000  # bytes of a file, up to which the disk takes it: some of 300 images
 
 
-def fill_the_disk(monkeypatch, error, after=0):
-    """From then on nothing more can be committed."""
-    commit, count = pack_module.commit, iter(range(after))
-
-    def full(*arguments):
-        if next(count, None) is None:
-            raise error
-        commit(*arguments)
-
-    monkeypatch.setattr(pack_module, "commit", full)
-
-
-@pytest.mark.parametrize("error", FULL)
-def test_a_full_disk_keeps_what_is_packed(error, tmp_path, monkeypatch, read):
-    found = items(fill(tmp_path / "set", 20, "a"))
-    monkeypatch.setattr(pack_module, "CHUNK", 4)
-    with monkeypatch.context() as patch:
-        fill_the_disk(patch, error, after=3)
-        sentence = r"the pack '.*pack' cannot be written: No space left.*; what is packed stays in "
+def test_a_full_disk_keeps_what_is_packed(tmp_path, monkeypatch, read):
+    found = items(fill(tmp_path / "set", 300, "a"))
+    sentence = r"the pack '.*pack' cannot be written: No space left.*; what is packed stays in "
+    with monkeypatch.context() as patch, full_disk(FULL):
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
         with refused(ValueError, sentence + r"'.*pack\.partial', the same call goes on from there"):
             write_pack(tmp_path / "pack", {"train": found})
     read.clear()
     write_pack(tmp_path / "pack", {"train": found})
-    assert len(read) == 8 and verify(tmp_path / "pack") == 20
+    assert 0 < len(read) < 300 and len(verify(tmp_path / "pack")) == 300
 
 
-def test_a_finished_pack_outlives_a_full_disk(tmp_path, monkeypatch):
+def test_a_finished_pack_outlives_a_full_disk(tmp_path):
     folder = fill(tmp_path / "set", 10, "a")
     (folder / "a/000.jpg").write_bytes(b"broken")
     write_pack(tmp_path / "pack", {"train": items(folder)}, skip_broken=True)
     (folder / "a/000.jpg").write_bytes(jpeg(seed=9))
-    with monkeypatch.context() as patch:
-        fill_the_disk(patch, FULL[0])
-        with refused(ValueError, r"No space left"):
-            write_pack(tmp_path / "pack", {"train": items(folder)}, skip_broken=True)
-        assert verify(tmp_path / "pack") == 9
+    with full_disk(8192), refused(ValueError, r"cannot be written: "):
+        write_pack(tmp_path / "pack", {"train": items(folder)}, skip_broken=True)
+    assert len(verify(tmp_path / "pack")) == 9
     (folder / "a/001.jpg").write_bytes(b"broken")
     with refused(ValueError, r"1 of 10 images cannot be read: 001\.jpg"):
         write_pack(tmp_path / "pack", {"train": items(folder)})
-    assert verify(tmp_path / "pack") == 9
+    assert len(verify(tmp_path / "pack")) == 9
 
 
 def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(
@@ -316,7 +294,7 @@ def test_a_kill_while_a_new_pack_takes_the_place_of_the_old_loses_nothing(
         monkeypatch.setattr(shutil, "rmtree", remove)
         read.clear()
         write_pack(tmp_path / "pack", {"train": found})
-        assert not read and verify(tmp_path / "pack") == 5
+        assert not read and len(verify(tmp_path / "pack")) == 5
         assert not (tmp_path / "pack.partial").exists()
 
 
@@ -338,15 +316,16 @@ def test_what_stands_in_the_way_is_named(tmp_path):
 
 
 def test_a_pack_on_a_read_only_medium_is_read(run, tmp_path):
-    prepare(run, "folder", str(fill(tmp_path / "set", 9)), image_size=16, pack="original")
+    prepare(run, class_folders(fill(tmp_path / "set", 9), pack="original"))
     copy = tmp_path / "copy"
     shutil.copytree(run.work / "data", copy)
     for path in (*copy.iterdir(), copy):
         path.chmod(0o500 if path == copy else 0o400)
     packed = Packed(copy, read_manifest(copy).query("split == 'val'"), 16)
     assert packed.read(0).shape == (3, 24, 24) and len(packed.images) == len(packed)
-    assert not [*copy.glob("*lock*")]
-    assert Run(run.name).work == run.work
+    assert {path.name for path in copy.iterdir()} == {
+        path.name for path in (run.work / "data").iterdir()
+    }
 
 
 def first_pixels(folder):
@@ -391,34 +370,32 @@ def test_arrays_with_the_same_keys_are_told_apart(tmp_path):
         assert first_pixels(tmp_path / "pack") == {"0": [shade] * 3}
 
 
-def test_files_replaced_while_the_pack_was_half_made(tmp_path, monkeypatch, read):
-    source = colour(tmp_path / "A", 10)
-    monkeypatch.setattr(pack_module, "CHUNK", 2)
-    with monkeypatch.context() as patch:
-        fill_the_disk(patch, FULL[0], after=3)
-        with refused(ValueError, "No space"):
-            write_pack(tmp_path / "pack", {"train": source})
+def test_files_replaced_while_the_pack_was_half_made(tmp_path, read):
+    source = colour(tmp_path / "A", 10, count=500)
+    with full_disk(FULL), refused(ValueError, "cannot be written"):
+        write_pack(tmp_path / "pack", {"train": source})
     colour(tmp_path / "A", 20, count=4)
     read.clear()
     write_pack(tmp_path / "pack", {"train": source})
-    assert len(read) == 10, "two of the six that were packed are still the same"
+    assert read[:4] == [item.key for item in source[:4]]
+    assert len(read) < 500, "the others that were packed are still the same"
     pixels = first_pixels(tmp_path / "pack")
-    assert [pixels[item.key][0] for item in source] == [20] * 4 + [10] * 8
+    assert [pixels[item.key][0] for item in source] == [20] * 4 + [10] * 496
 
 
 def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypatch):
-    source, encoded = colour(tmp_path / "A", 10), Item.encoded
+    source, read = colour(tmp_path / "A", 10), Item.read
 
     def switch(item):
         if item.key == "05.png":
             colour(tmp_path / "A", 20)
-        return encoded(item)
+        return read(item)
 
-    monkeypatch.setattr(Item, "encoded", switch)
-    monkeypatch.setattr(pack_module, "CORES", 1)
-    with refused(ValueError, r"7 of 12 images changed while they were packed: 05\.png .*anew"):
+    monkeypatch.setattr(Item, "read", switch)
+    with refused(ValueError, r"\d+ of 12 images changed while they were packed: .*05\.png .*anew"):
         write_pack(tmp_path / "pack", {"train": source}, skip_broken=True)
-    monkeypatch.setattr(Item, "encoded", encoded)
+    assert not (tmp_path / "pack").exists()
+    monkeypatch.setattr(Item, "read", read)
     write_pack(tmp_path / "pack", {"train": source})
     assert {*map(tuple, first_pixels(tmp_path / "pack").values())} == {(20,) * 3}
 
@@ -464,7 +441,7 @@ DAMAGE = {
 def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
     """In the process that has read it before, where its files are in memory already."""
     folder = fill(tmp_path / "set", 20)
-    before = prepare(run, "folder", str(folder), image_size=16)
+    before = prepare(run, class_folders(folder))
     assert before.train.images.shape[0] == len(before.train)
     DAMAGE[damage](run.work / "data")
     if damage not in ("page", "about", "sums"):  # those are found where the pack is made
@@ -479,27 +456,25 @@ def test_a_damaged_pack_is_named_and_heals(damage, run, tmp_path):
             )
         with refused(kind, said):
             load(run)
-    after = prepare(run, "folder", str(folder), image_size=16)
-    assert after.digest == before.digest and verify(run.work / "data") == 40
+    after = prepare(run, class_folders(folder))
+    assert after.digest == before.digest and len(verify(run.work / "data")) == 40
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
-def test_a_half_written_pack_heals(damage, tmp_path, monkeypatch):
-    found = items(fill(tmp_path / "set", 80, "a"))
-    with monkeypatch.context() as patch:
-        fill_the_disk(patch, FULL[0], after=1)
-        with refused(ValueError, "No space"):
-            write_pack(tmp_path / "pack", {"train": found})
+def test_a_half_written_pack_heals(damage, tmp_path):
+    found = items(fill(tmp_path / "set", 300, "a"))
+    with full_disk(FULL), refused(ValueError, "cannot be written"):
+        write_pack(tmp_path / "pack", {"train": found})
     DAMAGE[damage](tmp_path / "pack.partial")
     write_pack(tmp_path / "pack", {"train": found})
-    assert verify(tmp_path / "pack") == 80
+    assert len(verify(tmp_path / "pack")) == 300
 
 
 def test_a_pack_of_an_earlier_version_is_read(tmp_path):
     found = items(fill(tmp_path / "set", 5, "a"))
     write_pack(tmp_path / "pack", {"train": found})
     (tmp_path / "pack/SHA256SUMS").unlink()
-    assert verify(tmp_path / "pack") == 5
+    assert len(verify(tmp_path / "pack")) == 5
 
 
 def test_what_is_no_file_with_an_image_is_named(tmp_path):
@@ -549,11 +524,3 @@ def test_two_images_of_one_name(tmp_path):
     array = torch.zeros(3, 4, 4, dtype=torch.uint8)
     with refused(ValueError, r"two images have the same name 'x'"):
         write_pack(tmp_path / "pack", {"train": [Item("x", name, None, array) for name in "ab"]})
-
-
-@pytest.mark.parametrize(("shorter", "quality"), [(4094, 90), (None, 0), (64, 101)])
-def test_settings_that_no_jpeg_can_have(shorter, quality, tmp_path):
-    with refused(
-        ValueError, r"pack is 4094 pixels, at most 4093|quality is \d+, expected 1 to 100"
-    ):
-        write_pack(tmp_path / "pack", {"train": []}, shorter, quality)

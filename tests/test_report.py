@@ -1,15 +1,16 @@
-"""A report credits its numbers to the network that they belong to, and to no other."""
+"""A report credits its numbers to the network that they belong to, and says in one sentence what it lacks."""
 
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from helpers import REPOSITORY as ROOT
 from helpers import refused
 
 from densenas import figures
-from densenas.report import all_runs, in_words, write_overview, write_report
+from densenas.report import all_runs, in_words, main, tell, write_overview, write_report
 from densenas.runs.run import Run
 
 OTHER = (
@@ -27,16 +28,9 @@ COST = {"mult_adds_m": 1.18, "params_m": 0.01566}
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
-    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "digits")
-    return tmp_path
-
-
-@pytest.fixture
-def digits(root):
+def digits(reported):
     """The default run, whose derived network was trained and tested."""
-    run = Run("digits")
+    run = reported
     found = run.read_json("architecture.json")
     assert found["mult_adds_m"] != COST["mult_adds_m"]
     own = {key: found[key] for key in ("net_config", "blocks", "layers", "mult_adds_m", "params_m")}
@@ -88,7 +82,7 @@ def test_a_derived_network_has_its_own_numbers(digits):
 
 
 @pytest.mark.parametrize("other", [BY_NAME, BY_TEXT], ids=["by name", "by text"])
-def test_another_networks_accuracy_is_not_credited_to_the_derived_one(other, digits):
+def test_another_networks_accuracy_is_not_credited_to_the_derived_one(other, digits, root):
     change(digits, retrain=other | COST | TRAINED, evaluate=other | COST | TRAINED)
     found = digits.read_json("architecture.json")
     screen, terminal, page = first_screen(digits)
@@ -109,11 +103,8 @@ def test_another_networks_accuracy_is_not_credited_to_the_derived_one(other, dig
         and row["params"] == 15.66
         and row["network"] == row["group"] == other["network"]
     )
-    overview = (digits.reports.parent / "index.html").parent.parent / write_overview()
-    assert (
-        ">1.180</td>" in overview.read_text()
-        and f"{found['mult_adds_m']:.3f}" not in overview.read_text()
-    )
+    overview = (root / write_overview()).read_text()
+    assert ">1.180</td>" in overview and f"{found['mult_adds_m']:.3f}" not in overview
 
 
 def test_what_was_tested_before_04_derived_another_network_is_not_its(digits):
@@ -179,25 +170,101 @@ def test_a_missing_stage_is_named(section, stage, digits):
         write_report(digits)
 
 
+def test_a_damaged_search_is_named(digits):
+    search = digits.work / "search.pt"
+    search.parent.mkdir(parents=True)
+    search.write_bytes(b"half")
+    with refused(ValueError, r"search\.pt is damaged or holds more .*: run 03-search again"):
+        write_report(digits)
+
+
 def test_runs_with_and_without_a_derived_network_stand_in_one_table_and_one_figure(digits, root):
     names = [f"baseline{number}" for number in range(9)]  # more than there are colours
     for name in names:
         shutil.copytree(digits.reports, root / "reports" / name)
         other = {**BY_NAME, "network": name, "model": name}
         change(Run(name), evaluate=other | COST | TRAINED)
-    (
-        root / "reports" / names[0] / "architecture.json"
-    ).unlink()  # tested on the images, never searched
+    # Tested on the images, never searched.
+    (root / "reports" / names[0] / "architecture.json").unlink()
     runs = all_runs()
     assert runs["group"].tolist() == [*names, "digits"]
     figures.accuracy_against_cost(runs, "Mult-Adds (millions)").draw_without_rendering()
     page = (root / write_overview()).read_text()
-    assert page.count('<td data-value="">–</td>') == 6 * len(
-        names
-    )  # space, target, blocks, layers, seconds, seed
+    # space, target, blocks, layers, seconds, seed
+    assert page.count('<td data-value="">–</td>') == 6 * len(names)
 
 
 def test_a_repository_without_runs(root):
-    shutil.rmtree(root / "reports" / "digits")
     assert all_runs().empty
     assert "<tbody>" in (root / write_overview()).read_text()
+
+
+def test_a_report_of_nothing_is_an_error(reported, monkeypatch, capsys):
+    with refused(FileNotFoundError, r"run 'nope' has nothing to report: reports/nope is not there"):
+        tell(Run("nope"))
+    endings = {"": "required: RUN", "nope": "is not there", "a/b": "not usable as a folder name"}
+    for arguments, ending in endings.items():
+        monkeypatch.setattr(sys, "argv", ["report", *arguments.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code not in (None, 0)
+        assert ending in capsys.readouterr().err + str(ended.value.code)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "sentence"),
+    [
+        (
+            "architecture.json",
+            None,
+            FileNotFoundError,
+            r"no architecture\.json yet: run 04-derive first",
+        ),
+        ("provenance.json", None, FileNotFoundError, r"no '03-search' in provenance\.json yet"),
+        (
+            "metrics.json",
+            "{}",
+            FileNotFoundError,
+            r"holds no result of 06-evaluate or 09-evidence yet",
+        ),
+        (
+            "metrics.json",
+            '{"data": {}, "search": {}, "evaluate": {}}',
+            ValueError,
+            r"reports/digits are incomplete.*run the stages of",
+        ),
+        ("metrics.json", '{"evalu', ValueError, r"metrics\.json is damaged: delete it"),
+        ("figures/03-history.svg", None, FileNotFoundError, r"03-history\.svg"),
+    ],
+)
+def test_half_a_run_is_reported_in_one_sentence(reported, name, content, kind, sentence):
+    path = reported.reports / name
+    path.unlink() if content is None else path.write_text(content)
+    with refused(kind, sentence):
+        tell(reported)
+
+
+def test_a_damaged_run_does_not_stop_the_report_of_another(reported, capsys):
+    for name in ("second", "my copy"):
+        shutil.copytree(reported.reports, reported.reports.parent / name)
+    (reported.reports.parent / "second/metrics.json").write_text("{")
+    tell(reported)
+    said = capsys.readouterr().out
+    assert re.search(r"left out of the overview: .*second/metrics\.json is damaged", said)
+    assert re.search(r"left out of the overview: run name 'my copy'", said)
+
+
+def test_the_overview_lists_every_evaluated_run(reported, tmp_path):
+    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "second")
+    unfinished = tmp_path / "reports" / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(ROOT / "reports" / "digits" / "architecture.json", unfinished)
+    (unfinished / "evidence.html").touch()
+    page = (tmp_path / write_overview()).read_text()
+    pages = ["digits/index.html", "second/index.html", "unfinished/evidence.html"]
+    assert re.findall(r'href="(.*?)"', page) == pages
+    top1 = json.loads((ROOT / "reports" / "digits" / "metrics.json").read_text())["evaluate"][
+        "top1"
+    ]
+    assert page.count(f">{100 * top1:.2f}</td>") == 2
+    assert not re.search("https?://", page), "it must read without a network"

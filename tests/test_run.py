@@ -18,14 +18,14 @@ import pytest
 import torch
 from helpers import SMALL, full_disk, random_table, refused
 
-import densenas
-from densenas import CostTable, SearchSpace, files
+from densenas import CostTable, SearchSpace, files, threads
 from densenas.files import HOST, atomic, write_text
+from densenas.images.data import prepared
 from densenas.pricing import read_costs
 from densenas.runs import provenance
 from densenas.runs.run import Run
 from densenas.training.device import pick_device
-from densenas.training.engine import fit
+from densenas.training.engine import resumable
 
 # ---------------------------------------------------------------- one process at a time
 
@@ -257,25 +257,39 @@ def test_no_history_is_none(run):
 # ---------------------------------------------------------------- costs of the run's own images
 
 
+DESCRIPTION = {
+    "dataset": "folder",
+    "classes": ["a", "b", "c"],
+    "image_size": 48,
+    "pack": None,
+    "resident": True,
+    "augment": "weak",
+    "digest": "",
+    "mean": [0.0] * 3,
+    "std": [1.0] * 3,
+    "manifest": "",
+}
+
+
 @pytest.fixture
 def priced(run):
     """A run whose images have 48 pixels in 3 classes, and whose costs are right."""
     write_text(
         run.work / "data.json",
-        json.dumps({"image_size": 48, "classes": ["a", "b", "c"], "more": 1}),
+        json.dumps(DESCRIPTION),
     )
     CostTable.mult_adds(SMALL, 48, 3).write(run.reports / "cost.json")
     return run
 
 
 def test_costs_are_those_of_the_prepared_images(priced):
-    assert priced.images() == priced.images(48) == (48, 3)
+    assert prepared(priced) == prepared(priced, 48) == (48, 3)
     assert read_costs(priced) == CostTable.mult_adds(SMALL, 48, 3)
     with refused(
         ValueError,
         r"image_size is 32, but the images of run 'made-up' were prepared with 48 pixels",
     ):
-        priced.images(32)
+        prepared(priced, 32)
     for size, classes in ((32, 3), (48, 10)):
         CostTable.mult_adds(SMALL, size, classes).write(priced.reports / "cost.json")
         with refused(
@@ -315,16 +329,17 @@ def test_costs_that_do_not_say_of_what_they_are_serve_no_run(priced):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "5", "NaN", '{"image_size": "48", "classes": ["a"]}', '{"image_size": 48}']
+    "content", ["", "{", "5", "NaN", '{"image_size": 48}', json.dumps(DESCRIPTION | {"classes": 3})]
 )
 def test_a_damaged_data_json_is_named(priced, content):
     (priced.work / "data.json").write_text(content)
     with refused(
-        ValueError, r"^(?!.*is damaged.*is damaged).*data\.json is damaged.*run 01-data again"
+        ValueError,
+        r"^(?!.*is damaged.*is damaged).*data\.json is damaged.*run 01-data of run 'made-up' again",
     ):
         read_costs(priced)
     with refused(FileNotFoundError, "run 'other' has no data.json yet: run 01-data first"):
-        Run("other").images()
+        prepared(Run("other"))
 
 
 # ---------------------------------------------------------------- names and places
@@ -489,15 +504,18 @@ def test_threads_do_not_spin_for_long_however_a_process_was_started(late, monkey
         monkeypatch.delenv(name, raising=False)
     if not late:
         monkeypatch.delitem(sys.modules, "torch")
-    package = runpy.run_path(densenas.__file__)
+    package = runpy.run_path(threads.__file__)
     # Children get it from the environment, even where this process cannot have it any more.
     assert os.environ["GOMP_SPINCOUNT"] == "5000" and package["SPINS_FOR_LONG"] is late
 
 
 def test_a_process_whose_threads_spin_says_so(run, monkeypatch):
-    monkeypatch.setattr(densenas, "SPINS_FOR_LONG", True)
+    monkeypatch.setattr(threads, "SPINS_FOR_LONG", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.warns(
-        UserWarning, match="torch was imported before densenas: .*import densenas first"
+    with (
+        pytest.warns(
+            UserWarning, match="torch was imported before densenas: .*import densenas first"
+        ),
+        resumable(run, "search", {"seed": 0}, {}, []),
     ):
-        fit(run, "search", {"seed": 0}, {}, 0, lambda epoch: [])
+        pass

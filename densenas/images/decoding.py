@@ -13,10 +13,9 @@ from threading import Lock
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
-
-from densenas.settings import ELONGATION
 
 PIXELS = 100_000_000  # an image may have: up to 1.5 GB while it is decoded
 LARGE = 20_000_000  # pixels from which images are decoded one at a time, not one a thread
@@ -46,17 +45,6 @@ def decode(encoded: bytes | memoryview) -> Tensor:
     return _decode_jpeg(data) if data.startswith(b"\xff\xd8\xff") else _decode_other(data)
 
 
-def middle(image: Tensor) -> Tensor:
-    """The image (3, H, W); of one more than `ELONGATION` times as long as wide its middle.
-
-    Enlarged to 224 pixels, a line of 20000×4 would take a gigabyte, of which a crop needs little.
-    """
-    height, width = image.shape[1:]
-    longest = ELONGATION * min(height, width)
-    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
-    return image[:, top : top + longest, left : left + longest]
-
-
 def _decode_jpeg(data: bytearray) -> Tensor:
     """By torchvision: fast, and unlike its decoder for PNG it holds against damage."""
     with _turn(*_jpeg_size(data)):
@@ -72,8 +60,12 @@ def _decode_jpeg(data: bytearray) -> Tensor:
 def _jpeg_size(data: bytearray) -> tuple[int, int]:
     """Width and height out of the header, found as libjpeg finds it."""
     at = 2
-    while found := MARKER.search(data, at):
-        kind, at = found[1][0], found.end()
+    while True:
+        marker = MARKER.search(data, at)
+        if marker is None:
+            break
+        kind = marker[1][0]
+        at = marker.end()
         length = int.from_bytes(data[at : at + 2])
         if length < 2:
             break
@@ -115,7 +107,9 @@ def _pixels(image: Image.Image) -> Tensor:
     if image.mode == "F":
         raise ValueError("has floating-point pixels of unknown range: convert it to 8 bits")
     if image.mode.startswith("I"):
-        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # tag 258: BitsPerSample
+        bits = 16
+        if isinstance(image, TiffImageFile):
+            bits = image.tag_v2[258][0]  # BitsPerSample
         if bits > 16:
             raise ValueError(f"has pixels of {bits} bits, range unknown: convert it to 8 bits")
         grey = torch.from_numpy((np.array(image) >> (bits - 8)).astype(np.uint8))

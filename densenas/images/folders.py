@@ -12,39 +12,19 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from densenas.images.pack import Item
+from densenas.images.items import Item, Source
 
 ENDINGS = (*IMG_EXTENSIONS, ".gif")
 # A folder so called, in any case of letters, is a split.
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_NAMES |= {"val": "val", "valid": "val", "validation": "val", "dev": "val"}
 # Words that make a name look like a split, beside or after which the fillers say nothing.
-SPLIT_WORDS = SPLITS | {"eval": "test", "evaluation": "test", "holdout": "test"}
+SPLIT_WORDS = SPLIT_NAMES | {"eval": "test", "evaluation": "test", "holdout": "test"}
 FILLERS = {"set", "data", "dataset", "split", "folder", "images", "imgs"}
 # What network storage and systems put beside images: thumbnails, bins, extras of archives.
-SERVICE = {
-    "@eadir",
-    "@__thumb",
-    "@recently-snapshot",
-    "@sharebin",
-    "@tmp",
-    "@recycle",
-    "#recycle",
-    "#snapshot",
-    "$recycle.bin",
-    "__macosx",
-    "__pycache__",
-    "lost+found",
-    "system volume information",
-}
+SERVICE = {"@eadir", "@__thumb", "@recently-snapshot", "@sharebin", "@tmp", "@recycle", "#recycle"}
+SERVICE |= {"#snapshot", "$recycle.bin", "__macosx", "__pycache__", "lost+found"}
+SERVICE |= {"system volume information"}
 # Control characters, ends of lines, and the stand-ins for bytes that are no UTF-8.
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -60,7 +40,7 @@ class Folder(NamedTuple):
         return os.path.basename(self.path)
 
 
-def read_folder(root: Path) -> tuple[list[Item], list[str]]:
+def read_folder(root: Path) -> Source:
     """Class folders, flat or below splits, as items sorted by key; and notes on the reading.
 
     A val split without a test split is ImageNet's, to be tested on. No image is opened. Raises
@@ -74,31 +54,26 @@ def read_folder(root: Path) -> tuple[list[Item], list[str]]:
     walk.enter(top)
     folders = walk.below(top)
     splits = _find_splits(top, folders)
-    notes = []
     if not splits:
-        _refuse_split_names(top, folders)
         _read_classes(walk, top, folders, None)
     else:
         beside = [folder for folder in folders if folder not in splits.values()]
         walk.left_out.update(f"{folder.name}/" for folder in beside)
     for meaning, folder in splits.items():
-        part = meaning
-        if len(splits) == 1:
-            part = None
-        elif meaning == "val" and "test" not in splits:
-            part = "test"
-            notes.append(f"'{folder.name}' is the test split, there is no other")
         if not walk.enter(folder):
             raise ValueError(f"the split '{folder.path}' is a link to a folder above it")
-        classes = walk.below(folder)
-        _refuse_split_names(folder, classes)
-        _read_classes(walk, folder, classes, part)
+        _read_classes(walk, folder, walk.below(folder), _part(meaning, splits))
     items = sorted(walk.items, key=lambda item: item.key)
     _refuse_twins(items)
-    notes += _alike({item.label for item in items})
+    notes = []
+    if "val" in splits and "test" not in splits:
+        notes.append(f"'{splits['val'].name}' is the test split, there is no other")
+    look_alikes = _look_alikes({item.label for item in items})
+    if look_alikes:
+        notes.append(f"classes apart only by case or spaces: {quoted(look_alikes)}")
     if walk.left_out:
         notes.append(f"left out, as no images in a class folder: {_counted(walk.left_out)}")
-    return items, notes
+    return Source(items, notes)
 
 
 class Walk:
@@ -164,7 +139,7 @@ class Walk:
             folder = waiting.pop()
             folders, files = self.entries(folder)
             for inner in folders:
-                if inner.name.casefold() in SPLITS:
+                if inner.name.casefold() in SPLIT_NAMES:
                     above = os.path.dirname(inner.path)
                     raise ValueError(
                         f"{inner.path!r} looks like a split, but lies in class '{label}':"
@@ -202,7 +177,7 @@ def _find_splits(top: Folder, folders: list[Folder]) -> dict[str, Folder]:
     """The folders that are splits by their meaning, train first; none where there is no train."""
     splits: dict[str, Folder] = {}
     for folder in folders:
-        meaning = SPLITS.get(folder.name.strip().casefold())
+        meaning = SPLIT_NAMES.get(folder.name.strip().casefold())
         if meaning in splits:
             raise ValueError(
                 f"'{splits[meaning].name}' and '{folder.name}' in '{top.path}' both mean {meaning}:"
@@ -220,6 +195,15 @@ def _find_splits(top: Folder, folders: list[Folder]) -> dict[str, Folder]:
                 f" call it {meaning} or move it away"
             )
     return {meaning: splits[meaning] for meaning in ("train", "val", "test") if meaning in splits}
+
+
+def _part(meaning: str, splits: dict[str, Folder]) -> str | None:
+    """The part that a split's images have; None where all of them are still to be split."""
+    if len(splits) == 1:
+        return None
+    if meaning == "val" and "test" not in splits:
+        return "test"
+    return meaning
 
 
 def _split_words(name: str) -> list[str]:
@@ -242,22 +226,23 @@ def _split_like(name: str) -> str | None:
 def _refuse_split_names(above: Folder, folders: list[Folder]) -> None:
     """No class may be called like a split: seg_train beside seg_test is none, bullet_train is."""
     names = [folder.name for folder in folders if _split_like(folder.name)]
-    near = {}
+    meanings = {}  # of the names that have such a word among others
     for folder in folders:
         for word in _split_words(folder.name):
             if word in SPLIT_WORDS:
-                near[folder.name] = SPLIT_WORDS[word]
-    if len(set(near.values())) > 1 and 2 * len(near) > len(folders):
-        names = [*near]
+                meanings[folder.name] = SPLIT_WORDS[word]
+    if len(set(meanings.values())) > 1 and 2 * len(meanings) > len(folders):
+        names = [*meanings]
     if names:
         raise ValueError(
-            f"{named(names)} in {above.path!r} would be a class, but looks like a split:"
+            f"{quoted(names)} in {above.path!r} would be a class, but looks like a split:"
             f" splits are train, val and test, side by side in source; rename a class of that name"
         )
 
 
 def _read_classes(walk: Walk, above: Folder, folders: list[Folder], part: str | None) -> None:
     """Every folder is a class and must have an image."""
+    _refuse_split_names(above, folders)
     names: dict[str, str] = {}
     empty = []
     for folder in folders:
@@ -279,7 +264,7 @@ def _read_classes(walk: Walk, above: Folder, folders: list[Folder], part: str | 
         raise ValueError(f"{above.path!r} holds no class folders with images ({endings})")
     if empty:
         raise ValueError(
-            f"no image in the class folder {named(empty)} of {above.path!r} ({endings}):"
+            f"no image in the class folder {quoted(empty)} of {above.path!r} ({endings}):"
             f" a class without images cannot be learned, remove its folder or fill it"
         )
 
@@ -295,13 +280,16 @@ def _refuse_twins(items: list[Item]) -> None:
             )
 
 
-def _alike(classes: set[str]) -> list[str]:
-    """A note on classes that other file systems would not tell apart."""
+def _look_alikes(classes: set[str]) -> list[str]:
+    """Classes that other file systems would not tell apart."""
     spellings = defaultdict(list)
     for name in sorted(classes):
         spellings[name.strip().casefold()].append(name)
-    names = [name for found in spellings.values() if len(found) > 1 for name in found]
-    return [f"classes apart only by case or spaces: {named(names)}"] if names else []
+    names = []
+    for alike in spellings.values():
+        if len(alike) > 1:
+            names += alike
+    return names
 
 
 def _counted(left_out: Counter[str]) -> str:
@@ -310,7 +298,7 @@ def _counted(left_out: Counter[str]) -> str:
     return ", ".join(kinds[:20]) + more
 
 
-def named(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Names in quotes and on one line whatever is in them, of many only the first ten."""
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - 10} more" if len(quoted) > 10 else ""

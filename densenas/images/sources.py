@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -12,53 +11,36 @@ import torch
 from torchvision import datasets
 
 from densenas.files import DATA
-from densenas.images.folders import named, read_folder
-from densenas.images.pack import Item
+from densenas.images.folders import quoted, read_folder
+from densenas.images.items import Item, Source
 from densenas.runs.run import Run
 
-IMAGENETTE = {
-    "n01440764",
-    "n02102040",
-    "n02979186",
-    "n03000684",
-    "n03028079",
-    "n03394916",
-    "n03417042",
-    "n03425413",
-    "n03445777",
-    "n03888257",
-}
+IMAGENETTE = {"n01440764", "n02102040", "n02979186", "n03000684", "n03028079"}
+IMAGENETTE |= {"n03394916", "n03417042", "n03425413", "n03445777", "n03888257"}
+CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 # Of the sets that may have to be downloaded first.
 CLASSES = {
-    "cifar10": [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ],
-    "fashion_mnist": datasets.FashionMNIST.classes,
+    "cifar10": CIFAR10,
+    "fashion_mnist": {*datasets.FashionMNIST.classes},
     "imagenette": IMAGENETTE,
 }
+IMAGENETTE_IMAGES = {"train": 9469, "val": 3925}
 
 
-def read_source(
-    dataset: str, source: str | None, download: bool = True
-) -> tuple[list[Item], list[str]] | None:
+class NotDownloadedError(FileNotFoundError):
+    """A set of torchvision's that is not there, and must not be downloaded now."""
+
+
+def read_source(dataset: str, source: str | None, download: bool = True) -> Source:
     """The items of a data set, and notes for the user on how it was read; no image file is opened.
 
-    None where the set would have to be downloaded first and must not be. Raises ValueError or
-    FileNotFoundError with one sentence where it cannot be had, or what its folders hold is unclear.
+    Raises ValueError or FileNotFoundError with one sentence where it cannot be had, or what its
+    folders hold is unclear; `NotDownloadedError` where it would have to be downloaded first and must not be.
     """
     if dataset == "digits":
         if source:
             raise ValueError("data set 'digits' has no source: leave it out or set dataset: folder")
-        return _digits(), []
+        return Source(_digits(), [])
     if dataset == "folder":
         if not source:
             raise ValueError(
@@ -70,8 +52,7 @@ def read_source(
         raise FileNotFoundError(f"source {str(root)!r} is not a folder")
     if dataset == "imagenette":
         return _imagenette(root, download)
-    items = _published(dataset, root, download)
-    return None if items is None else (items, [])
+    return Source(_published(dataset, root, download), [])
 
 
 def root_of(source: str) -> Path:
@@ -89,14 +70,14 @@ def _digits() -> list[Item]:
     return [Item(f"{k:04d}", labels[k], None, pixels[k]) for k in range(len(labels))]
 
 
-def _published(dataset: str, root: Path, download: bool) -> list[Item] | None:
+def _published(dataset: str, root: Path, download: bool) -> list[Item]:
     """CIFAR-10 or Fashion-MNIST out of `root`, downloaded into it where missing or damaged."""
     try:
         return _arrays(dataset, root, download=False)
     # What a damaged file raises depends on where it is cut; downloading again may mend it.
     except Exception:
         if not download:
-            return None
+            raise NotDownloadedError(f"{dataset} is not in '{root}'") from None
     try:
         # Two processes must not download into each other's files.
         with Run("downloads").alone():
@@ -107,42 +88,45 @@ def _published(dataset: str, root: Path, download: bool) -> list[Item] | None:
 
 
 def _arrays(dataset: str, root: Path, download: bool) -> list[Item]:
-    kind = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST}[dataset]
+    kind = datasets.CIFAR10 if dataset == "cifar10" else datasets.FashionMNIST
     items = []
-    for name in ("train", "test"):
-        part = kind(root, train=name == "train", download=download)
+    for split in ("train", "test"):
+        part = kind(root, train=split == "train", download=download)
         arrays = torch.as_tensor(part.data)
         arrays = arrays.movedim(3, 1) if arrays.ndim == 4 else arrays[:, None]
         for index, (label, array) in enumerate(zip(part.targets, arrays, strict=True)):
-            items.append(Item(f"{name}/{index:05d}", part.classes[label], name, array))
+            items.append(Item(f"{split}/{index:05d}", part.classes[label], split, array))
     return items
 
 
-def _imagenette(root: Path, download: bool) -> tuple[list[Item], list[str]] | None:
+def _imagenette(root: Path, download: bool) -> Source:
     """Imagenette in ImageNet's layout out of `root`, downloaded into it where it is missing."""
     folder = root / "imagenette2-320"
     if not os.path.isdir(folder):
         if not download:
-            return None
+            raise NotDownloadedError(f"imagenette is not in '{root}'")
         _download_imagenette(folder)
     again = "delete the folder, and the whole set will be downloaded"
     try:
-        items, notes = read_folder(folder)
+        source = read_folder(folder)
     except ValueError as error:
         raise ValueError(f"imagenette in '{folder}' is incomplete, {error}; {again}") from None
-    for split, count in (("train", 9469), ("val", 3925)):
-        found = Counter(item.label for item in items if (item.part == "test") == (split == "val"))
-        missing = sorted(IMAGENETTE - found.keys())
+    for split, count in IMAGENETTE_IMAGES.items():
+        part = [item for item in source.items if (item.part == "test") == (split == "val")]
+        classes = {item.label for item in part}
+        missing = sorted(IMAGENETTE - classes)
         if missing:
             raise ValueError(
-                f"imagenette in '{folder}' is incomplete, {split} lacks {named(missing)}: {again}"
+                f"imagenette in '{folder}' is incomplete, {split} lacks {quoted(missing)}: {again}"
             )
-        foreign = sorted(found.keys() - IMAGENETTE)
+        foreign = sorted(classes - IMAGENETTE)
         if foreign:
-            raise ValueError(f"{named(foreign)} in '{folder}' is no class of imagenette: {again}")
-        if found.total() != count:
-            notes.append(f"imagenette has {count:,} images in {split}, here are {found.total():,}")
-    return items, notes
+            raise ValueError(f"{quoted(foreign)} in '{folder}' is no class of imagenette: {again}")
+        if len(part) != count:
+            source.notes.append(
+                f"imagenette has {count:,} images in {split}, here are {len(part):,}"
+            )
+    return source
 
 
 def _download_imagenette(folder: Path) -> None:

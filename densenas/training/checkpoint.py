@@ -8,16 +8,152 @@ import json
 import math
 import os
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from densenas.files import atomic
+from densenas.images.loading import rank_and_world
+from densenas.runs.run import Run
 from densenas.weights import read_saved
+
+CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
+SHARED = "every machine needs the same runs/ and reports/ folders"
+
+Row = dict[str, Any]  # of a history: column → number
+
+
+class Part(Protocol):
+    """What a checkpoint holds: a network, an optimiser, and whatever else keeps and takes back its state like these."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+@dataclass
+class Position:
+    """Where a training stands: finished epochs, then finished passes of the next one, then steps of its next pass."""
+
+    history: list[Row] = field(default_factory=list)
+    row: Row = field(default_factory=dict)  # of the epoch that is not finished
+    passes: int = 0
+    steps: int = 0
+    loss: float = 0.0  # summed over the steps
+    top1: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        position = Position(**state)
+        if not isinstance(position.history, list) or not isinstance(position.row, dict):
+            raise TypeError
+        vars(self).update(vars(position))
+
+    def add(self, loss: float, top1: float, seconds: float) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.top1 += top1
+        self.row["seconds"] = self.row.get("seconds", 0.0) + seconds
+
+    def means(self) -> dict[str, float]:
+        return {"loss": self.loss / self.steps, "top1": self.top1 / self.steps}
+
+    def end_pass(self, name: str) -> None:
+        for key, mean in self.means().items():
+            self.row[f"{name}_{key}"] = mean
+        self.passes += 1
+        self.steps, self.loss, self.top1 = 0, 0.0, 0.0
+
+    def end_epoch(self, columns: Row) -> None:
+        self.history.append(self.row | columns)
+        self.row, self.passes = {}, 0
+
+    def is_best(self) -> bool:
+        """Whether no epoch was more accurate than the last one, on val or as long as there is no such pass on train."""
+        column = "val_top1" if "val_top1" in self.history[-1] else "train_top1"
+        return self.history[-1][column] >= max(row.get(column, 0.0) for row in self.history)
+
+
+class Checkpoint:
+    """What a training goes on from: its position and the state of its parts, in runs/<run>/<stage>.pt.
+
+    The first of several processes writes it, all of them read it. `configuration` is all that decides the outcome.
+    """
+
+    def __init__(
+        self, run: Run, stage: str, configuration: Mapping[str, Any], parts: Mapping[str, Part]
+    ) -> None:
+        self.stage = stage
+        self.configuration = configuration
+        self.position = Position()
+        self.parts: dict[str, Part] = {"position": self.position, **parts}
+        self.path = run.work / f"{stage}.pt"
+        self.rank, self.world = rank_and_world()
+        self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Puts position and parts to where the last checkpoint was written, if it serves.
+
+        Raises RuntimeError where the processes would do different things.
+        """
+        different = f"processes have other data, costs or recipes, {SHARED}"
+        self._agree(json.dumps(self.configuration, sort_keys=True), different)
+        if self.rank > 0:
+            dist.barrier()  # the first process alone decides whether the checkpoint serves
+        load_checkpoint(self.path, self.configuration, self.parts)
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+        apart = f"processes would go on from different steps, {SHARED}"
+        self._agree(json.dumps(vars(self.position)), apart)
+
+    def _agree(self, value: str, sentence: str) -> None:
+        """Raises RuntimeError on every process where one of them has another value."""
+        if self.world == 1:
+            return
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        if any(other != values[0] for other in values):
+            raise RuntimeError(f"{self.stage}: {sentence}")
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError with the name of what a step has spoilt; such a state must not be kept."""
+        if name := first_not_finite(self._state()):
+            raise FloatingPointError(name)
+
+    def not_finite(self, what: str) -> FloatingPointError:
+        """What to raise where `what` is not finite."""
+        epoch, step = len(self.position.history), self.position.steps
+        kept = "there is no checkpoint yet"
+        if self.path.exists():
+            kept = f"{self.path.name} is from before it"
+        where = f"{self.stage}, epoch {epoch}: {what} is not finite at step {step}"
+        return FloatingPointError(f"{where} ({kept}); lower lr and rerun")
+
+    def _state(self) -> dict[str, dict[str, Any]]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.saved > CHECKPOINT_SECONDS
+
+    def save(self) -> None:
+        """Writes it; that of the best epoch first: a kill between the two repeats the epoch."""
+        if self.rank == 0:
+            state = self._state()
+            at_epochs_end = self.position.history and not self.position.row
+            if at_epochs_end and self.position.is_best():
+                save_checkpoint(self.path.with_suffix(".best.pt"), self.configuration, **state)
+            keep_previous(self.path)
+            save_checkpoint(self.path, self.configuration, **state)
+        self.saved = time.monotonic()
 
 
 def previous_of(path: Path) -> Path:
@@ -52,13 +188,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises ValueError with one sentence where it is damaged or holds values that are not finite.
     """
     checkpoint = read_saved(path)
-    try:
-        checkpoint["configuration"] = dict(json.loads(checkpoint["configuration"]))
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise ValueError(f"{path} is damaged or no checkpoint of a training") from None
+    checkpoint["configuration"] = _configuration(checkpoint, path)
     if name := first_not_finite(checkpoint):
         raise ValueError(f"{path} holds values that are not finite ({name})")
     return checkpoint
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """That of a checkpoint whose tensors are not read; ValueError with one sentence where there is none."""
+    return _configuration(read_saved(path, mapped=True), path)
+
+
+def _configuration(checkpoint: Any, path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(checkpoint["configuration"]))
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(f"{path} is damaged or no checkpoint of a training") from None
 
 
 def digest(configuration: Any) -> str:
@@ -67,9 +212,9 @@ def digest(configuration: Any) -> str:
 
 
 def load_checkpoint(
-    path: Path, configuration: Mapping[str, Any], parts: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Puts the last checkpoint of this configuration into `parts` and returns it; None where there is none.
+    path: Path, configuration: Mapping[str, Any], parts: Mapping[str, Part]
+) -> None:
+    """Puts the last checkpoint of this configuration into `parts`; without one they stay as they are.
 
     A damaged one is set aside as .damaged and the one before takes its place; one of another configuration is set
     aside as .old. Either is said, with what happens now. Raises ValueError where a folder is in the way.
@@ -79,7 +224,7 @@ def load_checkpoint(
     previous = previous_of(path)
     if not path.exists():
         previous.unlink(missing_ok=True)  # whoever deleted a checkpoint wanted to start anew
-        return None
+        return
     fresh = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
     while path.exists():
         try:
@@ -91,7 +236,7 @@ def load_checkpoint(
                 previous.unlink(missing_ok=True)
                 break
             restore(parts, checkpoint, path)
-            return checkpoint
+            return
         except ValueError as error:
             path.replace(path.with_suffix(".damaged"))
             onward = "starting anew"
@@ -100,7 +245,6 @@ def load_checkpoint(
                 onward = "going on from the checkpoint before it"
             print(f"{error}, it is kept as {path.with_suffix('.damaged').name}: {onward}")
     restore(parts, fresh, path)
-    return None
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -109,7 +253,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
 
 
-def restore(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path) -> None:
+def restore(parts: Mapping[str, Part], checkpoint: Mapping[str, Any], path: Path) -> None:
     """Gives every part its state; ValueError with one sentence where the state is not that of such parts."""
     for name, part in parts.items():
         try:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
-import densenas
-
-PRECISIONS = ("fp32", "tf32", "bf16")
+from densenas import threads
+from densenas.files import one_line
+from densenas.settings import Computing
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -25,9 +25,7 @@ def pick_device(device: str = "auto") -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"device '{device}' cannot be used here: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"device '{device}' cannot be used here: {one_line(error)}") from None
     if where.type == "meta":
         raise ValueError("device 'meta' computes nothing: expected auto, cpu, cuda, cuda:1, …")
     return where
@@ -42,7 +40,7 @@ def keep_freed_memory() -> None:
 
 def warn_of_long_spins() -> None:
     """Where PyTorch was imported before this package, its threads wait in the slow way."""
-    if densenas.SPINS_FOR_LONG and torch.get_num_threads() > 1:
+    if threads.SPINS_FOR_LONG and torch.get_num_threads() > 1:
         warnings.warn(
             "torch was imported before densenas: beside other busy processes this can be many"
             " times slower; import densenas first, or set GOMP_SPINCOUNT=5000",
@@ -51,23 +49,20 @@ def warn_of_long_spins() -> None:
 
 
 @contextmanager
-def computing_on(
-    device: str, precision: str, deterministic: bool = False
-) -> Iterator[torch.device]:
+def computing_on(how: Computing) -> Iterator[torch.device]:
     """The device to compute on; inside, PyTorch's generators, TF32 and determinism are as a repeatable result needs."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision '{precision}' is unknown, known are {', '.join(PRECISIONS)}")
-    where = pick_device(device)
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    forbidden = torch.are_deterministic_algorithms_enabled()
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    device = pick_device(how.device)
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # PyTorch declares it by a string
+    products = torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            for switch in switches:
-                switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-            torch.use_deterministic_algorithms(deterministic or forbidden)
-            yield where
+            precision = "tf32" if how.precision == "tf32" else "ieee"
+            convolutions.fp32_precision = precision
+            products.fp32_precision = precision
+            torch.use_deterministic_algorithms(how.deterministic or deterministic)
+            yield device
         finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
-            torch.use_deterministic_algorithms(forbidden)
+            convolutions.fp32_precision, products.fp32_precision = before
+            torch.use_deterministic_algorithms(deterministic)

@@ -11,15 +11,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]  # no stub
 from torch.multiprocessing.spawn import (
     ProcessContext,
     ProcessException,
@@ -27,6 +28,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
+from densenas.files import one_line
 from densenas.images.loading import rank_and_world
 from densenas.training.device import pick_device
 
@@ -34,40 +36,39 @@ GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is 
 GOES_ON = "goes on from the last checkpoint, with any number of devices"
 STOPPED = f"stopped; the same command {GOES_ON}"
 # Errors that say themselves what to do; to call again would not mend them.
-TOLD = ("ValueError", "FileNotFoundError", "FloatingPointError", "OSError")
+SENTENCES = ("ValueError", "FileNotFoundError", "FloatingPointError", "OSError")
 
 
 def check_devices(device: str, devices: int) -> None:
     """Raises ValueError with one sentence where this machine has no such device, or not one for each process."""
-    if not isinstance(device, str):
-        raise ValueError(f"device is {device!r}, expected auto, cpu, cuda or one like cuda:1")
-    if type(devices) is not int or devices < 1:
-        raise ValueError(f"devices is {devices!r}, expected at least 1")
-    if devices > 1 and ":" in device:
-        raise ValueError(
-            f"devices is {devices}, but device '{device}' is one alone: expected auto or cuda"
-        )
+    _check_one_each(device, devices)
     most, what = len(os.sched_getaffinity(0)), "processor cores"
     if pick_device(device).type == "cuda":
         most, what = torch.cuda.device_count(), "GPUs"
-    if devices > most:
-        raise ValueError(
-            f"devices is {devices}, expected at least 1 and at most {most}, the {what} of this machine"
-        )
+    if not 1 <= devices <= most:
+        expected = f"expected at least 1 and at most {most}, the {what} of this machine"
+        raise ValueError(f"devices is {devices}, {expected}")
 
 
-def launch(function: Callable[..., Any], devices: int, *arguments: Any, **settings: Any) -> None:
+def _check_one_each(device: str, world: int) -> None:
+    if world > 1 and ":" in device:
+        alone = f"device '{device}' is one alone: expected auto or cuda"
+        raise ValueError(f"devices is {world}, but {alone}")
+
+
+def launch(function: Callable[..., Any], devices: int, device: str, *arguments: Any) -> None:
     """Calls the function here or, for `devices` > 1, in as many processes that train together on this machine.
 
-    Raises what a process raised where that says what to do (ValueError and the like), RuntimeError with one sentence
-    where one is lost; a checkpoint serves any number of devices.
+    `device` is what kind they compute on, as the function's arguments say it, too. Raises what a process raised where
+    that says what to do (ValueError and the like), RuntimeError with one sentence where one is lost; a checkpoint
+    serves any number of devices.
     """
-    check_devices(settings.get("device", "auto"), devices)
+    check_devices(device, devices)
     if devices == 1:
-        function(*arguments, **settings)
+        function(*arguments)
         return
     with tempfile.TemporaryDirectory(prefix="densenas-") as folder:
-        call = (devices, folder, function, arguments, settings)
+        call = (devices, device, folder, function, arguments)
         context = start_processes(_member, call, devices, join=False)
         try:
             while not context.join(grace_period=GRACE_SECONDS):
@@ -90,39 +91,45 @@ def _end(context: ProcessContext) -> None:
 
 def _failure(error: ProcessException, devices: int, folder: Path) -> Exception:
     """What to raise for processes of which at least one has failed: the first failure, the others follow from it."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("failed-*")]
+    failures = [_Failure(**json.loads(path.read_text())) for path in folder.glob("failed-*")]
     lost = isinstance(error, ProcessExitedException) and error.exit_code < 0
-    if lost or not reports:
+    if lost or not failures:
         ended = str(error).strip().splitlines()[-1]
         return RuntimeError(
             f"process {error.error_index} of {devices} ended ({ended}); the same call {GOES_ON}"
         )
-    _, rank, kind, sentence = min(reports)
-    if kind in TOLD:
-        return getattr(builtins, kind)(sentence)
+    first = min(failures, key=lambda failure: failure.moment)
+    if first.kind in SENTENCES:
+        return getattr(builtins, first.kind)(first.sentence)
     return RuntimeError(
-        f"process {rank} of {devices} ended ({kind}: {sentence}); the same call {GOES_ON}"
+        f"process {first.rank} of {devices} ended ({first.kind}: {first.sentence});"
+        f" the same call {GOES_ON}"
     )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a process of `launch` raised."""
+
+    moment: float  # in seconds, by a clock that all processes share
+    rank: int
+    kind: str
+    sentence: str
 
 
 def _member(
     rank: int,
     world: int,
+    device: str,
     folder: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
-    settings: Mapping[str, Any],
 ) -> None:
-    """The function as one of the processes that `launch` started; what it raises is kept in `folder` with its time."""
+    """The function as one of the processes that `launch` started; what it raises is kept in `folder`."""
     # Not to outlive whoever launched it; a shell may have told it to ignore SIGINT, which PyTorch would send.
     _prctl_pr_set_pdeathsig(signal.SIGTERM)
-    for name, value in (
-        ("RANK", rank),
-        ("WORLD_SIZE", world),
-        ("LOCAL_RANK", rank),
-        ("LOCAL_WORLD_SIZE", world),
-    ):
-        os.environ[name] = str(value)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(world)
     # They meet over a file and the loopback device. Torchrun's way would ask a name server for this machine's own name,
     # which in a container nobody may know, and wait for the answer again and again.
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
@@ -130,48 +137,31 @@ def _member(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     try:
         meeting = {"init_method": f"file://{folder}/meeting", "rank": rank, "world_size": world}
-        with _group(settings.get("device", "auto"), **meeting):
-            function(*arguments, **settings)
+        with _group(device, **meeting):
+            function(*arguments)
     except Exception as error:
-        report = [time.monotonic(), rank, type(error).__name__, _line(error)]
-        Path(folder, f"failed-{rank}").write_text(json.dumps(report), encoding="utf-8")
+        failure = _Failure(time.monotonic(), rank, type(error).__name__, one_line(error))
+        Path(folder, f"failed-{rank}").write_text(json.dumps(vars(failure)), encoding="utf-8")
         raise
 
 
-def _line(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split())
-
-
 @record
-def together(
-    function: Callable[..., Any], arguments: tuple[Any, ...], settings: Mapping[str, Any]
-) -> None:
+def join(function: Callable[..., Any], device: str, *arguments: Any) -> None:
     """The function as one of the processes that torchrun started; where it fails, the last line says what to do."""
-    device, rank, world = (
-        settings.get("device", "auto"),
-        os.environ["RANK"],
-        os.environ["WORLD_SIZE"],
-    )
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     try:
-        if int(world) > 1 and ":" in device:
-            raise ValueError(
-                f"devices is {world}, but device '{device}' is one alone: expected auto or cuda"
-            )
+        _check_one_each(device, int(world))
         check_devices(device, int(os.environ["LOCAL_WORLD_SIZE"]))
         with _group(device):
-            function(*arguments, **settings)
+            function(*arguments)
     except Exception as error:
         kind = type(error).__name__
-        if kind in TOLD:
-            sys.tracebacklimit = (
-                0  # torchrun adds many lines of its own, the sentence shall be found among them
-            )
+        if kind in SENTENCES:
+            # Torchrun adds many lines of its own, the sentence shall be found among them.
+            sys.tracebacklimit = 0
             raise
-        told = (
-            f"process {rank} of {world} ended ({kind}: {_line(error)}); the same command {GOES_ON}"
-        )
-        raise RuntimeError(told) from error
+        ended = f"process {rank} of {world} ended ({kind}: {one_line(error)})"
+        raise RuntimeError(f"{ended}; the same command {GOES_ON}") from error
 
 
 @contextmanager
@@ -208,18 +198,18 @@ class Interruption:
                     self._handlers[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, number: int, _: Any) -> None:
+    def _note(self, number: int, _: object) -> None:
         if os.getpid() != self._owner:
             # A decoding worker, forked off: Ctrl-C is for the training, which still needs it.
             if number != signal.SIGINT:
                 os._exit(128 + number)
         elif self.asked == number:
-            self._obey()
+            self._obey(number)
         else:
             self.asked = signal.Signals(number)
 
-    def _obey(self) -> None:
-        number, self.asked = self.asked, None
+    def _obey(self, number: int) -> None:
+        self.asked = None
         self._restore()
         signal.raise_signal(number)
 
@@ -230,18 +220,20 @@ class Interruption:
 
     def obey(self, kept: Path) -> None:
         """Lets the noted signal act, now that a checkpoint is kept."""
-        told = f"{self.what} was interrupted, {kept.name} is written: the same call goes on from this step"
-        print(f"\n{told}", flush=True)
-        self._obey()
+        if self.asked is None:
+            return
+        written = f"{kept.name} is written: the same call goes on from this step"
+        print(f"\n{self.what} was interrupted, {written}", flush=True)
+        self._obey(self.asked)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._restore()
         if self.asked and kind is not None and issubclass(kind, Exception):
             # What an interrupted step, worker or peer raises is no news.
             rank, world = rank_and_world()
-            told = f"{self.what} was interrupted; the same call goes on from the last checkpoint"
+            end = f"{self.what} was interrupted; the same call goes on from the last checkpoint"
             if world > 1:
                 why = "because another one did or on demand"
-                told = f"process {rank} of {world} was ended, {why}; the same call {GOES_ON}"
-            print(f"\n{told}", file=sys.stderr, flush=True)
+                end = f"process {rank} of {world} was ended, {why}; the same call {GOES_ON}"
+            print(f"\n{end}", file=sys.stderr, flush=True)
             signal.raise_signal(self.asked)

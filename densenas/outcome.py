@@ -1,0 +1,214 @@
+"""What a search leaves: read from its checkpoint, checked against the run of today, kept for readers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from densenas.files import write_text
+from densenas.images.data import load
+from densenas.method.cost import CostTable
+from densenas.method.derivation import Candidate, Lattice
+from densenas.method.probabilities import Probabilities
+from densenas.method.supernet import SuperNet
+from densenas.pricing import RECIPES, read_costs
+from densenas.published import save_published
+from densenas.runs.run import Run
+from densenas.training.checkpoint import Position, Row, digest, read_checkpoint, restore
+
+# Of the last epoch, what metrics.json holds of a search.
+MEASURES = (
+    "train_top1",
+    "train_loss",
+    "val_top1",
+    "val_loss",
+    "expected_cost",
+    "derived_cost",
+    "target_cost",
+    "alpha_entropy",
+    "beta_entropy",
+    "cheapest_share",
+    "skip_share",
+    "expected_layers",
+)
+
+
+@dataclass
+class Search:
+    """A search: the supernet, its most probable architecture, what happened in every epoch, and what was asked for.
+
+    `configuration` is what its checkpoint holds, never what a run was last asked for: space, recipe, cost (the nested
+    table), target_cost, data (a digest), seed, precision, device.
+    """
+
+    net: SuperNet
+    table: CostTable
+    configuration: Mapping[str, Any]
+    history: list[Row]
+    trace: list[Probabilities]  # before the first epoch and after every one
+
+    @property
+    def target_cost(self) -> float | None:
+        return self.configuration["target_cost"]
+
+    @property
+    def epochs(self) -> int:
+        """How many the search has when it is finished."""
+        return self.configuration["recipe"]["epochs"]
+
+    @property
+    def digest(self) -> str:
+        """Tells one search from every other: two with the same digest end with the same network."""
+        return digest(self.configuration)
+
+    @property
+    def best(self) -> Candidate:
+        """What the search found."""
+        return Lattice(self.table, self.trace[-1]).derive(self.target_cost)
+
+    def derived(self) -> list[Candidate]:
+        """What would be derived at every moment of the trace, the last one being the result."""
+        return [Lattice(self.table, moment).derive(self.target_cost) for moment in self.trace]
+
+
+class Trace(list[Probabilities]):
+    """Probabilities before the first epoch and after every one, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entries": [vars(entry) for entry in self]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        entries = [Probabilities(**entry) for entry in state["entries"]]
+        expected = _shapes(self[0])
+        if not entries or any(_shapes(entry) != expected for entry in entries):
+            raise ValueError("probabilities of another space")
+        self[:] = entries
+
+
+def _shapes(entry: Probabilities) -> tuple[torch.Size, ...]:
+    return entry.p.shape, entry.head.shape, entry.stack.shape
+
+
+def finished_search(run: Run) -> Search:
+    """The run's search, for what is made of it.
+
+    Raises ValueError with one sentence where it is unfinished, or where the run's data or costs are no longer those
+    that it was searched with.
+    """
+    data = load(run)
+    result = load_search(run, read_costs(run), len(data.classes))
+    if result.configuration["data"] != data.digest:
+        raise ValueError(
+            f"run '{run.name}' has other images now than it was searched on: run 03-search again"
+        )
+    done = len(result.history)
+    if done < result.epochs:
+        unfinished = f"the search of run '{run.name}' has done {done} of {result.epochs} epochs"
+        raise ValueError(f"{unfinished}: run 03-search again, it goes on from there")
+    return result
+
+
+def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
+    """The search that a run's checkpoint holds, finished or not; on the CPU.
+
+    Raises FileNotFoundError or ValueError with one sentence where there is none, where it is damaged, and where `table`
+    is not the one it was searched with.
+    """
+    path = run.need(run.work / "search.pt", "03-search")
+    again = "run 03-search again"
+    net = SuperNet(table.space, num_classes)
+    trace = Trace([net.probabilities()])
+    position = Position()
+    try:
+        checkpoint = read_checkpoint(path)
+        other = _changed(checkpoint, table, num_classes)
+        if other is None:
+            restore({"net": net, "trace": trace, "position": position}, checkpoint, path)
+            net.temperature = checkpoint["configuration"]["recipe"]["softmax_temp"]
+    except ValueError as error:
+        raise ValueError(f"{error}: {again}, it goes on from the checkpoint before") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path} does not hold a search of space {table.space.name}: {again}"
+        ) from None
+    if other is not None:
+        raise ValueError(f"run '{run.name}' has {other} now than it was searched with: {again}")
+    return Search(net, table, checkpoint["configuration"], position.history, trace)
+
+
+def _changed(checkpoint: Mapping[str, Any], table: CostTable, num_classes: int) -> str | None:
+    """What the run has another of since its search, in words; None where it has the same."""
+    configuration = checkpoint["configuration"]
+    space = {name: value for name, value in configuration["space"].items() if name not in RECIPES}
+    present = table.space.model_dump(mode="json", exclude={*RECIPES})
+    if [space, configuration["cost"]] != [present, json.loads(json.dumps(table.nested()))]:
+        return "other costs"
+    if len(checkpoint["net"]["classifier.weight"]) != num_classes:
+        return "another number of classes"
+    return None
+
+
+def write_architecture(run: Run, result: Search) -> dict[str, Any]:
+    """Keeps what a search found as architecture.json and net_config; returns what the former holds.
+
+    `search` is the digest of the search that it is from, `data` that of the images.
+    """
+    found, table = result.best, result.table
+    arch = found.architecture
+    size = table.input_size
+    num_classes = result.net.classifier.out_features
+    record = {
+        "net_config": str(arch),
+        "mult_adds_m": arch.mult_adds(size, num_classes),
+        "params_m": arch.params(num_classes),
+        "cost": found.cost,
+        "target_cost": result.target_cost,
+        "cost_unit": table.unit,
+        "blocks": len(arch.routing_blocks),
+        "layers": arch.num_layers,
+        "input_size": size,
+        "num_classes": num_classes,
+        "space": table.space.name,
+        "seed": result.configuration["seed"],
+        "search": result.digest,
+        "data": result.configuration["data"],
+    }
+    save_published(run.reports, arch)
+    write_text(run.reports / "architecture.json", json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def record_search(run: Run, result: Search) -> None:
+    """Keeps in metrics.json how a search went, as the section "search"."""
+    table = result.table
+    history = run.history("search")
+    last = history.iloc[-1].to_dict()
+    metrics: dict[str, Any] = {
+        "epochs": len(history),
+        "seconds": history["seconds"].sum(),
+        "cost_unit": table.unit,
+        "n": 1,
+        "warning": collapsed(result.history),
+        "edges": len(table.space.edges),
+        "paths": table.space.count_paths(),
+    }
+    for name in MEASURES:
+        metrics[name] = last.get(name)
+    run.update_json("metrics.json", "search", metrics)
+
+
+def collapsed(history: list[Row]) -> str | None:
+    """A warning in words where a search ended at the cheapest ops for the cost's sake, with what to change."""
+    first, last = history[0], history[-1]
+    if last["cheapest_share"] < 0.8 or last["cheapest_share"] < 1.5 * first["cheapest_share"]:
+        return None
+    return (
+        f"The search has collapsed: {last['cheapest_share']:.0%} of the choices on a path fall on the cheapest op"
+        f" ({first['cheapest_share']:.0%} at its start), {last['skip_share']:.0%} of the stacked layers are skipped."
+        " Cost outweighs accuracy. Give a target_cost, or lower sub_loss_factor; a later arch_start_epoch lets the"
+        " weights tell candidates apart before these are judged."
+    )

@@ -1,0 +1,30 @@
+"""Progress of what takes long."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+_quiet = False
+
+
+def progress(total: int, what: str, over: Iterable[Any] | None = None, **how: Any) -> tqdm:
+    """A progress bar with time left: plain text, which reads the same in a terminal, Jupyter and papermill's log."""
+    if _quiet:
+        how["disable"] = True
+    return tqdm(over, total=total, desc=what, file=sys.stdout, mininterval=2.0, ncols=110, **how)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, `progress` shows nothing: many small trainings have one bar around them."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
