@@ -42,7 +42,7 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest --numprocesses "$${CORES:-$$(nproc)}" --dist worksteal tests
-	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
+	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # Runs every notebook at its defaults and keeps the outputs, which are committed: from scratch, or what an earlier demo
 # left behind would be gone on from, and no progress shown.

@@ -107,7 +107,7 @@ class Study:
             return self.results()
         with progress(len(missing), "study") as bar:
             for job in missing:
-                bar.set_postfix_str(str(job))
+                bar.set_postfix_str(str(job), refresh=False)
                 with quiet():
                     if job.method == SEARCHED and self._found(job) is None:
                         self.run_search(job)

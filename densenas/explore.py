@@ -143,31 +143,31 @@ class Explorer(VBox):
 
     def _change_block(self) -> None:
         i = self.block.value
-        edges = {f"β {i}→{j}": float(self.logits[i, j]) for j in self.table.space.outgoing(i)}
         self.beta.children = [
-            FloatSlider(x, min=-15, max=15, description=name) for name, x in edges.items()
+            FloatSlider(float(self.logits[i, j]), min=-15, max=15, description=f"β {i}→{j}")
+            for j in self.table.space.outgoing(i)
         ]
         for slider in self.beta.children:
             self._observe(slider, self._show)
         frame = candidates(self.table, self.trace[self.epoch.value], i)
-        frame["text"] = frame["probability"].map("{:.0%}: ".format) + frame["cost"].map(
-            "{:.3g} M".format
+        shares, costs = (
+            frame["probability"].map("{:.0%}".format),
+            frame["cost"].map("{:.3g}".format),
         )
+        frame["text"] = shares + ": " + costs + " M"
         table = frame.set_index(["layer", "op"])["text"].unstack(sort=False, fill_value="")
         self.ops.value = table.to_html() if i else ""
         self._show()
 
     def _show(self) -> None:
         space, i, moment = self.table.space, self.block.value, self.trace[self.epoch.value]
-        self.logits[i, space.outgoing(i)] = torch.tensor(
-            [slider.value for slider in self.beta.children]
-        )
+        logits = [slider.value for slider in self.beta.children]
+        self.logits[i, space.outgoing(i)] = torch.tensor(logits)
         p = (self.logits / self.temperature.value).softmax(dim=1)
         best, arch = best_paths(space, p, 5), derive(space, p, moment.head, moment.stack)
-        self.style.value = (
-            f"<style>.of-{self.model_id} {{{figures.restyled(space, p, best[0][1])}}}</style>"
-        )
-        paths = [(share, "→".join(map(str, path))) for share, path in best]
+        rules = figures.restyled(space, p, best[0][1])
+        self.style.value = f"<style>.of-{self.model_id} {{{rules}}}</style>"
+        paths = [(share, "→".join(str(node) for node in path)) for share, path in best]
         mult_adds = arch.mult_adds(self.table.input_size, self.table.num_classes)
         cost = expected_cost(self.table, Probabilities(p, moment.head, moment.stack))
         words = f"expected cost <b>{cost:.4g}</b>, derived network <b>{mult_adds:.4g}</b> million Mult-Adds"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from densenas.files import atomic, one_line, read_text, shown, write_text
-from densenas.method.architecture import Architecture, DerivedNet, load_published, save_published
+from densenas.method.architecture import Architecture, DerivedNet
+from densenas.published import load_published, save_published
 from densenas.runs.run import Run
 from densenas.weights import fill, read_state
 

@@ -92,7 +92,7 @@ def read_costs(run: Run, space: str | Path | None = None) -> CostTable:
         raise ValueError(f"{error}; {again}") from None
     if "input_size" not in table.conditions:
         raise ValueError(f"{path} does not say for which images it holds: {again}")
-    priced = table.conditions["input_size"], table.conditions["num_classes"]
+    priced = table.input_size, table.num_classes
     if (run.work / "data.json").exists() and priced != prepared(run):
         size, classes = prepared(run)
         found = f"{priced[0]} pixels in {priced[1]} classes"

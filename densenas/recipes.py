@@ -19,9 +19,7 @@ class SearchRecipe(Strict):
     epochs: Epochs  # passes over the training split
     arch_start_epoch: int = Field(ge=0)  # first epoch (from 0) that also updates alpha and beta
     batch_size: Images  # images a step
-    log_base: float = Field(
-        gt=1
-    )  # cost at which the cost term equals sub_loss_factor, in the table's unit
+    log_base: float = Field(gt=1)  # cost, in the table's unit, of a term equal to sub_loss_factor
     sub_loss_factor: float = Field(ge=0)  # weight of the cost term
     softmax_temp: float = Field(1.0, gt=0)  # divides beta, never alpha
     lr: float = Field(0.2, gt=0)  # weights: SGD, cosine per step down to lr_min
@@ -37,7 +35,7 @@ class SearchRecipe(Strict):
         if self.arch_start_epoch >= self.epochs:
             never = f"of {self.epochs} epochs none would move alpha and beta"
             raise ValueError(f"arch_start_epoch is {self.arch_start_epoch}, {never}")
-        _falls(self.lr, self.lr_min)
+        _check_rates(self.lr, self.lr_min)
         return self
 
 
@@ -56,11 +54,11 @@ class RetrainRecipe(Strict):
 
     @model_validator(mode="after")
     def _learns(self) -> RetrainRecipe:
-        _falls(self.lr, self.lr_min)
+        _check_rates(self.lr, self.lr_min)
         return self
 
 
-def _falls(lr: float, lr_min: float) -> None:
+def _check_rates(lr: float, lr_min: float) -> None:
     if lr_min > lr:
         raise ValueError(f"lr_min is {lr_min:g}, more than lr = {lr:g}, from where the rate falls")
 

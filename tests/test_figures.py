@@ -278,10 +278,20 @@ def test_long_names_stay_apart():
 
 
 def test_the_same_data_gives_the_same_svg(tmp_path):
-    _, _, trace, found = after_a_search(DIGITS)
-    pages = []
-    for name in ("first.svg", "second.svg"):
-        figure = figures.search_space(DIGITS, trace[1], found[0].path)
-        figure.savefig(tmp_path / name, metadata={"Date": None})
-        pages.append((tmp_path / name).read_bytes())
-    assert pages[0] == pages[1]
+    _, moment, trace, found = after_a_search(DIGITS)
+    groups = {name: [one.architecture for one in found] for name in ("DenseNAS", "random")}
+
+    def page(name):
+        """Of figures with text, with colours and with what seaborn estimates."""
+        for number, figure in enumerate(
+            (
+                figures.search_space(DIGITS, trace[1], found[0].path),
+                figures.candidates(DIGITS, moment.head, moment.stack, "share"),
+                figures.accuracy_against_cost(runs(3), "cost"),
+                figures.shapes(groups),
+            )
+        ):
+            figure.savefig(tmp_path / f"{name} {number}.svg", metadata={"Date": None})
+            yield (tmp_path / f"{name} {number}.svg").read_bytes()
+
+    assert [*page("first")] == [*page("second")]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from densenas import Architecture, Choice, CostTable, SearchSpace, SuperNet, load_published
-from densenas.method.architecture import from_published
+from densenas.published import from_published
 
 REFERENCE = Path(__file__).parent / "reference"
 GOLDEN = {

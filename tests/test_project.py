@@ -26,9 +26,9 @@ from torchvision.io import write_png
 
 from densenas import Architecture, SearchSpace, pipeline, report
 from densenas.files import PACKAGE
-from densenas.method.architecture import save_published
 from densenas.pipeline import STOPPED, last_words
 from densenas.preflight import check_machine, checked, identify
+from densenas.published import save_published
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.run import Run
 from densenas.settings import (

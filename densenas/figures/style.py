@@ -110,7 +110,7 @@ def heat_map(axes: Axes, table: Tensor | pd.DataFrame, **options: Any) -> None:
     many = table.shape[0] * table.shape[1] > 1000
     options |= {"rasterized": True} if many else {"linewidths": 0.5}
     sns.heatmap(table, ax=axes, cmap="YlGnBu", **options)
-    axes.tick_params(rotation=0)
+    axes.tick_params(axis="y", rotation=0)
     bare(axes)
 
 

@@ -8,15 +8,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from densenas.files import DATA, literal, naming, read_text, write_text
+from densenas.files import DATA, literal, naming
 from densenas.method import ops
-from densenas.weights import fill, read_state
 
 # Far beyond any published network; a number with some zeros too many must not allocate for ever.
 WIDEST = 100_000  # channels
@@ -224,59 +222,3 @@ class DerivedNet(nn.Sequential):
         )
         self.arch = arch
         ops.init_weights(self)
-
-
-def from_published(key: str) -> str:
-    """A published state-dict key as ours: no `module.` in front, no `_` before expand, depthwise, project."""
-    return key.removeprefix("module.").replace("._", ".")
-
-
-def save_published(folder: Path, arch: Architecture) -> None:
-    """Writes `net_config`, one of the two files of a folder that `load_published` reads."""
-    write_text(folder / "net_config", f"{arch}\nnet_type: {arch.net_type}\n")
-
-
-def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
-    """The network in a folder with `net_config` (then `net_type: mbv2|res`) and `weights.pt`.
-
-    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with
-    one sentence.
-    """
-    folder = Path(folder)
-    for name in ("net_config", "weights.pt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {name}; a published model folder has net_config and weights.pt"
-            )
-    arch = _read_net_config(folder / "net_config")
-    path = folder / "weights.pt"
-    stored = read_state(path)
-    state = {from_published(key): value for key, value in stored.items()}
-    if len(state) < len(stored):
-        twice = "some entries are there twice, with and without 'module.' or '_' in their names"
-        raise ValueError(f"{path}: {twice}")
-    classifier = state.get("classifier.weight")
-    if classifier is None:
-        raise ValueError(f"{path}: no classifier.weight among the {len(state)} entries")
-    if classifier.dim() != 2 or len(classifier) < 1:
-        shapes = f"the shape {tuple(classifier.shape)}, expected (classes, channels)"
-        raise ValueError(f"{path}: classifier.weight has {shapes}")
-    with naming(str(path)):
-        model = arch.build(num_classes=len(classifier))
-    fill(model, state, path, "its net_config")
-    return arch, model
-
-
-def _read_net_config(path: Path) -> Architecture:
-    """As the published reader: lines are joined up to the one with net_type, no more is read."""
-    text, stated = "", None
-    for line in read_text(path).removeprefix("\ufeff").splitlines():
-        if "net_type" in line:
-            stated = line.rpartition(":")[2].strip()
-            break
-        text += line.strip()
-    with naming(str(path)):
-        arch = Architecture.parse(text.removesuffix("|"))
-        if stated not in (None, arch.net_type):
-            raise ValueError(f"net_type is {stated[:80]}, but the ops are {arch.net_type}")
-    return arch

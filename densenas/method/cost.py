@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
@@ -223,19 +223,11 @@ class CostTable:
             expected = "expected a finite number above 0"
             raise ValueError(f"a cost table cannot be scaled by {factor}, {expected}")
 
-        def times(rows: Rows) -> Rows:
-            return [[factor * cost for cost in row] for row in rows]
+        def times(entry: Any) -> Any:
+            return [times(inner) for inner in entry] if isinstance(entry, list) else factor * entry
 
-        return replace(
-            self,
-            stem=factor * self.stem,
-            head=times(self.head),
-            stack=times(self.stack),
-            final=[factor * cost for cost in self.final],
-            classifier=factor * self.classifier,
-            conditions={**self.conditions, "factor": factor},
-            spare={block: times(rows) for block, rows in self.spare.items()},
-        )
+        conditions = {**self.conditions, "factor": factor}
+        return CostTable.from_nested(self.space, self.kind, times(self.nested()), conditions)
 
     def derived_ends(self) -> dict[int, float]:
         """What a derived network costs behind the last block i of its path, for each i.
@@ -323,9 +315,10 @@ class CostTable:
         if isinstance(arch, str):
             arch = Architecture.read(arch)
         space, path = self.space, self.space.path_of(arch)
+        edges = space.head_edges
         total = self.stem + self.final[space.incoming(path[-1]).index(path[-2])] + self.classifier
         for edge, block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
-            total += self.head[space.head_edges.index(edge)][space.head_ops.index(block.head)]
+            total += self.head[edges.index(edge)][space.head_ops.index(block.head)]
             within = 0.0
             for number, row in enumerate(self._layers(edge[1])):
                 if number < len(block.stack):

@@ -50,9 +50,10 @@ def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Archit
     _, path = best_paths(space, p)[0]
     best_head = head.argmax(dim=1).tolist()
     best_stack = stack.argmax(dim=1).tolist() if stack.numel() else []
+    edges = space.head_edges
     chosen = []
     for edge in pairwise(path[:-1]):
-        head_op = space.head_ops[best_head[space.head_edges.index(edge)]]
+        head_op = space.head_ops[best_head[edges.index(edge)]]
         layers = [space.stack_ops[index] for index in best_stack[space.stack_rows(edge[1])]]
         chosen.append((head_op, tuple(op for op in layers if op != ops.SKIP)))
     return space.architecture(path, chosen)
