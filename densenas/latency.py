@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from densenas.files import HOST, Strict, writing
 from densenas.method import ops
-from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import Layer, SearchSpace
@@ -92,9 +91,8 @@ def measure(
     An op is one entry however often the space uses it: the fastest of `rounds` timings, since what else a machine does
     only adds. Each round has another order, so that a drift favours none. Each timing is appended to `log` as a JSON
     line; a killed measurement goes on behind the last whole line of the same conditions and host.
-    A skip costs nothing, a derived network drops it; with `skip_reg` it is charged a tenth of its
-    layer's first op, as in Mult-Adds.
-    Raises ValueError or, where the log cannot be written, OSError with one sentence.
+    A skip costs nothing, a derived network drops it; with `skip_reg` it is charged a tenth of its layer's first op, as
+    in Mult-Adds. Raises ValueError or, where the log cannot be written, OSError with one sentence.
     """
     warn_of_long_spins()
     where = pick_device(device)
@@ -207,25 +205,19 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12)
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
     """
     candidates = Lattice(table).sample(n, even=True)
-    measured = whole([one.architecture for one in candidates], table, device, rounds)
-    frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": measured})
-    frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
-    return frame
-
-
-def whole(
-    architectures: Sequence[Architecture], table: CostTable, device: str, rounds: int
-) -> list[float]:
-    """Milliseconds of each network as a whole, under a table's conditions: the least of so many shuffled rounds."""
     where = pick_device(device)
     x = torch.randn(table.batch_size, 3, table.input_size, table.input_size, device=where)
     x = x.contiguous(memory_format=torch.channels_last)
-    nets = [architecture.build(table.num_classes).eval() for architecture in architectures]
+    nets = [one.architecture.build(table.num_classes).eval() for one in candidates]
     times: list[list[float]] = [[] for _ in nets]
-    for _, index in shuffled(range(len(nets)), rounds, "networks"):
+    for _, index in shuffled(range(n), rounds, "networks"):
         net = nets[index].to(where).to(memory_format=torch.channels_last)
         times[index].append(milliseconds(net, x))
-    return [min(values) for values in times]
+    predicted = [one.cost for one in candidates]
+    measured = [min(values) for values in times]  # what else a machine does only adds
+    frame = pd.DataFrame({"predicted": predicted, "measured": measured})
+    frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
+    return frame
 
 
 def agreement(frame: pd.DataFrame) -> dict[str, float]:

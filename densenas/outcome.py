@@ -56,16 +56,6 @@ class Search:
         return self.configuration["target_cost"]
 
     @property
-    def epochs(self) -> int:
-        """How many the search has when it is finished."""
-        return self.configuration["recipe"]["epochs"]
-
-    @property
-    def digest(self) -> str:
-        """Tells one search from every other: two with the same digest end with the same network."""
-        return digest(self.configuration)
-
-    @property
     def best(self) -> Candidate:
         """What the search found."""
         return Lattice(self.table, self.trace[-1]).derive(self.target_cost)
@@ -105,9 +95,9 @@ def finished_search(run: Run) -> Search:
         raise ValueError(
             f"run '{run.name}' has other images now than it was searched on: run 03-search again"
         )
-    done = len(result.history)
-    if done < result.epochs:
-        unfinished = f"the search of run '{run.name}' has done {done} of {result.epochs} epochs"
+    done, epochs = len(result.history), result.configuration["recipe"]["epochs"]
+    if done < epochs:
+        unfinished = f"the search of run '{run.name}' has done {done} of {epochs} epochs"
         raise ValueError(f"{unfinished}: run 03-search again, it goes on from there")
     return result
 
@@ -174,7 +164,7 @@ def write_architecture(run: Run, result: Search) -> dict[str, Any]:
         "num_classes": num_classes,
         "space": table.space.name,
         "seed": result.configuration["seed"],
-        "search": result.digest,
+        "search": digest(result.configuration),
         "data": result.configuration["data"],
     }
     save_published(run.reports, arch)

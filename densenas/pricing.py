@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
@@ -56,15 +55,9 @@ def price(run: Run, settings: CostSettings) -> Prices:
 def _timed(run: Run, prices: Prices, settings: CostSettings) -> Prices:
     """The prices with latency of every op and of some whole networks, which are kept."""
     device, rounds = settings.device, settings.rounds
-    measured = measure(
-        prices.mult_adds.space,
-        prices.mult_adds.input_size,
-        prices.mult_adds.num_classes,
-        run.work / "latency.jsonl",
-        settings.batch_size,
-        device,
-        rounds,
-    )
+    flops, log = prices.mult_adds, run.work / "latency.jsonl"
+    images = flops.input_size, flops.num_classes
+    measured = measure(flops.space, *images, log, settings.batch_size, device, rounds)
     measured.write(run.reports / "latency.json")
     table = measured if settings.kind == "latency" else prices.table
     if not settings.networks:
@@ -73,31 +66,27 @@ def _timed(run: Run, prices: Prices, settings: CostSettings) -> Prices:
     agreed = agreement(networks)
     if settings.kind == "latency":
         table = measured.scaled(agreed["factor"])
-    where = {"device": measured.conditions["device"]}
-    run.update_json("metrics.json", "latency", {**agreed, **where})
+    device_name = measured.conditions["device"]
+    run.update_json("metrics.json", "latency", {**agreed, "device": device_name})
     return Prices(table, prices.mult_adds, measured, networks, agreed)
 
 
-def read_costs(run: Run, space: str | Path | None = None) -> CostTable:
-    """The table that 02-cost kept.
-
-    ValueError where it is damaged, made for other images than the prepared ones, or for another
-    space than asked for; None is the table's own.
-    """
+def read_costs(run: Run) -> CostTable:
+    """The table that 02-cost kept; ValueError where it is damaged, or made for other images than the prepared ones."""
     path = run.need(run.reports / "cost.json", "02-cost")
     again = f"run 02-cost of run '{run.name}' again"
     try:
-        table = CostTable.read(path, SearchSpace.load(space) if space else None)
+        table = CostTable.read(path)
     except ValueError as error:
         raise ValueError(f"{error}; {again}") from None
     if "input_size" not in table.conditions:
         raise ValueError(f"{path} does not say for which images it holds: {again}")
-    priced = table.input_size, table.num_classes
-    if (run.work / "data.json").exists() and priced != prepared(run):
+    if (run.work / "data.json").exists():
         size, classes = prepared(run)
-        found = f"{priced[0]} pixels in {priced[1]} classes"
-        have = f"the prepared ones have {size} in {classes}"
-        raise ValueError(f"{path} prices images of {found}, {have}: {again}")
+        if (table.input_size, table.num_classes) != (size, classes):
+            found = f"{table.input_size} pixels in {table.num_classes} classes"
+            have = f"the prepared ones have {size} in {classes}"
+            raise ValueError(f"{path} prices images of {found}, {have}: {again}")
     return table
 
 

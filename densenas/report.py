@@ -28,8 +28,9 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % confidence interval of a share seen in n trials (Wilson 1927)."""
+    z = 1.96
     scale = 1 + z**2 / n
     centre = (share + z**2 / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -124,8 +125,7 @@ def _sections(run: Run, name: str, stages: dict[str, str]) -> dict[str, Any]:
 def evaluation(run: Run) -> dict[str, Any]:
     """What a report says of an evaluated run: metrics.json, what was derived (`arch`), and what was tested (`tested`).
 
-    Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not
-    run again.
+    Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not run again.
     """
     stages = {"data": "01-data", "search": "03-search", "evaluate": "06-evaluate"}
     metrics = _sections(run, "metrics.json", stages)
@@ -153,12 +153,14 @@ def write_report(run: Run) -> str:
     parameters = {}
     for stage, entry in provenance.items():
         parameters[stage] = yaml.safe_dump(entry["parameters"])
-    content["captions"] = captions
-    content["sources"] = sources
-    content["parameters"] = parameters
-    content["environment"] = provenance["03-search"]
-    content["notebooks"] = sorted(path.name for path in run.reports.glob("*.ipynb"))
-    page = TEMPLATES.get_template("report.html.j2").render(content)
+    page = TEMPLATES.get_template("report.html.j2").render(
+        content,
+        captions=captions,
+        sources=sources,
+        parameters=parameters,
+        environment=provenance["03-search"],
+        notebooks=sorted(path.name for path in run.reports.glob("*.ipynb")),
+    )
     write_text(run.reports / "index.html", page)
     return f"reports/{run.name}/index.html"
 
@@ -177,8 +179,7 @@ def write_study(run: Run) -> str:
     tags = TagRemovePreprocessor(remove_all_outputs_tags={"work"}, remove_cell_tags={"demo"})
     exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[tags])
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
-    stages = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})
-    provenance = stages["09-evidence"]
+    provenance = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
     metrics = _sections(run, "metrics.json", {"data": "01-data"})
     page = TEMPLATES.get_template("study.html.j2").render(
         run=run.name,
@@ -211,11 +212,12 @@ def tell(run: Run) -> None:
     """
     metrics = run.read_json("metrics.json")
     if "evidence" not in metrics and "evaluate" not in metrics:
-        lacks = "holds no result of 06-evaluate or 09-evidence yet"
-        if not run.reports.is_dir():
-            lacks = "is not there"
-        nothing = f"run '{run.name}' has nothing to report"
-        raise FileNotFoundError(f"{nothing}: reports/{run.name} {lacks}")
+        lacks = "is not there"
+        if run.reports.is_dir():
+            lacks = "holds no result of 06-evaluate or 09-evidence yet"
+        raise FileNotFoundError(
+            f"run '{run.name}' has nothing to report: reports/{run.name} {lacks}"
+        )
     print(f"\nRun '{run.name}'")
     try:
         if "evidence" in metrics:

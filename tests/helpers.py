@@ -119,7 +119,7 @@ def smallest_input(space):
 
 
 def edges_by_rule(space):
-    """METHOD, section 1, word for word."""
+    """The rule of `SearchSpace.edges`, word for word."""
     maps = [*space.fm_sizes, space.fm_sizes[-1]]
     last = len(space.chs)
     found = []

@@ -303,19 +303,13 @@ def test_costs_are_those_of_the_prepared_images(priced):
     )  # as in a report without the machine's files
 
 
-def test_costs_are_those_of_the_space(priced, tmp_path):
-    path = tmp_path / "made up.yml"
-    path.write_text(SMALL.model_dump_json())
-    assert read_costs(priced, path).space == SMALL
-    with refused(
-        ValueError, r"cost\.json: it prices space made up, asked for was digits; run 02-cost"
-    ):
-        read_costs(priced, "digits")
-    path.write_text(SMALL.model_copy(update={"last_dim": 8}).model_dump_json())
-    with refused(
-        ValueError, r"cost\.json: it prices another version of space made up.*run 02-cost"
-    ):
-        read_costs(priced, path)
+def test_costs_are_those_of_the_space(priced):
+    path = priced.reports / "cost.json"
+    assert CostTable.read(path, SMALL).space == read_costs(priced).space == SMALL
+    with refused(ValueError, r"cost\.json: it prices space made up, asked for was digits"):
+        CostTable.read(path, SearchSpace.load("digits"))
+    with refused(ValueError, r"cost\.json: it prices another version of space made up"):
+        CostTable.read(path, SMALL.model_copy(update={"last_dim": 8}))
 
 
 def test_costs_that_do_not_say_of_what_they_are_serve_no_run(priced):
