@@ -89,10 +89,10 @@ def measure(
     """Times every distinct op of a space (fp32, evaluation mode, channels last); gives a table in milliseconds.
 
     An op is one entry however often the space uses it: the fastest of `rounds` timings, since what else a machine does
-    only adds. Each round has another order, so that a drift favours none. Each timing is appended to `log` as a JSON
-    line; a killed measurement goes on behind the last whole line of the same conditions and host.
-    A skip costs nothing, a derived network drops it; with `skip_reg` it is charged a tenth of its layer's first op, as
-    in Mult-Adds. Raises ValueError or, where the log cannot be written, OSError with one sentence.
+    only adds. Each timing is appended to `log` as a JSON line; a killed measurement goes on behind the last whole line
+    of the same conditions and host. A skip costs nothing, a derived network drops it; with `skip_reg` it is charged a
+    tenth of its layer's first op, as in Mult-Adds. Raises ValueError or, where the log cannot be written, OSError with
+    one sentence.
     """
     warn_of_long_spins()
     where = pick_device(device)

@@ -153,14 +153,12 @@ def write_report(run: Run) -> str:
     parameters = {}
     for stage, entry in provenance.items():
         parameters[stage] = yaml.safe_dump(entry["parameters"])
-    page = TEMPLATES.get_template("report.html.j2").render(
-        content,
-        captions=captions,
-        sources=sources,
-        parameters=parameters,
-        environment=provenance["03-search"],
-        notebooks=sorted(path.name for path in run.reports.glob("*.ipynb")),
-    )
+    content["captions"] = captions
+    content["sources"] = sources
+    content["parameters"] = parameters
+    content["environment"] = provenance["03-search"]
+    content["notebooks"] = sorted(path.name for path in run.reports.glob("*.ipynb"))
+    page = TEMPLATES.get_template("report.html.j2").render(content)
     write_text(run.reports / "index.html", page)
     return f"reports/{run.name}/index.html"
 

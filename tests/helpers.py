@@ -119,7 +119,7 @@ def smallest_input(space):
 
 
 def edges_by_rule(space):
-    """The rule of `SearchSpace.edges`, word for word."""
+    """The rule of the dense connections (section 3.1), written apart from `SearchSpace.edges`."""
     maps = [*space.fm_sizes, space.fm_sizes[-1]]
     last = len(space.chs)
     found = []
