@@ -66,6 +66,21 @@ def make_space(**settings):
     return SearchSpace(**{**usual, **settings})
 
 
+# data.json of a folder of three classes.
+DESCRIPTION = {
+    "dataset": "folder",
+    "classes": ["a", "b", "c"],
+    "image_size": 48,
+    "pack": None,
+    "resident": True,
+    "augment": "weak",
+    "digest": "",
+    "mean": [0.0] * 3,
+    "std": [1.0] * 3,
+    "manifest": "",
+}
+
+
 SMALL = make_space(
     input_size=16,
     init_dim=4,

@@ -16,7 +16,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from helpers import SMALL, full_disk, random_table, refused
+from helpers import DESCRIPTION, SMALL, full_disk, random_table, refused
 
 from densenas import CostTable, SearchSpace, files, threads
 from densenas.files import HOST, atomic, write_text
@@ -255,20 +255,6 @@ def test_no_history_is_none(run):
 
 
 # ---------------------------------------------------------------- costs of the run's own images
-
-
-DESCRIPTION = {
-    "dataset": "folder",
-    "classes": ["a", "b", "c"],
-    "image_size": 48,
-    "pack": None,
-    "resident": True,
-    "augment": "weak",
-    "digest": "",
-    "mean": [0.0] * 3,
-    "std": [1.0] * 3,
-    "manifest": "",
-}
 
 
 @pytest.fixture
