@@ -7,7 +7,6 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -119,12 +118,17 @@ def measure(
     # All machines of a kind say the same about themselves: what another host timed is never used.
     here = {**conditions, "host": HOST}
     times = _logged(log, here)
-    with _appending(log) as write:
-        for number, layer in shuffled(timed, rounds, "latency"):
-            if len(times[layer]) <= number:
-                ms = _timed(layer, space, batch_size, where)
-                times[layer].append(ms)
-                write(json.dumps({"key": layer, "ms": ms, "conditions": here}))
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write("\n")  # behind what a kill left of the last line
+            for number, layer in shuffled(timed, rounds, "latency"):
+                if len(times[layer]) <= number:
+                    ms = _timed(layer, space, batch_size, where)
+                    times[layer].append(ms)
+                    line = json.dumps({"key": layer, "ms": ms, "conditions": here})
+                    file.write(f"{line}\n")
+                    file.flush()
 
     # A skip is the one op that is not timed.
     least = defaultdict(float, {layer: min(times[layer]) for layer in timed})
@@ -146,21 +150,6 @@ def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
         "median": median(times),
         "max": max(times),
     }
-
-
-@contextmanager
-def _appending(log: Path) -> Iterator[Callable[[str], None]]:
-    """A function that adds a line to a file; what a kill left of the last line is closed first."""
-    with writing(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write("\n")
-
-            def write(line: str) -> None:
-                file.write(f"{line}\n")
-                file.flush()
-
-            yield write
 
 
 def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:

@@ -57,7 +57,12 @@ def is_code(model: str) -> bool:
 
 def _network_of_function(model: str, num_classes: int) -> nn.Module:
     if source := source_of(model):
-        _refuse_edited(source)
+        # A process keeps the code that it imported first, whatever the file says since.
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        if CODE_SEEN.setdefault(source, digest) != digest:
+            raise ValueError(
+                f"{source} was edited since this process imported it: restart the process or kernel"
+            )
     # Whatever the user's code raises is told in one sentence; a script may even exit when imported.
     try:
         function = pkgutil.resolve_name(model)
@@ -94,15 +99,6 @@ def source_of(model: str) -> Path | None:
     except (ImportError, ValueError, AttributeError):
         return None
     return Path(found.origin) if found and found.origin and found.has_location else None
-
-
-def _refuse_edited(source: Path) -> None:
-    """A process keeps the code that it imported first, whatever the file says since."""
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    if CODE_SEEN.setdefault(source, digest) != digest:
-        raise ValueError(
-            f"{source} was edited since this process imported it: restart the process or kernel"
-        )
 
 
 def code_digest(model: str, net: nn.Module) -> str:

@@ -192,15 +192,12 @@ def write_study(run: Run) -> str:
     )
     readme = root() / "README.md"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart
-        write_text(readme, _quoting(read_text(readme), run.name, quote))
+        # Between the comments <!-- name --> and <!-- end -->, if it has these.
+        start = f"<!-- {run.name} -->"
+        place = rf"{re.escape(start)}.*?(?=<!-- end -->)"
+        text = re.sub(place, lambda _: f"{start}\n{quote}\n", read_text(readme), flags=re.DOTALL)
+        write_text(readme, text)
     return f"reports/{run.name}/evidence.html"
-
-
-def _quoting(text: str, name: str, quote: str) -> str:
-    """The text with the quote between the comments <!-- name --> and <!-- end -->, if it has these."""
-    start = f"<!-- {name} -->"
-    place = rf"{re.escape(start)}.*?(?=<!-- end -->)"
-    return re.sub(place, lambda _: f"{start}\n{quote}\n", text, flags=re.DOTALL)
 
 
 def tell(run: Run) -> None:
