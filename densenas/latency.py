@@ -194,8 +194,8 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12)
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
     """
     candidates = Lattice(table).sample(n, even=True)
-    where = pick_device(device)
-    x = torch.randn(table.batch_size, 3, table.input_size, table.input_size, device=where)
+    where, size = pick_device(device), table.input_size
+    x = torch.randn(table.conditions["batch_size"], 3, size, size, device=where)
     x = x.contiguous(memory_format=torch.channels_last)
     nets = [one.architecture.build(table.num_classes).eval() for one in candidates]
     times: list[list[float]] = [[] for _ in nets]
