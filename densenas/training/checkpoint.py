@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densenas.files import atomic
-from densenas.images.loading import rank_and_world
+from densenas.ranks import rank_and_world
 from densenas.runs.run import Run
 from densenas.weights import read_saved
 

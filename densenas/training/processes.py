@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import (
 )
 
 from densenas.files import one_line
-from densenas.images.loading import rank_and_world
+from densenas.ranks import rank_and_world
 from densenas.training.device import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from densenas.images.loading import rank_and_world
+from densenas.ranks import rank_and_world
 from densenas.recipes import RetrainRecipe, SearchRecipe
 
 
