@@ -82,7 +82,8 @@ class ImageData:
 
 def load(run: Run) -> ImageData:
     """What `prepare` kept for this run; ValueError where that is damaged or its pack is another."""
-    description, folder = _read_description(run), run.work / "data"
+    description = _read_description(run)
+    folder = run.work / "data"
     if sha256(run.need(folder / "manifest.csv", "01-data")) != description.manifest:
         other = f"is not the one that {run.work / 'data.json'} describes"
         raise ValueError(f"the pack '{folder}' {other}: run 01-data of run '{run.name}' again")
@@ -99,9 +100,8 @@ def prepared(run: Run, image_size: int | None = None) -> tuple[int, int]:
     side = description.image_size
     if image_size not in (None, side):
         are = f"the images of run '{run.name}' were prepared with {side} pixels"
-        raise ValueError(
-            f"image_size is {image_size}, but {are}: leave it out, or run 01-data again"
-        )
+        again = "leave it out, or run 01-data again"
+        raise ValueError(f"image_size is {image_size}, but {are}: {again}")
     return side, len(description.classes)
 
 

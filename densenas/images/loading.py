@@ -96,10 +96,9 @@ class Batches:
             shifts = None if seed is None else Shifts(seed, mirror, self.batch_size, self.share)
             self.loader = Resident(parts, device, shifts)
         else:
-            if seed is None:
-                decoder = Decoder(parts, transform(None, data.image_size), mirror=False)
-            else:
-                decoder = Decoder(parts, transform(data.augment, data.image_size), mirror)
+            augment = None if seed is None else data.augment
+            steps = transform(augment, data.image_size)
+            decoder = Decoder(parts, steps, mirror and seed is not None)
             self.loader = Decoded(decoder, device, seed, self.batch_size // world, workers)
 
     def __len__(self) -> int:

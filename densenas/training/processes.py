@@ -222,8 +222,8 @@ class Interruption:
         """Lets the noted signal act, now that a checkpoint is kept."""
         if self.asked is None:
             return
-        written = f"{kept.name} is written: the same call goes on from this step"
-        print(f"\n{self.what} was interrupted, {written}", flush=True)
+        goes_on = "the same call goes on from this step"
+        print(f"\n{self.what} was interrupted, {kept.name} is written: {goes_on}", flush=True)
         self._obey(self.asked)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
