@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from densenas.images.data import IMAGENET, ImageData
+from densenas.images.data import ImageData
 from densenas.images.items import Item
 from densenas.images.loading import Batches
 from densenas.images.pack import CORES, Packed, read_manifest
 from densenas.images.packing import write_pack
+from densenas.images.prepare import IMAGENET
 from densenas.runs.provenance import environment
 
 BATCH, SIZE, PASSES = 32, 224, 5

@@ -25,7 +25,7 @@ from typing import TypeVar
 import pandas as pd
 
 from densenas import CostTable, SearchSpace, latency, train
-from densenas.images import data
+from densenas.images.prepare import prepare
 from densenas.method.derivation import Lattice
 from densenas.recipes import override
 from densenas.runs.provenance import environment
@@ -59,7 +59,7 @@ def main() -> None:
     rows, where = [], environment()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DENSENAS_ROOT"] = str(Path(folder))
-        images = data.prepare(Run("data"), DataSettings())
+        images = prepare(Run("data"), DataSettings())
         size, classes = images.image_size, len(images.classes)
         milliseconds = fresh(
             latency.measure, space, size, classes, Path(folder) / "latency.jsonl", 1, "cpu"

@@ -17,6 +17,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from densenas.baselines import designs, hand_made
+from densenas.costs import RECIPES, priced_space, read_costs
 from densenas.files import read_json, write_text
 from densenas.images.data import ImageData, load
 from densenas.images.loading import seed_of
@@ -25,7 +26,6 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.outcome import Search, load_search
-from densenas.pricing import RECIPES, priced_space, read_costs
 from densenas.ranking import PathOf
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.progress import progress, quiet

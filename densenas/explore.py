@@ -11,13 +11,13 @@ import torch
 from ipywidgets import HTML, DOMWidget, Dropdown, FloatSlider, HBox, IntSlider, VBox
 
 from densenas import figures
+from densenas.costs import read_costs
 from densenas.files import root
 from densenas.method.cost import CostTable
 from densenas.method.derivation import best_paths, derive
 from densenas.method.probabilities import Probabilities, expected_cost, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
 from densenas.outcome import Search, load_search
-from densenas.pricing import read_costs
 from densenas.runs.run import Run
 
 NO_RUN = "none, only sliders"

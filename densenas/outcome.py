@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from densenas.costs import RECIPES, read_costs
 from densenas.files import write_text
 from densenas.images.data import load
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Candidate, Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import SuperNet
-from densenas.pricing import RECIPES, read_costs
 from densenas.published import save_published
 from densenas.runs.run import Run
 from densenas.training.checkpoint import Position, Row, digest, read_checkpoint, restore

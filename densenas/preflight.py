@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from densenas.files import DATA, naming, root
-from densenas.images.data import listing
 from densenas.images.items import fingerprint
+from densenas.images.prepare import listing
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace

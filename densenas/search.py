@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densenas.costs import priced_space, read_costs
 from densenas.images.data import ImageData, load
-from densenas.images.loading import Batches, rank_and_world
+from densenas.images.loading import Batches
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
 from densenas.outcome import Search, Trace
-from densenas.pricing import priced_space, read_costs
+from densenas.ranks import rank_and_world
 from densenas.recipes import SearchRecipe, override
 from densenas.runs.run import Run
 from densenas.settings import Computing, Precision, SearchSettings

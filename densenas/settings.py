@@ -17,8 +17,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, mode
 from densenas.files import Strict, naming, read_yaml
 from densenas.recipes import Epochs, Images
 
-ELONGATION = 16  # times as long as wide an image is used as a whole, of longer ones the middle
-LARGEST_PACK = 65_500 // ELONGATION  # pixels: no side of a JPEG can be much longer than 65,500
+# Pixels: packing keeps up to 16 times as many of the longer side (`transforms.ELONGATION`), and no
+# side of a JPEG can be much longer than 65,500.
+LARGEST_PACK = 65_500 // 16
 WITHIN = 0.05  # of a study's target, as a share: what random and hand-made networks may cost
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import identity
+from densenas.costs import read_costs
 from densenas.export import export
 from densenas.images.data import ImageData, load
-from densenas.images.loading import Batches, rank_and_world
+from densenas.images.loading import Batches
 from densenas.method.architecture import Architecture
 from densenas.networks import (
     check_network,
@@ -26,7 +27,7 @@ from densenas.networks import (
     network,
     save_network,
 )
-from densenas.pricing import read_costs
+from densenas.ranks import rank_and_world
 from densenas.recipes import RetrainRecipe, override
 from densenas.runs.progress import progress
 from densenas.runs.run import Run

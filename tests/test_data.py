@@ -15,9 +15,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchvision.io import write_jpeg, write_png
 
-from densenas.images.data import Split, listing, load, prepare
+from densenas.images.data import Split, load
 from densenas.images.items import Item
 from densenas.images.pack import read_manifest
+from densenas.images.prepare import listing, prepare
 from densenas.images.sources import CLASSES, IMAGENETTE
 from densenas.images.splits import assign
 from densenas.runs.run import Run

@@ -15,8 +15,7 @@ from PIL import Image
 from torchvision.io import encode_jpeg
 
 from densenas.images.decoding import decode
-from densenas.images.transforms import middle, transform
-from densenas.settings import ELONGATION
+from densenas.images.transforms import ELONGATION, middle, transform
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 

@@ -31,9 +31,9 @@ from helpers import REPOSITORY as ROOT
 from torch import nn
 
 from densenas import CostTable, SearchSpace, SuperNet, stage
-from densenas.images import data
-from densenas.images.loading import rank_and_world
+from densenas.images.prepare import prepare
 from densenas.method.architecture import DerivedNet
+from densenas.ranks import rank_and_world
 from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import DataSettings
@@ -222,7 +222,7 @@ def test_two_machines_train_one_search(tmp_path):
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     run = Run(name)
     try:
-        data.prepare(run, DataSettings())
+        prepare(run, DataSettings())
         CostTable.mult_adds(SearchSpace.load("digits"), 32, 10).write(run.reports / "cost.json")
         command = [
             sys.executable,

@@ -18,7 +18,7 @@ from torchvision.io import write_png
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
 from densenas.baselines import hand_made
 from densenas.evidence import Job, Study, main
-from densenas.images.data import prepare
+from densenas.images.prepare import prepare
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
 from densenas.preflight import checked

@@ -7,9 +7,10 @@ import pytest
 from helpers import DESCRIPTION, SKIP, SMALL, full_disk, refused
 
 from densenas import CostTable, SearchSpace, latency
+from densenas.costs import read_costs
 from densenas.latency import agreement, judge, measure
 from densenas.method.derivation import Lattice
-from densenas.pricing import price, read_costs
+from densenas.pricing import price
 from densenas.settings import CostSettings
 
 RES = SearchSpace.load("cifar_resnet")

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from torchvision.io import write_png
 from torchvision.transforms import v2
 
-from densenas.images.data import ImageData, Split, prepare
+from densenas.images.data import ImageData, Split
 from densenas.images.loading import Batches, Decoder, fit_workers, free_shared_memory
+from densenas.images.prepare import prepare
 from densenas.images.transforms import RandomResizedCrop, transform
 from densenas.runs.run import Run
 from densenas.settings import DataSettings

@@ -13,10 +13,11 @@ import torch
 from helpers import class_folders, full_disk, refused
 from torchvision.io import decode_image, encode_jpeg, encode_png, write_jpeg, write_png
 
-from densenas.images.data import load, prepare
+from densenas.images.data import load
 from densenas.images.items import Item, fingerprint
 from densenas.images.pack import Packed, read_manifest, verify
 from densenas.images.packing import write_pack
+from densenas.images.prepare import prepare
 
 
 def noise(height, width, seed=0):

@@ -19,9 +19,9 @@ import torch
 from helpers import DESCRIPTION, SMALL, full_disk, random_table, refused
 
 from densenas import CostTable, SearchSpace, files, threads
+from densenas.costs import read_costs
 from densenas.files import HOST, atomic, write_text
 from densenas.images.data import prepared
-from densenas.pricing import read_costs
 from densenas.runs import provenance
 from densenas.runs.run import Run
 from densenas.training.device import pick_device

@@ -29,6 +29,7 @@ from helpers import (
 from torch import nn
 
 from densenas import CostTable, SuperNet
+from densenas.costs import read_costs
 from densenas.images.data import ImageData, Split
 from densenas.images.loading import Batches
 from densenas.method.derivation import Lattice
@@ -39,7 +40,6 @@ from densenas.outcome import (
     record_search,
     write_architecture,
 )
-from densenas.pricing import read_costs
 from densenas.runs.run import Run
 from densenas.search import search, search_run
 from densenas.settings import Computing, SearchSettings

@@ -1,5 +1,6 @@
 """Images, from a user's folder to normalised batches on a device; knows nothing of the method.
 
 In the order of the data: `sources` and `folders` (which images there are, as `items`), `splits`, `decoding` and
-`transforms`, `packing`, `pack` and `store` (one LMDB a split), `data` (a data set, prepared once), `loading` (batches).
+`transforms`, `packing`, `pack` and `store` (one LMDB a split), `prepare` (a data set, once), `data` (as it then is),
+`loading` (batches).
 """

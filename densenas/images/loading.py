@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +18,7 @@ from torchvision.transforms import v2
 from densenas.images.data import ImageData, Split
 from densenas.images.pack import CORES, Packed
 from densenas.images.transforms import transform
+from densenas.ranks import rank_and_world
 
 MIRRORED = ("cifar10", "imagenette", "folder")  # sets in which a mirror image keeps its class
 Request = tuple[int, int]  # an image's index, and the seed of its augmentation
@@ -31,11 +31,6 @@ def seed_of(*position: object) -> int:
 
 def generator_of(*position: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*position))
-
-
-def rank_and_world() -> tuple[int, int]:
-    """The number of this process and how many train together."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -101,10 +96,9 @@ class Batches:
             shifts = None if seed is None else Shifts(seed, mirror, self.batch_size, self.share)
             self.loader = Resident(parts, device, shifts)
         else:
-            if seed is None:
-                decoder = Decoder(parts, transform(None, data.image_size), mirror=False)
-            else:
-                decoder = Decoder(parts, transform(data.augment, data.image_size), mirror)
+            augment = None if seed is None else data.augment
+            steps = transform(augment, data.image_size)
+            decoder = Decoder(parts, steps, mirror and seed is not None)
             self.loader = Decoded(decoder, device, seed, self.batch_size // world, workers)
 
     def __len__(self) -> int:

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from densenas.images.decoding import decode
 from densenas.images.store import MEND, environment, find, name_of, read_sums, sha256
@@ -99,7 +98,7 @@ def with_reasons(reasons: dict[str, str]) -> str:
     return "; ".join(listed)
 
 
-class Packed(Dataset[Tensor]):
+class Packed:
     """One split of a pack, read image by image: `labels` (N,) int64, `names` in the LMDB."""
 
     def __init__(self, folder: Path, rows: pd.DataFrame, image_size: int) -> None:
@@ -125,8 +124,6 @@ class Packed(Dataset[Tensor]):
         except (ValueError, lmdb.Error) as error:
             sentence = f"image {index} of '{self.path}' cannot be read ({error}): {MEND}"
             raise ValueError(sentence) from None
-
-    __getitem__ = read
 
     def sizes(self, count: int) -> list[tuple[int, int]]:
         """Width and height of about that many images, evenly spaced."""

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torchvision import datasets
 
-from densenas.files import DATA
+from densenas.files import DATA, one_line
 from densenas.images.folders import quoted, read_folder
 from densenas.images.items import Item, Source
 from densenas.runs.run import Run
@@ -146,8 +146,7 @@ def _download_imagenette(folder: Path) -> None:
 
 
 def _absent(dataset: str, root: Path, error: Exception) -> FileNotFoundError:
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return FileNotFoundError(
-        f"{dataset} is not in '{root}' and could not be downloaded ({reason});"
+        f"{dataset} is not in '{root}' and could not be downloaded ({one_line(error)});"
         f" put it there or set source, and delete what is only half there"
     )

@@ -112,13 +112,11 @@ def resume(path: Path, origins: dict[bytes, str]) -> tuple[lmdb.Environment, set
 
     `origins` are by name. Images of other origins are removed.
     """
-    if not path.exists():
-        return open_lmdb(path, readonly=False), set()
     try:
         env = open_lmdb(path, readonly=False)
     except lmdb.Error:
-        path.unlink()  # half-written when the power was cut
-        return open_lmdb(path, readonly=False), set()
+        path.unlink(missing_ok=True)  # half-written when the power was cut
+        env = open_lmdb(path, readonly=False)
     same, stale = set(), set()
     with env.begin() as reader, reader.cursor() as cursor:
         cursor.set_range(b"row:")
@@ -128,11 +126,12 @@ def resume(path: Path, origins: dict[bytes, str]) -> tuple[lmdb.Environment, set
                 same.add(name)
             else:
                 stale.add(name)
-    if not same:
+    if stale and not same:  # a new file is smaller than one that was emptied
         env.close()
-        path.unlink()  # of other images
-        return open_lmdb(path, readonly=False), set()
-    commit(env, {}, stale)
+        path.unlink()
+        env = open_lmdb(path, readonly=False)
+    else:
+        commit(env, {}, stale)
     return env, same
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from densenas.settings import ELONGATION, Augment
+ELONGATION = 16  # times as long as wide an image is used as a whole, of longer ones the middle
 
 
 def middle(image: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def resized(size: int) -> v2.Transform:
     return v2.Compose([middle, v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
 
-def transform(augment: Augment | None, size: int) -> v2.Transform:
+def transform(augment: str | None, size: int) -> v2.Transform:
     """The published transforms from uint8 (3, H, W) to (3, size, size), without the mirror.
 
     None is for validation. Their numbers are for 224 pixels and scale with `size`: 256 and 480 are

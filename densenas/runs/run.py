@@ -39,9 +39,9 @@ class Run:
             how = "papermill takes it as text with -r, as a number with -p"
             raise ValueError(f"run name {name!r} is no text: {how}")
         if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name == OVERVIEW:
-            usable = "at most 100 letters, digits, '.', '_', '-', none of '.' and '-' first"
             raise ValueError(
-                f"run name {name[:120]!r} is not usable as a folder name: use {usable}"
+                f"run name {name[:120]!r} is not usable as a folder name:"
+                " use at most 100 letters, digits, '.', '_', '-', none of '.' and '-' first"
             )
         self.name = name
         self.root = files.root() if root is None else root
@@ -108,9 +108,10 @@ class Run:
         except (ValueError, KeyError):
             sound = False
         if not sound:
-            again = f"delete it and run 03-search and 05-retrain of run '{self.name}' again"
-            how = "they go on from their checkpoints and write it anew"
-            raise ValueError(f"{path} is damaged: {again}, {how}")
+            raise ValueError(
+                f"{path} is damaged: delete it and run 03-search and 05-retrain of run '{self.name}' again,"
+                " they go on from their checkpoints and write it anew"
+            )
         if stage is None or not len(history):
             return history
         return history[history["stage"] == stage].dropna(axis=1, how="all").reset_index(drop=True)
@@ -121,9 +122,9 @@ class Run:
             try:
                 kept = [row for row in self.history().to_dict("records") if row["stage"] != stage]
             except ValueError:
+                kept = []
                 others = "rows of other stages come back when these run again"
                 print(f"history.csv was damaged and is written anew: {others}", flush=True)
-                kept = []
             history = pd.DataFrame(kept + [{"stage": stage, **row} for row in rows])
             # Search before retraining, whichever was run last.
             history = history.sort_values(["stage", "epoch"], ascending=[False, True])

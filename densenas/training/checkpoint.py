@@ -20,12 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densenas.files import atomic
-from densenas.images.loading import rank_and_world
+from densenas.ranks import rank_and_world
 from densenas.runs.run import Run
 from densenas.weights import read_saved
 
 CHECKPOINT_SECONDS = 120.0  # so much work is lost at most, however long an epoch
-SHARED = "every machine needs the same runs/ and reports/ folders"
 
 Row = dict[str, Any]  # of a history: column → number
 
@@ -97,6 +96,7 @@ class Checkpoint:
         self.position = Position()
         self.parts: dict[str, Part] = {"position": self.position, **parts}
         self.path = run.work / f"{stage}.pt"
+        self.previous = self.path.with_suffix(".previous.pt")
         self.rank, self.world = rank_and_world()
         self.saved = time.monotonic()
 
@@ -105,15 +105,15 @@ class Checkpoint:
 
         Raises RuntimeError where the processes would do different things.
         """
-        different = f"processes have other data, costs or recipes, {SHARED}"
-        self._agree(json.dumps(self.configuration, sort_keys=True), different)
+        configuration = json.dumps(self.configuration, sort_keys=True)
+        self._agree(configuration, "processes have other data, costs or recipes")
         if self.rank > 0:
             dist.barrier()  # the first process alone decides whether the checkpoint serves
-        load_checkpoint(self.path, self.configuration, self.parts)
+        self._load()
         if self.world > 1 and self.rank == 0:
             dist.barrier()
-        apart = f"processes would go on from different steps, {SHARED}"
-        self._agree(json.dumps(vars(self.position)), apart)
+        position = json.dumps(vars(self.position))
+        self._agree(position, "processes would go on from different steps")
 
     def _agree(self, value: str, sentence: str) -> None:
         """Raises RuntimeError on every process where one of them has another value."""
@@ -122,7 +122,44 @@ class Checkpoint:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         if any(other != values[0] for other in values):
-            raise RuntimeError(f"{self.stage}: {sentence}")
+            same = "every machine needs the same runs/ and reports/ folders"
+            raise RuntimeError(f"{self.stage}: {sentence}, {same}")
+
+    def _load(self) -> None:
+        """Puts the last checkpoint of this configuration into the parts; without one they stay as they are.
+
+        A damaged one is set aside as .damaged and the one before takes its place; one of another configuration is set
+        aside as .old. Either is said, with what happens now. Raises ValueError where a folder is in the way.
+        """
+        path = self.path
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, a checkpoint belongs there: move it away")
+        if not path.exists():
+            # Whoever deleted a checkpoint wanted to start anew.
+            self.previous.unlink(missing_ok=True)
+            return
+        fresh = copy.deepcopy(self._state())
+        while path.exists():
+            try:
+                checkpoint = read_checkpoint(path)
+                if changed := _differences(checkpoint["configuration"], self.configuration):
+                    print(
+                        f"{path.name} is of another configuration ({', '.join(changed)} differ):"
+                        " starting anew, it is kept as .old"
+                    )
+                    path.replace(path.with_suffix(".old"))
+                    self.previous.unlink(missing_ok=True)
+                    break
+                restore(self.parts, checkpoint, path)
+                return
+            except ValueError as error:
+                path.replace(path.with_suffix(".damaged"))
+                onward = "starting anew"
+                if self.previous.exists():
+                    self.previous.replace(path)
+                    onward = "going on from the checkpoint before it"
+                print(f"{error}, it is kept as {path.with_suffix('.damaged').name}: {onward}")
+        restore(self.parts, fresh, path)
 
     def check_finite(self) -> None:
         """Raises FloatingPointError with the name of what a step has spoilt; such a state must not be kept."""
@@ -132,11 +169,11 @@ class Checkpoint:
     def not_finite(self, what: str) -> FloatingPointError:
         """What to raise where `what` is not finite."""
         epoch, step = len(self.position.history), self.position.steps
-        kept = "there is no checkpoint yet"
-        if self.path.exists():
-            kept = f"{self.path.name} is from before it"
-        where = f"{self.stage}, epoch {epoch}: {what} is not finite at step {step}"
-        return FloatingPointError(f"{where} ({kept}); lower lr and rerun")
+        before = f"{self.path.name} is from before it"
+        kept = before if self.path.exists() else "there is no checkpoint yet"
+        return FloatingPointError(
+            f"{self.stage}, epoch {epoch}: {what} is not finite at step {step} ({kept}); lower lr and rerun"
+        )
 
     def _state(self) -> dict[str, dict[str, Any]]:
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -145,41 +182,31 @@ class Checkpoint:
         return time.monotonic() - self.saved > CHECKPOINT_SECONDS
 
     def save(self) -> None:
-        """Writes it; that of the best epoch first: a kill between the two repeats the epoch."""
+        """Writes it; that of the best epoch first: a kill between the two repeats the epoch.
+
+        A kill or a full disk leaves the old one or the new one; OSError with one sentence where it cannot be written.
+        """
         if self.rank == 0:
-            state = self._state()
+            configuration = json.dumps(self.configuration, sort_keys=True)
+            content = {"configuration": configuration, **self._state()}
             at_epochs_end = self.position.history and not self.position.row
             if at_epochs_end and self.position.is_best():
-                save_checkpoint(self.path.with_suffix(".best.pt"), self.configuration, **state)
-            keep_previous(self.path)
-            save_checkpoint(self.path, self.configuration, **state)
+                with atomic(self.path.with_suffix(".best.pt")) as partial:
+                    torch.save(content, partial)
+            self._keep_previous()
+            with atomic(self.path) as partial:
+                torch.save(content, partial)
         self.saved = time.monotonic()
 
-
-def previous_of(path: Path) -> Path:
-    """Where the checkpoint before this one is kept."""
-    return path.with_suffix(".previous.pt")
-
-
-def save_checkpoint(path: Path, configuration: Mapping[str, Any], **state: Any) -> None:
-    """Writes atomically: a kill or a full disk leaves the old checkpoint or the new one.
-
-    Raises OSError with one sentence where it cannot be written.
-    """
-    content = {"configuration": json.dumps(configuration, sort_keys=True), **state}
-    with atomic(path) as partial:
-        torch.save(content, partial)
-
-
-def keep_previous(path: Path) -> None:
-    """Keeps the checkpoint that is about to be replaced, if there is one; at no moment is `path` missing."""
-    if not path.exists():
-        return
-    with atomic(previous_of(path)) as partial:
-        try:
-            os.link(path, partial)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, partial)
+    def _keep_previous(self) -> None:
+        """Keeps the one that is about to be replaced, if there is one; at no moment is `path` missing."""
+        if not self.path.exists():
+            return
+        with atomic(self.previous) as partial:
+            try:
+                os.link(self.path, partial)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self.path, partial)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -209,42 +236,6 @@ def _configuration(checkpoint: Any, path: Path) -> dict[str, Any]:
 def digest(configuration: Any) -> str:
     """Tells one training from every other: two with the same digest end with the same bytes."""
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
-
-
-def load_checkpoint(
-    path: Path, configuration: Mapping[str, Any], parts: Mapping[str, Part]
-) -> None:
-    """Puts the last checkpoint of this configuration into `parts`; without one they stay as they are.
-
-    A damaged one is set aside as .damaged and the one before takes its place; one of another configuration is set
-    aside as .old. Either is said, with what happens now. Raises ValueError where a folder is in the way.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, a checkpoint belongs there: move it away")
-    previous = previous_of(path)
-    if not path.exists():
-        previous.unlink(missing_ok=True)  # whoever deleted a checkpoint wanted to start anew
-        return
-    fresh = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
-    while path.exists():
-        try:
-            checkpoint = read_checkpoint(path)
-            if changed := _differences(checkpoint["configuration"], configuration):
-                differ = f"({', '.join(changed)} differ): starting anew, it is kept as .old"
-                print(f"{path.name} is of another configuration {differ}")
-                path.replace(path.with_suffix(".old"))
-                previous.unlink(missing_ok=True)
-                break
-            restore(parts, checkpoint, path)
-            return
-        except ValueError as error:
-            path.replace(path.with_suffix(".damaged"))
-            onward = "starting anew"
-            if previous.exists():
-                previous.replace(path)
-                onward = "going on from the checkpoint before it"
-            print(f"{error}, it is kept as {path.with_suffix('.damaged').name}: {onward}")
-    restore(parts, fresh, path)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from densenas.files import writing
-from densenas.images.loading import Batches, rank_and_world, seed_of
+from densenas.images.loading import Batches, seed_of
+from densenas.ranks import rank_and_world
 from densenas.runs.progress import progress
 from densenas.runs.run import Run
 from densenas.training.checkpoint import Checkpoint, Part, Position, Row

@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import (
 )
 
 from densenas.files import one_line
-from densenas.images.loading import rank_and_world
+from densenas.ranks import rank_and_world
 from densenas.training.device import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
@@ -222,8 +222,8 @@ class Interruption:
         """Lets the noted signal act, now that a checkpoint is kept."""
         if self.asked is None:
             return
-        written = f"{kept.name} is written: the same call goes on from this step"
-        print(f"\n{self.what} was interrupted, {written}", flush=True)
+        goes_on = "the same call goes on from this step"
+        print(f"\n{self.what} was interrupted, {kept.name} is written: {goes_on}", flush=True)
         self._obey(self.asked)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from densenas.images.loading import rank_and_world
+from densenas.ranks import rank_and_world
 from densenas.recipes import RetrainRecipe, SearchRecipe
 
 
@@ -31,9 +31,10 @@ def check_batches(batch_size: int, splits: Mapping[str, int], world: int | None 
     if batch_size % world:
         raise ValueError(f"batch_size {batch_size} cannot be shared equally by {devices}")
     if batch_size < 2 * world:
-        few = "is less than the two images a process that batch norm needs"
-        wrong = f"batch_size {batch_size} on {devices} {few}"
-        raise ValueError(f"{wrong}: set batch_size to at least {2 * world} or lower devices")
+        raise ValueError(
+            f"batch_size {batch_size} on {devices} is less than the two images a process that batch norm"
+            f" needs: set batch_size to at least {2 * world} or lower devices"
+        )
 
 
 @contextmanager
