@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter
 from torch import Tensor
 
-from densenas.files import Strict, literal, naming, read_text, shown, write_text
+from densenas.files import Strict, literal, naming, read_text, write_text
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.space import PIXELS, PRESETS, Layer, Layers, SearchSpace
@@ -24,10 +24,19 @@ UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
 DEAREST = 1e15  # no op costs as much, in either unit
 NEITHER = "is neither a cost table of ours nor a published latency list"
 
-Rows = list[list[float]]
+
+def _cost(entry: Any) -> float:
+    number = isinstance(entry, int | float) and not isinstance(entry, bool)
+    if not number or not 0 <= entry <= DEAREST:
+        raise ValueError("expected a finite number of at least 0")
+    return entry
+
+
+Kind = Literal["mult_adds", "latency"]
+Cost = Annotated[float, PlainValidator(_cost)]
+Rows = list[list[Cost]]
 # The published nesting: stem, for each block (incoming edges × head ops, layers × stack ops), final edges, classifier.
-# Its entries are checked where each has a name (`CostTable.__post_init__`).
-Nesting = tuple[Any, list[tuple[list[list[Any]], list[list[Any]]]], list[Any], Any]
+Nesting = tuple[Cost, list[tuple[Rows, Rows]], list[Cost], Cost]
 
 
 class Conditions(Strict):
@@ -54,7 +63,7 @@ CONDITIONS: dict[str, type[Conditions]] = {"mult_adds": Conditions, "latency": M
 class Record(Strict):
     """A table as a file of our own, cost.json."""
 
-    kind: Literal["mult_adds", "latency"]
+    kind: Kind
     unit: str
     conditions: dict[str, Any]
     space: SearchSpace
@@ -85,7 +94,7 @@ class CostTable:
     """
 
     space: SearchSpace
-    kind: str
+    kind: Kind
     stem: float
     head: Rows
     stack: Rows
@@ -97,31 +106,6 @@ class CostTable:
         default_factory=dict, init=False, compare=False, repr=False
     )
 
-    def __post_init__(self) -> None:
-        if self.kind not in UNITS:
-            raise ValueError(f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
-        for place, cost in self._entries():
-            number = isinstance(cost, int | float) and not isinstance(cost, bool)
-            if not number or not 0 <= cost <= DEAREST:
-                table = f"cost table of space {self.space.name}"
-                wrong = "holds an entry that is not a finite number of at least 0"
-                raise ValueError(f"{table} {wrong}: {place} is {shown(cost)}")
-
-    def _entries(self) -> Iterator[tuple[str, Any]]:
-        """Every entry behind its place in words."""
-        space = self.space
-        yield "stem", self.stem
-        for (i, j), row in zip(space.head_edges, self.head, strict=True):
-            for op, cost in zip(space.head_ops, row, strict=True):
-                yield f"block {j}, edge {i}→{j}, {op}", cost
-        for j in range(1, space.num_blocks):
-            for number, row in enumerate(self._layers(j), start=1):
-                for op, cost in zip(space.stack_ops, row, strict=True):
-                    yield f"block {j}, layer {number}, {op}", cost
-        for i, cost in zip(space.incoming(space.num_blocks), self.final, strict=True):
-            yield f"final edge {i}→{space.num_blocks}", cost
-        yield "classifier", self.classifier
-
     def _layers(self, block: int) -> Rows:
         """The rows of a block's layers, spare ones included."""
         return self.stack[self.space.stack_rows(block)] + self.spare.get(block, [])
@@ -132,16 +116,12 @@ class CostTable:
 
     @property
     def input_size(self) -> int:
-        """Pixels of a side; ValueError, here as below, where the table does not say."""
+        """Pixels of a side; ValueError where the table does not say, as of `num_classes`."""
         return self._condition("input_size")
 
     @property
     def num_classes(self) -> int:
         return self._condition("num_classes")
-
-    @property
-    def batch_size(self) -> int:
-        return self._condition("batch_size")
 
     def _condition(self, name: str) -> int:
         if name not in self.conditions:
@@ -171,7 +151,7 @@ class CostTable:
     def of(
         cls,
         space: SearchSpace,
-        kind: str,
+        kind: Kind,
         layers: Layers,
         cost: Callable[[Layer], float],
         stem: float,
@@ -191,7 +171,7 @@ class CostTable:
 
     @classmethod
     def from_nested(
-        cls, space: SearchSpace, kind: str, nesting: Nesting, conditions: dict[str, Any]
+        cls, space: SearchSpace, kind: Kind, nesting: Nesting, conditions: dict[str, Any]
     ) -> CostTable:
         """The table of a published nesting, see `nested`; ValueError where it does not fit the space."""
         stem, blocks, final, classifier = nesting
@@ -272,23 +252,16 @@ class CostTable:
         text = read_text(path)
         if text.lstrip().startswith("{"):
             return cls._of_record(path, text, space)
-        try:
+        with naming(f"{path} {NEITHER}"):
             nesting = TypeAdapter(Nesting).validate_python(literal(text))
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'the top'}"
-            raise ValueError(f"{path} {NEITHER}: {reason}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} {NEITHER}: {error}") from None
-        reason = "its nesting fits no preset, name the space"
-        for known in [space] if space else [SearchSpace.load(preset) for preset in PRESETS]:
-            mismatch = _mismatch(known, nesting)
-            if mismatch is None:
-                with naming(str(path)):
-                    return cls.from_nested(known, "latency", nesting, {})
-            if space:
-                reason = mismatch
-        raise ValueError(f"{path} does not fit: {reason}")
+        if space is None:
+            presets = [SearchSpace.load(preset) for preset in PRESETS]
+            fitting = [preset for preset in presets if _mismatch(preset, nesting) is None]
+            if not fitting:
+                raise ValueError(f"{path} does not fit: its nesting fits no preset, name the space")
+            space = fitting[0]
+        with naming(str(path)):
+            return cls.from_nested(space, "latency", nesting, {})
 
     @classmethod
     def _of_record(cls, path: str | Path, text: str, space: SearchSpace | None) -> CostTable:

@@ -127,11 +127,8 @@ class SuperNet(nn.Module):
             self.alpha_head.append(torch.zeros(len(space.incoming(j)), len(space.head_ops)))
             self.alpha_stack.append(torch.zeros(space.num_layers[j], len(space.stack_ops)))
         final = [(i, space.num_blocks) for i in space.incoming(space.num_blocks)]
-        for name, edges in (
-            ("_edge", space.edges),
-            ("_head_edge", space.head_edges),
-            ("_final_edge", final),
-        ):
+        places = {"_edge": space.edges, "_head_edge": space.head_edges, "_final_edge": final}
+        for name, edges in places.items():
             self.register_buffer(name, torch.tensor(edges).T.contiguous(), persistent=False)
 
     def arch_parameters(self) -> list[nn.Parameter]:
