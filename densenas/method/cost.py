@@ -22,12 +22,10 @@ from densenas.method.space import PIXELS, PRESETS, Layer, Layers, SearchSpace
 
 UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
 DEAREST = 1e15  # no op costs as much, in either unit
-NEITHER = "is neither a cost table of ours nor a published latency list"
 
 
 def _cost(entry: Any) -> float:
-    number = isinstance(entry, int | float) and not isinstance(entry, bool)
-    if not number or not 0 <= entry <= DEAREST:
+    if type(entry) not in (int, float) or not 0 <= entry <= DEAREST:
         raise ValueError("expected a finite number of at least 0")
     return entry
 
@@ -100,7 +98,7 @@ class CostTable:
     stack: Rows
     final: list[float]
     classifier: float
-    conditions: dict[str, Any] = field(default_factory=dict)  # see `Conditions`; none are published
+    conditions: dict[str, Any]  # see `Conditions`; a published list says none
     spare: dict[int, Rows] = field(default_factory=dict)
     _tensors: dict[tuple[torch.device, torch.dtype], CostTensors] = field(
         default_factory=dict, init=False, compare=False, repr=False
@@ -223,11 +221,7 @@ class CostTable:
         return ends
 
     def write(self, path: str | Path) -> None:
-        """Writes the table as JSON, atomically; `read` gives it back.
-
-        Raises ValueError where `conditions` lack the input size, the classes or what a latency
-        depends on, OSError where the file cannot be written.
-        """
+        """Writes the table as JSON, atomically; ValueError where conditions that its kind needs are missing."""
         with naming(f"{path}: conditions"):
             CONDITIONS[self.kind].model_validate(self.conditions)
         record = {
@@ -244,15 +238,13 @@ class CostTable:
     def read(cls, path: str | Path, space: SearchSpace | None = None) -> CostTable:
         """A table written by `write`, or a published latency literal (ms), parsed as a literal and never executed.
 
-        A literal names no space: without `space` it is the first preset whose blocks, edges and ops
-        it fits. Nor does it say its conditions, which stay empty. Raises ValueError with one sentence
-        when the file is neither, or fits no space or another than `space`; FileNotFoundError where
-        there is none.
+        A literal names no space: without `space` it is the first preset that it fits. Raises ValueError with one
+        sentence when the file is neither, or fits no space or another than `space`; FileNotFoundError for no file.
         """
         text = read_text(path)
         if text.lstrip().startswith("{"):
             return cls._of_record(path, text, space)
-        with naming(f"{path} {NEITHER}"):
+        with naming(f"{path} is neither a cost table of ours nor a published latency list"):
             nesting = TypeAdapter(Nesting).validate_python(literal(text))
         if space is None:
             presets = [SearchSpace.load(preset) for preset in PRESETS]
@@ -282,8 +274,8 @@ class CostTable:
     def total(self, arch: str | Architecture) -> float:
         """The sum along one architecture, given as such, by its published name or as a net_config.
 
-        Layers of a visited block that the architecture lacks count as skips, as in the chained cost.
-        Raises ValueError when the architecture is not one of the space.
+        Layers of a visited block that it lacks count as skips, as in the chained cost. Raises ValueError when it is
+        not one of the space.
         """
         if isinstance(arch, str):
             arch = Architecture.read(arch)

@@ -81,10 +81,8 @@ class SearchSpace(Strict):
         """A preset by name or a YAML file by path; raises ValueError or FileNotFoundError with one sentence."""
         path = PACKAGE / "spaces" / f"{space}.yml" if space in PRESETS else Path(space)
         if not os.path.isfile(path):
-            known = ", ".join(PRESETS)
-            raise FileNotFoundError(
-                f"no search space '{space}': neither a YAML file nor one of {known}"
-            )
+            known = f"neither a YAML file nor one of {', '.join(PRESETS)}"
+            raise FileNotFoundError(f"no search space '{space}': {known}")
         settings = read_yaml(path)
         with naming(f"search space {path.name}"):
             loaded = cls.model_validate({"name": path.stem, **settings})
