@@ -1,6 +1,8 @@
 """DenseNAS: search a network's block counts and block widths.
 
-The data's way: space → cost → supernet → search → architecture → training → figures.
+Two wings: `method` (space → cost → supernet → derivation) is the paper, and knows no run, image or figure; `runs`,
+`images` and `training` are a laboratory that keeps, feeds and trains what it is given, and knows no alpha and no beta.
+They meet in `search` and `train`; `evidence`, `figures` and `report` say what came out.
 """
 
 import densenas.threads  # noqa: F401 (before PyTorch is loaded)
