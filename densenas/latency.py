@@ -218,7 +218,8 @@ def whole(
 ) -> list[float]:
     """Milliseconds of each network as a whole, under a table's conditions: the least of so many shuffled rounds."""
     where = pick_device(device)
-    x = torch.randn(table.batch_size, 3, table.input_size, table.input_size, device=where)
+    size = table.input_size
+    x = torch.randn(table.conditions["batch_size"], 3, size, size, device=where)
     x = x.contiguous(memory_format=torch.channels_last)
     nets = [architecture.build(table.num_classes).eval() for architecture in architectures]
     times: list[list[float]] = [[] for _ in nets]

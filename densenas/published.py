@@ -22,8 +22,7 @@ def save_published(folder: Path, arch: Architecture) -> None:
 def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
     """The network in a folder with `net_config` (then `net_type: mbv2|res`) and `weights.pt`.
 
-    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with
-    one sentence.
+    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with one sentence.
     """
     folder = Path(folder)
     for name in ("net_config", "weights.pt"):

@@ -31,10 +31,7 @@ def read_saved(path: Path, mapped: bool = False) -> Any:
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:
-    """A stored state dict, on the CPU.
-
-    Raises FileNotFoundError or ValueError with one sentence for anything else.
-    """
+    """A stored state dict, on the CPU; FileNotFoundError or ValueError with one sentence for anything else."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}, the weights of its network")
     state = read_saved(path)
@@ -56,8 +53,7 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
 def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
     """Gives a network the weights read from `path`, in any floating-point precision.
 
-    Raises ValueError naming the entry where they do not fit `what` the network was built from, or
-    are not finite.
+    Raises ValueError naming the entry where they do not fit `what` the network was built from, or are not finite.
     """
     expected = net.state_dict()
     absent = [key for key in expected if key not in state]

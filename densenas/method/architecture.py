@@ -22,6 +22,13 @@ MOST_LAYERS = 500
 MOST_PARAMS = 1_000  # millions
 
 
+def _check_widths(found: str, *widths: int) -> None:
+    if min(widths) < 1:
+        raise ValueError(f"{found}, widths must be positive")
+    if max(widths) > WIDEST:
+        raise ValueError(f"{found}, widths are at most {WIDEST:,}")
+
+
 @dataclass(frozen=True)
 class Block:
     """One routing block of a derived network; widths are nominal (a Bottleneck leaves four times as many)."""
@@ -48,10 +55,7 @@ class Block:
                 raise ValueError(f"{expected}, found {text[:200]!r}")
         if count != len(stack):
             raise ValueError(f"announces {count} stacked ops, but lists {len(stack)}")
-        if min(in_ch, out_ch) < 1:
-            raise ValueError(f"has widths {in_ch} and {out_ch}, widths must be positive")
-        if max(in_ch, out_ch) > WIDEST:
-            raise ValueError(f"has widths {in_ch} and {out_ch}, widths are at most {WIDEST:,}")
+        _check_widths(f"has widths {in_ch} and {out_ch}", in_ch, out_ch)
         if stride not in (1, 2):
             raise ValueError(f"has stride {stride}, strides are 1 or 2")
         for op in (head, *stack):
@@ -84,21 +88,13 @@ class Architecture:
                 if before.out_ch != block.in_ch:
                     left = f"block {index - 1} leaves {before.out_ch}"
                     raise ValueError(f"block {index} takes {block.in_ch} channels, {left}")
-            self._check_end(net_type)
-
-    def _check_end(self, net_type: ops.NetType) -> None:
-        last = self.last_dim
-        if net_type == "res":
-            if last is not None:
+            if net_type == "mbv2" and self.last_dim is None:
+                end = "ends with [[in, out], 'conv1_1'], which is missing"
+                raise ValueError(f"a MobileNetV2 network {end}")
+            if net_type == "res" and self.last_dim is not None:
                 raise ValueError("a ResNet network has no conv1_1 at its end")
-        elif last is None:
-            raise ValueError(
-                "a MobileNetV2 network ends with [[in, out], 'conv1_1'], which is missing"
-            )
-        elif last < 1:
-            raise ValueError(f"conv1_1 leaves {last} channels, widths must be positive")
-        elif last > WIDEST:
-            raise ValueError(f"conv1_1 leaves {last} channels, widths are at most {WIDEST:,}")
+            if self.last_dim is not None:
+                _check_widths(f"conv1_1 leaves {self.last_dim} channels", self.last_dim)
 
     @property
     def routing_blocks(self) -> tuple[Block, ...]:
@@ -133,9 +129,8 @@ class Architecture:
             with naming(f"net_config: block {index}", " "):
                 blocks.append(Block.parse(piece))
         arch = cls(tuple(blocks), last_dim)
-        left = blocks[-1].out_ch
-        if last_dim is not None and in_ch != left:
-            leaves = f"the last block leaves {left}"
+        if last_dim is not None and in_ch != blocks[-1].out_ch:
+            leaves = f"the last block leaves {blocks[-1].out_ch}"
             raise ValueError(f"net_config: conv1_1 takes {in_ch} channels, {leaves}")
         return arch
 
@@ -181,10 +176,7 @@ class Architecture:
             return sum(p.numel() for p in DerivedNet(self, num_classes).parameters()) / 1e6
 
     def build(self, num_classes: int = 1000) -> DerivedNet:
-        """The network, freshly initialised from PyTorch's global generator.
-
-        Raises ValueError where it is too large.
-        """
+        """The network, freshly initialised from PyTorch's global generator; ValueError where it is too large."""
         params = self.params(num_classes)
         if params > MOST_PARAMS:
             limit = f"at most {MOST_PARAMS:,} million are built"

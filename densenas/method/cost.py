@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter
 from torch import Tensor
 
-from densenas.files import Strict, literal, naming, read_text, shown, write_text
+from densenas.files import Strict, literal, naming, read_text, write_text
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.space import PIXELS, PRESETS, Layer, Layers, SearchSpace
 
 UNITS = {"mult_adds": "million Mult-Adds", "latency": "ms"}
 DEAREST = 1e15  # no op costs as much, in either unit
-NEITHER = "is neither a cost table of ours nor a published latency list"
 
-Rows = list[list[float]]
+
+def _cost(entry: Any) -> float:
+    if type(entry) not in (int, float) or not 0 <= entry <= DEAREST:
+        raise ValueError("expected a finite number of at least 0")
+    return entry
+
+
+Kind = Literal["mult_adds", "latency"]
+Cost = Annotated[float, PlainValidator(_cost)]
+Rows = list[list[Cost]]
 # The published nesting: stem, for each block (incoming edges × head ops, layers × stack ops), final edges, classifier.
-# Its entries are checked where each has a name (`CostTable.__post_init__`).
-Nesting = tuple[Any, list[tuple[list[list[Any]], list[list[Any]]]], list[Any], Any]
+Nesting = tuple[Cost, list[tuple[Rows, Rows]], list[Cost], Cost]
 
 
 class Conditions(Strict):
@@ -54,7 +61,7 @@ CONDITIONS: dict[str, type[Conditions]] = {"mult_adds": Conditions, "latency": M
 class Record(Strict):
     """A table as a file of our own, cost.json."""
 
-    kind: Literal["mult_adds", "latency"]
+    kind: Kind
     unit: str
     conditions: dict[str, Any]
     space: SearchSpace
@@ -85,42 +92,17 @@ class CostTable:
     """
 
     space: SearchSpace
-    kind: str
+    kind: Kind
     stem: float
     head: Rows
     stack: Rows
     final: list[float]
     classifier: float
-    conditions: dict[str, Any] = field(default_factory=dict)  # see `Conditions`; none are published
+    conditions: dict[str, Any]  # see `Conditions`; a published list says none
     spare: dict[int, Rows] = field(default_factory=dict)
     _tensors: dict[tuple[torch.device, torch.dtype], CostTensors] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
-
-    def __post_init__(self) -> None:
-        if self.kind not in UNITS:
-            raise ValueError(f"cost kind '{self.kind}' is unknown, known are {', '.join(UNITS)}")
-        for place, cost in self._entries():
-            number = isinstance(cost, int | float) and not isinstance(cost, bool)
-            if not number or not 0 <= cost <= DEAREST:
-                table = f"cost table of space {self.space.name}"
-                wrong = "holds an entry that is not a finite number of at least 0"
-                raise ValueError(f"{table} {wrong}: {place} is {shown(cost)}")
-
-    def _entries(self) -> Iterator[tuple[str, Any]]:
-        """Every entry behind its place in words."""
-        space = self.space
-        yield "stem", self.stem
-        for (i, j), row in zip(space.head_edges, self.head, strict=True):
-            for op, cost in zip(space.head_ops, row, strict=True):
-                yield f"block {j}, edge {i}→{j}, {op}", cost
-        for j in range(1, space.num_blocks):
-            for number, row in enumerate(self._layers(j), start=1):
-                for op, cost in zip(space.stack_ops, row, strict=True):
-                    yield f"block {j}, layer {number}, {op}", cost
-        for i, cost in zip(space.incoming(space.num_blocks), self.final, strict=True):
-            yield f"final edge {i}→{space.num_blocks}", cost
-        yield "classifier", self.classifier
 
     def _layers(self, block: int) -> Rows:
         """The rows of a block's layers, spare ones included."""
@@ -132,16 +114,12 @@ class CostTable:
 
     @property
     def input_size(self) -> int:
-        """Pixels of a side; ValueError, here as below, where the table does not say."""
+        """Pixels of a side; ValueError where the table does not say, as of `num_classes`."""
         return self._condition("input_size")
 
     @property
     def num_classes(self) -> int:
         return self._condition("num_classes")
-
-    @property
-    def batch_size(self) -> int:
-        return self._condition("batch_size")
 
     def _condition(self, name: str) -> int:
         if name not in self.conditions:
@@ -171,7 +149,7 @@ class CostTable:
     def of(
         cls,
         space: SearchSpace,
-        kind: str,
+        kind: Kind,
         layers: Layers,
         cost: Callable[[Layer], float],
         stem: float,
@@ -191,7 +169,7 @@ class CostTable:
 
     @classmethod
     def from_nested(
-        cls, space: SearchSpace, kind: str, nesting: Nesting, conditions: dict[str, Any]
+        cls, space: SearchSpace, kind: Kind, nesting: Nesting, conditions: dict[str, Any]
     ) -> CostTable:
         """The table of a published nesting, see `nested`; ValueError where it does not fit the space."""
         stem, blocks, final, classifier = nesting
@@ -243,11 +221,7 @@ class CostTable:
         return ends
 
     def write(self, path: str | Path) -> None:
-        """Writes the table as JSON, atomically; `read` gives it back.
-
-        Raises ValueError where `conditions` lack the input size, the classes or what a latency
-        depends on, OSError where the file cannot be written.
-        """
+        """Writes the table as JSON, atomically; ValueError where conditions that its kind needs are missing."""
         with naming(f"{path}: conditions"):
             CONDITIONS[self.kind].model_validate(self.conditions)
         record = {
@@ -264,31 +238,22 @@ class CostTable:
     def read(cls, path: str | Path, space: SearchSpace | None = None) -> CostTable:
         """A table written by `write`, or a published latency literal (ms), parsed as a literal and never executed.
 
-        A literal names no space: without `space` it is the first preset whose blocks, edges and ops
-        it fits. Nor does it say its conditions, which stay empty. Raises ValueError with one sentence
-        when the file is neither, or fits no space or another than `space`; FileNotFoundError where
-        there is none.
+        A literal names no space: without `space` it is the first preset that it fits. Raises ValueError with one
+        sentence when the file is neither, or fits no space or another than `space`; FileNotFoundError for no file.
         """
         text = read_text(path)
         if text.lstrip().startswith("{"):
             return cls._of_record(path, text, space)
-        try:
+        with naming(f"{path} is neither a cost table of ours nor a published latency list"):
             nesting = TypeAdapter(Nesting).validate_python(literal(text))
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'the top'}"
-            raise ValueError(f"{path} {NEITHER}: {reason}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} {NEITHER}: {error}") from None
-        reason = "its nesting fits no preset, name the space"
-        for known in [space] if space else [SearchSpace.load(preset) for preset in PRESETS]:
-            mismatch = _mismatch(known, nesting)
-            if mismatch is None:
-                with naming(str(path)):
-                    return cls.from_nested(known, "latency", nesting, {})
-            if space:
-                reason = mismatch
-        raise ValueError(f"{path} does not fit: {reason}")
+        if space is None:
+            presets = [SearchSpace.load(preset) for preset in PRESETS]
+            fitting = [preset for preset in presets if _mismatch(preset, nesting) is None]
+            if not fitting:
+                raise ValueError(f"{path} does not fit: its nesting fits no preset, name the space")
+            space = fitting[0]
+        with naming(str(path)):
+            return cls.from_nested(space, "latency", nesting, {})
 
     @classmethod
     def _of_record(cls, path: str | Path, text: str, space: SearchSpace | None) -> CostTable:
@@ -309,8 +274,8 @@ class CostTable:
     def total(self, arch: str | Architecture) -> float:
         """The sum along one architecture, given as such, by its published name or as a net_config.
 
-        Layers of a visited block that the architecture lacks count as skips, as in the chained cost.
-        Raises ValueError when the architecture is not one of the space.
+        Layers of a visited block that it lacks count as skips, as in the chained cost. Raises ValueError when it is
+        not one of the space.
         """
         if isinstance(arch, str):
             arch = Architecture.read(arch)

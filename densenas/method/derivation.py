@@ -97,9 +97,10 @@ class Lattice:
     """
 
     def __init__(self, table: CostTable, probabilities: Probabilities | None = None) -> None:
-        self.table, self.space = table, table.space
-        self.space.check_sequences()
-        space, last = self.space, self.space.num_blocks
+        self.table = table
+        self.space = space = table.space
+        space.check_sequences()
+        last = space.num_blocks
         if probabilities is None:
             head = torch.ones(len(table.head), len(space.head_ops))
             stack = torch.ones(len(table.stack), len(space.stack_ops))
@@ -179,19 +180,15 @@ class Lattice:
         return self.best()[0] if target_cost is None else self.at(target_cost)
 
     def at(self, target: float, tolerance: float = 0.03) -> Candidate:
-        """The most probable architecture whose cost is within `tolerance` (a share) of `target`."""
-        return self.within(target * (1 - tolerance), target * (1 + tolerance))
+        """The most probable architecture whose cost is within `tolerance` (a share) of `target`.
 
-    def within(self, low: float, high: float) -> Candidate:
-        """The most probable architecture that costs from `low` to `high`; ValueError where the space has none.
-
-        Costs are counted in bins as fine as 1/16,384 of `high`; the window shrinks by what rounding could add, so the
-        cost found is inside for sure.
+        Costs are counted in bins as fine as 1/16,384 of the highest; the window shrinks by what rounding could add, so
+        the cost found is inside for sure. Raises ValueError where the space has no such architecture.
         """
+        low, high = target * (1 - tolerance), target * (1 + tolerance)
         width = high / BINS
-        margin = width * (
-            self.space.num_blocks + 1
-        )  # half a bin for each of at most two arcs a block
+        # Half a bin for each of at most two arcs a block.
+        margin = width * (self.space.num_blocks + 1)
         first = max(0, math.ceil((low - self.table.stem + margin) / width))
         final = max(0, math.floor((high - self.table.stem - margin) / width) + 1)
         best = {self.end: np.where(np.arange(BINS + 1) == 0, 0.0, -np.inf)}

@@ -47,9 +47,7 @@ def family(names: Iterable[str]) -> NetType:
     if {"mbv2", "res"} <= families:
         raise ValueError("MobileNetV2 and ResNet ops are mixed, one family is needed")
     if {"basic_block", "bottleneck"} <= names:
-        raise ValueError(
-            "basic_block and bottleneck leave different widths, so they cannot be mixed"
-        )
+        raise ValueError("basic_block and bottleneck leave different widths and cannot be mixed")
     return "res" if "res" in families else "mbv2"
 
 
@@ -101,9 +99,7 @@ def conv_norm(
 ) -> nn.Sequential:
     """Convolution without bias, batch norm and, where given, an activation."""
     padding = kernel_size // 2
-    conv = nn.Conv2d(
-        in_channels, out, kernel_size, stride, padding=padding, groups=groups, bias=False
-    )
+    conv = nn.Conv2d(in_channels, out, kernel_size, stride, padding, groups=groups, bias=False)
     layers = nn.Sequential(conv, norm(out))
     if act is not None:
         layers.append(act(inplace=True))

@@ -26,7 +26,8 @@ SEQUENCES = 200_000  # of ops that the stacks of a space can become; mbv2 has 3,
 PIXELS = 8192  # of a side
 CHANNELS = 65_536
 Positive = Annotated[int, Field(ge=1)]
-Channels = Annotated[int, Field(le=CHANNELS)]
+Depth = Annotated[int, Field(ge=0, le=LAYERS)]
+Channels = Annotated[int, Field(ge=1, le=CHANNELS)]
 
 
 class Layer(NamedTuple):
@@ -58,14 +59,16 @@ class SearchSpace(Strict):
     name: str = Field(pattern=r"^[^\n\r]+$", max_length=200)
     source: str = ""  # where the numbers come from
     input_size: int = Field(ge=1, le=PIXELS)
-    init_dim: int = Field(ge=1, le=CHANNELS)  # channels after the stem's convolution
-    chs: tuple[Channels, ...] = Field(strict=False, max_length=BLOCKS)
-    fm_sizes: tuple[int, ...] = Field(strict=False)
+    init_dim: Channels  # channels after the stem's convolution
+    chs: tuple[Channels, ...] = Field(strict=False, min_length=2, max_length=BLOCKS)
+    fm_sizes: tuple[Positive, ...] = Field(strict=False)
     stage: tuple[int, ...] = Field(strict=False)
-    num_layers: tuple[Annotated[int, Field(le=LAYERS)], ...] = Field(strict=False)
-    last_dim: int = Field(ge=1, le=CHANNELS)  # channels that reach the classifier
+    num_layers: tuple[Depth, ...] = Field(strict=False)
+    last_dim: Channels  # channels that reach the classifier
     max_connections: Positive  # blocks an edge may look ahead
-    head_ops: tuple[str, ...] = Field(strict=False)  # candidates of a shape-alignment layer
+    head_ops: tuple[str, ...] = Field(
+        strict=False, min_length=1
+    )  # candidates of a shape-alignment layer
     stack_ops: tuple[str, ...] = Field(strict=False)  # candidates of a stacked layer
     skip_reg: bool = False  # a skip costs a tenth of its layer's first op
     bn_momentum: float = Field(0.1, gt=0, le=1)
@@ -78,10 +81,8 @@ class SearchSpace(Strict):
         """A preset by name or a YAML file by path; raises ValueError or FileNotFoundError with one sentence."""
         path = PACKAGE / "spaces" / f"{space}.yml" if space in PRESETS else Path(space)
         if not os.path.isfile(path):
-            known = ", ".join(PRESETS)
-            raise FileNotFoundError(
-                f"no search space '{space}': neither a YAML file nor one of {known}"
-            )
+            known = f"neither a YAML file nor one of {', '.join(PRESETS)}"
+            raise FileNotFoundError(f"no search space '{space}': {known}")
         settings = read_yaml(path)
         with naming(f"search space {path.name}"):
             loaded = cls.model_validate({"name": path.stem, **settings})
@@ -212,11 +213,10 @@ class SearchSpace(Strict):
             paths[0] = (0,)
         for block in arch.blocks[stem:]:
             onward: dict[int, tuple[int, ...]] = {}
-            for i, path in paths.items():
-                for j in self.outgoing(i):
-                    longer = (*path, j)
-                    if self._fits(i, j, block) and longer < onward.get(j, (last,)):
-                        onward[j] = longer
+            for i, j in self.head_edges:
+                if i in paths and self._fits(i, j, block):
+                    longer = (*paths[i], j)
+                    onward[j] = min(longer, onward.get(j, longer))
             paths = onward
         whole = [(*path, last) for i, path in paths.items() if last in self.outgoing(i)]
         if not whole:
@@ -224,9 +224,7 @@ class SearchSpace(Strict):
         return min(whole)
 
     def _fits(self, i: int, j: int, block: Block) -> bool:
-        """Whether a network's block can be node j behind block i."""
-        if j == self.num_blocks:
-            return False
+        """Whether a network's block can be block j behind block i."""
         shape = self.chs[i], self.chs[j], self.stride(i, j)
         skipped = self.num_layers[j] - len(block.stack)
         return (
@@ -241,8 +239,6 @@ class SearchSpace(Strict):
     @field_validator("head_ops", "stack_ops")
     @classmethod
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for op in names:
-            ops.net_type(op)
         if len(set(names)) < len(names):
             raise ValueError("lists an op twice")
         return names
@@ -251,28 +247,21 @@ class SearchSpace(Strict):
     def _check(self) -> SearchSpace:
         self._check_lengths()
         self._check_ops()
-        for block in range(self.num_blocks):
-            self._check_block(block)
+        self._check_blocks()
         self._check_graph()
         return self
 
     def _check_lengths(self) -> None:
         blocks = self.num_blocks
-        for name, needed, nodes in (
-            ("fm_sizes", blocks, ""),
-            ("num_layers", blocks, ""),
-            ("stage", blocks + 1, " and the final node"),
-        ):
+        lengths = {"fm_sizes": blocks, "num_layers": blocks, "stage": blocks + 1}
+        for name, needed in lengths.items():
             found = len(getattr(self, name))
             if found != needed:
-                wanted = f"{needed} are needed for the {blocks} blocks of chs{nodes}"
+                nodes = "blocks of chs and the final node" if name == "stage" else "blocks of chs"
+                wanted = f"{needed} are needed for the {blocks} {nodes}"
                 raise ValueError(f"{name} has {found} entries, {wanted}")
-        if blocks < 2:
-            raise ValueError("chs lists fewer than 2 blocks, so there is nothing to search")
 
     def _check_ops(self) -> None:
-        if not self.head_ops:
-            raise ValueError("head_ops is empty, every edge needs a candidate")
         if ops.SKIP in self.head_ops:
             raise ValueError("head_ops holds skip_connect, which cannot change width or map")
         if any(self.num_layers) and not self.stack_ops:
@@ -283,29 +272,23 @@ class SearchSpace(Strict):
             left = f"a ResNet stem leaves init_dim = {self.init_dim}"
             raise ValueError(f"block 0 is {self.chs[0]} wide, but {left}")
 
-    def _check_block(self, block: int) -> None:
-        width, side, layers = self.chs[block], self.fm_sizes[block], self.num_layers[block]
-        if width < 1:
-            raise ValueError(f"block {block} has width {width}, widths must be positive")
-        if layers < 0:
-            raise ValueError(f"block {block} has {layers} layers, depth cannot be negative")
-        if side < 1:
-            raise ValueError(f"block {block} has a map of {side}, a map cannot shrink below 1")
+    def _check_blocks(self) -> None:
         half = math.ceil(self.input_size / 2)
-        if block == 0 and layers > 0:
-            stem = "block 0 is the stem's output without layers"
-            raise ValueError(f"{stem}, num_layers must start with 0")
-        if block == 0 and side != half:
+        sizes = (*self.fm_sizes, self.fm_sizes[-1])
+        if self.num_layers[0] > 0:
+            raise ValueError("block 0 is the stem without layers, num_layers must start with 0")
+        if sizes[0] != half:
             halved = f"the stem halves input_size = {self.input_size} to {half}"
-            raise ValueError(f"block 0 has a map of {side}, {halved}")
-        if block > 0 and side > self.fm_sizes[block - 1]:
-            larger = f"block {block} has a larger map than block {block - 1}"
-            raise ValueError(f"{larger}, maps cannot grow")
-        stage, onward = self.stage[block : block + 2]
-        if onward < stage:
-            node = "the final node" if block + 1 == self.num_blocks else f"block {block + 1}"
-            back = f"{node} is in stage {onward}, before block {block}"
-            raise ValueError(f"{back}; stages cannot go back")
+            raise ValueError(f"block 0 has a map of {sizes[0]}, {halved}")
+        for block in range(self.num_blocks):
+            after = block + 1
+            if sizes[after] > sizes[block]:
+                larger = f"block {after} has a larger map than block {block}"
+                raise ValueError(f"{larger}, maps cannot grow")
+            if self.stage[after] < self.stage[block]:
+                node = "the final node" if after == self.num_blocks else f"block {after}"
+                back = f"{node} is in stage {self.stage[after]}, before block {block}"
+                raise ValueError(f"{back}; stages cannot go back")
 
     def _check_graph(self) -> None:
         span = f"an edge spans at most {self.max_connections} blocks"

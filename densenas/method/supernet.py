@@ -127,11 +127,8 @@ class SuperNet(nn.Module):
             self.alpha_head.append(torch.zeros(len(space.incoming(j)), len(space.head_ops)))
             self.alpha_stack.append(torch.zeros(space.num_layers[j], len(space.stack_ops)))
         final = [(i, space.num_blocks) for i in space.incoming(space.num_blocks)]
-        for name, edges in (
-            ("_edge", space.edges),
-            ("_head_edge", space.head_edges),
-            ("_final_edge", final),
-        ):
+        places = {"_edge": space.edges, "_head_edge": space.head_edges, "_final_edge": final}
+        for name, edges in places.items():
             self.register_buffer(name, torch.tensor(edges).T.contiguous(), persistent=False)
 
     def arch_parameters(self) -> list[nn.Parameter]:
@@ -186,15 +183,14 @@ class SuperNet(nn.Module):
             other = f"the cost table is of space {table.space.name}"
             raise ValueError(f"{other}, the supernet of {self.space.name}")
         head, stack = self._mixtures(choice)
-        mixed = Probabilities(self.path_probabilities(), head.weights, stack.weights)
-        return expected_cost(table, mixed)
+        p = self.path_probabilities()
+        return expected_cost(table, Probabilities(p, head.weights, stack.weights))
 
     @torch.no_grad()
     def sample(self, k: int, generator: torch.Generator | None = None) -> Choice:
         """k candidates of every mixed layer, or all where there are fewer, by softmax(alpha) without replacement.
 
-        Drawn on the CPU, from `generator` or PyTorch's global one, so that every device gives the same choice. Raises
-        FloatingPointError where alpha is not finite.
+        Drawn on the CPU, so that every device gives the same choice. FloatingPointError where alpha is not finite.
         """
         if k < 1:
             raise ValueError(f"k = {k} candidates asked for, at least 1 is needed")
