@@ -15,8 +15,9 @@ from densenas.costs import read_costs
 from densenas.files import root
 from densenas.method.cost import CostTable
 from densenas.method.derivation import best_paths, derive
-from densenas.method.probabilities import Probabilities, expected_cost, visit_probabilities
+from densenas.method.probabilities import Probabilities, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
+from densenas.method.supernet import expected_cost
 from densenas.outcome import Search, load_search
 from densenas.runs.run import Run
 

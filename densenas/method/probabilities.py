@@ -1,4 +1,4 @@
-"""The probabilities that a search has reached: what they cost on average, and how decided they are."""
+"""The probabilities that a search has reached: which blocks they visit, and how decided they are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from densenas.method import ops
-from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
 
 
@@ -75,15 +74,3 @@ def visit_probabilities(p: Tensor) -> Tensor:
         (eye - p[:, :-1]).T, eye[:, :1], upper=False, unitriangular=True
     )
     return torch.cat([visits, p[:, -1:].T @ visits]).flatten()
-
-
-def expected_cost(table: CostTable, probabilities: Probabilities) -> Tensor:
-    """The chained cost (section 3.3), from the front: each edge and layer as often as a path visits it; 0-d."""
-    p = probabilities.p
-    costs = table.tensors(like=p)
-    head = (probabilities.head * costs.head).sum(dim=1)
-    stack = (probabilities.stack * costs.stack).sum(dim=1)
-    edges = costs.final.index_put(costs.head_edges, head)
-    visits = visit_probabilities(p)
-    layers = visits[costs.stack_blocks] @ stack
-    return table.stem + visits[:-1] @ (p * edges).sum(dim=1) + layers + table.classifier

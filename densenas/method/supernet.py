@@ -14,7 +14,7 @@ from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import best_paths, derive
-from densenas.method.probabilities import Probabilities, expected_cost
+from densenas.method.probabilities import Probabilities, visit_probabilities
 from densenas.method.space import Layer, SearchSpace
 
 T = TypeVar("T")
@@ -278,6 +278,18 @@ class Mixture:
         """Shifts each layer's active alphas by one constant, so that this is their mass again."""
         shift = (mass - self.mass())[:, None] * (self.logits > -torch.inf)
         torch._foreach_add_([*self.alphas], shift.split([len(alpha) for alpha in self.alphas]))
+
+
+def expected_cost(table: CostTable, probabilities: Probabilities) -> Tensor:
+    """The chained cost (section 3.3), from the front: each edge and layer as often as a path visits it; 0-d."""
+    p = probabilities.p
+    costs = table.tensors(like=p)
+    head = (probabilities.head * costs.head).sum(dim=1)
+    stack = (probabilities.stack * costs.stack).sum(dim=1)
+    edges = costs.final.index_put(costs.head_edges, head)
+    visits = visit_probabilities(p)
+    layers = visits[costs.stack_blocks] @ stack
+    return table.stem + visits[:-1] @ (p * edges).sum(dim=1) + layers + table.classifier
 
 
 def _by_block(rows: list[T], alphas: nn.ParameterList) -> list[list[T]]:
