@@ -14,8 +14,7 @@ from densenas import figures
 from densenas.costs import read_costs
 from densenas.files import root
 from densenas.method.cost import CostTable
-from densenas.method.derivation import best_paths, derive
-from densenas.method.probabilities import Probabilities, visit_probabilities
+from densenas.method.probabilities import Probabilities, best_paths, derive, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
 from densenas.method.supernet import expected_cost
 from densenas.outcome import Search, load_search

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from densenas.files import atomic
-from densenas.latency import milliseconds
 from densenas.networks import reason
+from densenas.training.device import milliseconds
 
 
 def export(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -14,19 +13,18 @@ from typing import Any, TypeVar
 import pandas as pd
 import torch
 from pydantic import Field, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from densenas.files import HOST, Strict, writing
 from densenas.method import ops
+from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import Layer, SearchSpace
 from densenas.runs.progress import progress
 from densenas.runs.provenance import processor
-from densenas.settings import Computing
-from densenas.training.device import computing_on, pick_device, warn_of_long_spins
+from densenas.training.device import milliseconds, pick_device, warn_of_long_spins
 
-SECONDS = 0.01  # of each timing
 T = TypeVar("T")
 
 
@@ -52,18 +50,6 @@ def build(layer: Layer, space: SearchSpace) -> nn.Module:
     if op == "classifier":
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, width))
     return ops.build_op(op, in_channels, width, stride, norm)
-
-
-def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
-    """Milliseconds of a call without gradients, after a warm-up; waits for the device once, behind the last call."""
-    # A CUDA toolkit without a GPU is no matter.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils.benchmark import Timer
-
-    names = {"module": module, "x": x}
-    timer = Timer("module(x)", globals=names, num_threads=torch.get_num_threads())
-    with torch.inference_mode(), computing_on(Computing(device=str(x.device))):
-        return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
 
 
 def shuffled(items: Sequence[T], rounds: int, what: str) -> Iterator[tuple[int, T]]:
@@ -194,19 +180,26 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12)
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
     """
     candidates = Lattice(table).sample(n, even=True)
-    where, size = pick_device(device), table.input_size
-    x = torch.randn(table.conditions["batch_size"], 3, size, size, device=where)
-    x = x.contiguous(memory_format=torch.channels_last)
-    nets = [one.architecture.build(table.num_classes).eval() for one in candidates]
-    times: list[list[float]] = [[] for _ in nets]
-    for _, index in shuffled(range(n), rounds, "networks"):
-        net = nets[index].to(where).to(memory_format=torch.channels_last)
-        times[index].append(milliseconds(net, x))
+    measured = whole([one.architecture for one in candidates], table, device, rounds)
     predicted = [one.cost for one in candidates]
-    measured = [min(values) for values in times]  # what else a machine does only adds
     frame = pd.DataFrame({"predicted": predicted, "measured": measured})
     frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
     return frame
+
+
+def whole(
+    architectures: Sequence[Architecture], table: CostTable, device: str, rounds: int
+) -> list[float]:
+    """Milliseconds of each network as a whole, under a table's conditions: the least of so many shuffled rounds."""
+    where, size = pick_device(device), table.input_size
+    x = torch.randn(table.conditions["batch_size"], 3, size, size, device=where)
+    x = x.contiguous(memory_format=torch.channels_last)
+    nets = [architecture.build(table.num_classes).eval() for architecture in architectures]
+    times: list[list[float]] = [[] for _ in nets]
+    for _, index in shuffled(range(len(nets)), rounds, "networks"):
+        net = nets[index].to(where).to(memory_format=torch.channels_last)
+        times[index].append(milliseconds(net, x))
+    return [min(values) for values in times]
 
 
 def agreement(frame: pd.DataFrame) -> dict[str, float]:

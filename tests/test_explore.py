@@ -20,8 +20,7 @@ from test_supernet import expected_cost as over_all_paths
 
 from densenas import CostTable, figures
 from densenas.explore import NO_RUN, Explorer, candidates, finished, undecided
-from densenas.method.derivation import best_paths
-from densenas.method.probabilities import Probabilities
+from densenas.method.probabilities import Probabilities, best_paths
 from densenas.method.supernet import expected_cost
 from densenas.runs.run import Run
 from densenas.search import search

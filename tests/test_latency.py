@@ -12,13 +12,14 @@ from densenas.latency import agreement, judge, measure
 from densenas.method.derivation import Lattice
 from densenas.pricing import price
 from densenas.settings import CostSettings
+from densenas.training import device
 
 RES = SearchSpace.load("cifar_resnet")
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    monkeypatch.setattr(device, "SECONDS", 0.0)
 
 
 def entries(table):

@@ -1,13 +1,17 @@
-"""The probabilities that a search has reached: which blocks they visit, and how decided they are."""
+"""The probabilities that a search has reached: the most probable network (paper, section 3.4), and how sure it is."""
 
 from __future__ import annotations
 
+import heapq
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from densenas.method import ops
+from densenas.method.architecture import Architecture
 from densenas.method.space import SearchSpace
 
 
@@ -74,3 +78,35 @@ def visit_probabilities(p: Tensor) -> Tensor:
         (eye - p[:, :-1]).T, eye[:, :1], upper=False, unitriangular=True
     )
     return torch.cat([visits, p[:, -1:].T @ visits]).flatten()
+
+
+def best_paths(space: SearchSpace, p: Tensor, k: int = 1) -> list[tuple[float, tuple[int, ...]]]:
+    """The k paths from block 0 to the final node with the largest products of p (blocks, nodes), each behind its
+    product, by Viterbi from the back (section 3.4).
+    """
+    log_p = p.double().log().tolist()
+    last = space.num_blocks
+    best: dict[int, list[tuple[float, tuple[int, ...]]]] = {last: [(0.0, (last,))]}
+    for i in reversed(range(last)):
+        onward = [
+            (log_p[i][j] + rest, (i, *path)) for j in space.outgoing(i) for rest, path in best[j]
+        ]
+        best[i] = heapq.nlargest(k, onward, key=lambda way: way[0])
+    return [(math.exp(log_probability), path) for log_probability, path in best[0]]
+
+
+def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Architecture:
+    """Best path by p (blocks, nodes), and on it the largest of head (edges into blocks, ops) and stack (layers, ops).
+
+    `head` and `stack` are alphas or their softmax, rows in the supernet's order. Skips are dropped (section 3.4).
+    """
+    _, path = best_paths(space, p)[0]
+    best_head = head.argmax(dim=1).tolist()
+    best_stack = stack.argmax(dim=1).tolist() if stack.numel() else []
+    edges = space.head_edges
+    chosen = []
+    for edge in pairwise(path[:-1]):
+        head_op = space.head_ops[best_head[edges.index(edge)]]
+        layers = [space.stack_ops[index] for index in best_stack[space.stack_rows(edge[1])]]
+        chosen.append((head_op, tuple(op for op in layers if op != ops.SKIP)))
+    return space.architecture(path, chosen)

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
-from densenas.method.derivation import best_paths, derive
-from densenas.method.probabilities import Probabilities, visit_probabilities
+from densenas.method.probabilities import (
+    Probabilities,
+    best_paths,
+    derive,
+    visit_probabilities,
+)
 from densenas.method.space import Layer, SearchSpace
 
 T = TypeVar("T")

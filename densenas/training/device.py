@@ -1,18 +1,23 @@
-"""The device to compute on, and how PyTorch computes there."""
+"""The device to compute on, how PyTorch computes there, and how long it takes."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from densenas import threads
 from densenas.files import one_line
 from densenas.settings import Computing
+
+SECONDS = 0.01  # of each timing
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -66,3 +71,15 @@ def computing_on(how: Computing) -> Iterator[torch.device]:
         finally:
             convolutions.fp32_precision, products.fp32_precision = before
             torch.use_deterministic_algorithms(deterministic)
+
+
+def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
+    """Milliseconds of a call without gradients, after a warm-up; waits for the device once, behind the last call."""
+    # A CUDA toolkit without a GPU is no matter.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
+
+    names = {"module": module, "x": x}
+    timer = Timer("module(x)", globals=names, num_threads=torch.get_num_threads())
+    with torch.inference_mode(), computing_on(Computing(device=str(x.device))):
+        return timer.timeit(max(3, int(SECONDS / timer.timeit(3).mean))).mean * 1e3
