@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from densenas.images.data import prepared
 from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
@@ -13,26 +11,22 @@ from densenas.runs.run import Run
 RECIPES = ("name", "source", "search", "retrain")
 
 
-def read_costs(run: Run, space: str | Path | None = None) -> CostTable:
-    """The table that 02-cost kept.
-
-    ValueError where it is damaged, made for other images than the prepared ones, or for another
-    space than asked for; None is the table's own.
-    """
+def read_costs(run: Run) -> CostTable:
+    """The table that 02-cost kept; ValueError where it is damaged, or made for other images than the prepared ones."""
     path = run.need(run.reports / "cost.json", "02-cost")
     again = f"run 02-cost of run '{run.name}' again"
     try:
-        table = CostTable.read(path, SearchSpace.load(space) if space else None)
+        table = CostTable.read(path)
     except ValueError as error:
         raise ValueError(f"{error}; {again}") from None
     if "input_size" not in table.conditions:
         raise ValueError(f"{path} does not say for which images it holds: {again}")
-    priced = table.input_size, table.num_classes
-    if (run.work / "data.json").exists() and priced != prepared(run):
+    if (run.work / "data.json").exists():
         size, classes = prepared(run)
-        found = f"{priced[0]} pixels in {priced[1]} classes"
-        have = f"the prepared ones have {size} in {classes}"
-        raise ValueError(f"{path} prices images of {found}, {have}: {again}")
+        if (table.input_size, table.num_classes) != (size, classes):
+            found = f"{table.input_size} pixels in {table.num_classes} classes"
+            have = f"the prepared ones have {size} in {classes}"
+            raise ValueError(f"{path} prices images of {found}, {have}: {again}")
     return table
 
 

@@ -26,7 +26,7 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.outcome import Search, load_search
-from densenas.ranking import one_shot
+from densenas.ranking import PathOf
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.progress import progress, quiet
 from densenas.runs.run import Run
@@ -131,8 +131,9 @@ class Study:
     def table(self) -> CostTable:
         table = read_costs(self.run)
         if table.kind != "mult_adds":
-            counts = f"run '{self.run.name}' counts {table.unit}"
-            raise ValueError(f"{counts}, a study compares at equal Mult-Adds")
+            raise ValueError(
+                f"run '{self.run.name}' counts {table.unit}, a study compares at equal Mult-Adds"
+            )
         return table
 
     @cached_property
@@ -182,17 +183,14 @@ class Study:
     # The two steps of a job.
 
     @cached_property
-    def _recipes(self) -> SearchSpace:
-        """The table's space with the recipes of the file or preset that was asked for."""
-        return priced_space(self.table, self.settings.space)
-
-    @cached_property
     def search_recipe(self) -> SearchRecipe:
-        return override(self._recipes.search, **(self.settings.search or {}))
+        space = priced_space(self.table, self.settings.space)
+        return override(space.search, **(self.settings.search or {}))
 
     @cached_property
     def retrain_recipe(self) -> RetrainRecipe:
-        return override(self._recipes.retrain, **(self.settings.retrain or {}))
+        space = priced_space(self.table, self.settings.space)
+        return override(space.retrain, **(self.settings.retrain or {}))
 
     def _computing(self, seed: int) -> Computing:
         return Computing(seed=seed, precision=self.settings.precision, device=self.settings.device)
@@ -215,15 +213,13 @@ class Study:
     def run_training(self, job: Job) -> None:
         """Trains a network from scratch on train and val, tests it once, and keeps the result."""
         network = self.network(job)
-        settings = self._training_settings(network)
-        result: dict[str, Any]
+        result: dict[str, Any] = {"settings": self._training_settings(network)}
         if network.architecture is None:
-            result = {"left_out": _left_out(network.design, job.target)}
+            result["left_out"] = _left_out(network.design, job.target)
             tqdm.write(result["left_out"])
         else:
-            result = asdict(self._train(job, network, network.architecture))
-        content = {"settings": settings, **result}
-        write_text(self._trained(job), json.dumps(content, indent=1))
+            result |= asdict(self._train(job, network, network.architecture))
+        write_text(self._trained(job), json.dumps(result, indent=1))
 
     def _train(self, job: Job, network: Network, arch: Architecture) -> Result:
         how = self._computing(network.seed)
@@ -293,8 +289,11 @@ class Study:
         except ValueError:  # its checkpoint is damaged or of other costs
             net = self._search(job).net
         drawn = results[results["method"] == RANDOM]
-        networks = [Architecture.parse(text) for text in drawn["net_config"]]
-        shares = one_shot(net, networks, self.data, self.settings.device)
+        shares = []
+        with quiet():
+            for text in drawn["net_config"]:
+                path = PathOf(net, Architecture.parse(text))
+                shares.append(evaluate(path, self.data, "val", device=self.settings.device)["top1"])
         return pd.DataFrame(
             {"target": drawn["target"], "one_shot": shares, "retrained": drawn["top1"]}
         )
@@ -342,17 +341,12 @@ def _configured(configuration: str, run: str) -> Study:
 
 def _do(study: Study, step: str, name: str) -> None:
     """One step of the job of that name."""
-    possible = {}
-    for job in study.jobs():
-        if step == "train" or job.method == SEARCHED:
-            possible[str(job)] = job
-    if name not in possible:
+    names = [str(job) for job in study.jobs() if step == "train" or job.method == SEARCHED]
+    if name not in names:
         lacks = f"the study of run '{study.run.name}' has no job '{name}' to {step}"
-        raise ValueError(f"{lacks}, it has {', '.join(possible)}")
-    if step == "search":
-        study.run_search(possible[name])
-    else:
-        study.run_training(possible[name])
+        raise ValueError(f"{lacks}, it has {', '.join(names)}")
+    run = study.run_search if step == "search" else study.run_training
+    run(Job.parse(name))
 
 
 def main() -> None:

@@ -151,10 +151,8 @@ class Explorer(VBox):
         for slider in self.beta.children:
             self._observe(slider, self._show)
         frame = candidates(self.table, self.trace[self.epoch.value], i)
-        shares, costs = (
-            frame["probability"].map("{:.0%}".format),
-            frame["cost"].map("{:.3g}".format),
-        )
+        shares = frame["probability"].map("{:.0%}".format)
+        costs = frame["cost"].map("{:.3g}".format)
         frame["text"] = shares + ": " + costs + " M"
         table = frame.set_index(["layer", "op"])["text"].unstack(sort=False, fill_value="")
         self.ops.value = table.to_html() if i else ""

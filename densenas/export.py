@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,14 +21,15 @@ def export(
 ) -> pd.DataFrame:
     """Writes model.pt2 and model.onnx for any number of images (N, 3, input_size, input_size) into `folder`.
 
-    Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on
-    this CPU and the largest deviation of the logits from PyTorch's. Raises with one sentence
-    RuntimeError where that is more than `tolerance` times the largest logit, ValueError where the
-    network cannot leave PyTorch, OSError where it cannot be written.
+    Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on this CPU and the
+    largest deviation of the logits from PyTorch's. Raises with one sentence RuntimeError where that is more than
+    `tolerance` times the largest logit, ValueError where the network cannot leave PyTorch, OSError where it cannot be
+    written.
     """
     import onnxruntime  # these two take seconds to import
     import torch.onnx
 
+    package, model = Path(folder) / "model.pt2", Path(folder) / "model.onnx"
     net, images = net.cpu().eval(), torch.randn(2, 3, input_size, input_size)
     with torch.no_grad():
         logits = net(images)
@@ -41,26 +42,25 @@ def export(
     # By way of memory: on a full disk the archive's own writer would end the process.
     archive = io.BytesIO()
     torch.export.save(program, archive)
-    with atomic(Path(folder) / "model.pt2") as partial:
+    with atomic(package) as partial:
         partial.write_bytes(archive.getbuffer())
-    with atomic(Path(folder) / "model.onnx") as partial:
+    with atomic(model) as partial:
         onnx.save(str(partial), external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"]
-    )
-    exported = torch.export.load(Path(folder) / "model.pt2").module()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    exported = torch.export.load(package).module()
 
     def in_onnxruntime(x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
+    runtimes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "PyTorch": net,
+        "torch.export": exported,
+        "ONNX Runtime": in_onnxruntime,
+    }
     rows = []
-    for name, run in (
-        ("PyTorch", net),
-        ("torch.export", exported),
-        ("ONNX Runtime", in_onnxruntime),
-    ):
+    for name, run in runtimes.items():
         with torch.no_grad():
             deviation = float((run(images) - logits).abs().max())
         if deviation > tolerance * max(1.0, float(logits.abs().max())):

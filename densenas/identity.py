@@ -41,8 +41,7 @@ ENTRIES = (  # of architecture.json, which reports rely on
 def derived(run: Run) -> dict[str, Any]:
     """What 04-derive found, as architecture.json holds it.
 
-    Raises FileNotFoundError or ValueError with one sentence where there is none, or none of the
-    present search.
+    Raises FileNotFoundError or ValueError with one sentence where there is none, or none of the present search.
     """
     path = run.need(run.reports / "architecture.json", "04-derive")
     found = run.read_json(path.name)
@@ -53,8 +52,9 @@ def derived(run: Run) -> dict[str, Any]:
         Architecture.parse(str(found["net_config"]))
     present = search_digest(run)
     if present is not None and found.get("search", present) != present:
-        since = f"was searched again since {path.name} was written"
-        raise ValueError(f"run '{run.name}' {since}: run 04-derive again")
+        raise ValueError(
+            f"run '{run.name}' was searched again since {path.name} was written: run 04-derive again"
+        )
     return found
 
 
@@ -74,7 +74,10 @@ def describe(run: Run, net: nn.Module, folder: Path) -> dict[str, Any]:
 
     `network` is it in words, `net_config` or `model` what it is built from, `weights` a digest.
     """
-    place = {"folder": _from_root(folder), "weights": weights_digest(net)}
+    folder = folder.absolute()
+    # Relative to the root, which is another on every machine.
+    known = folder.relative_to(root()) if folder.is_relative_to(root()) else folder
+    place = {"folder": str(known), "weights": weights_digest(net)}
     if not isinstance(net, DerivedNet):
         model = read_text(folder / "model").strip()
         return {"network": model, "model": model, **place}
@@ -97,19 +100,13 @@ def _in_words(run: Run, arch: Architecture) -> str:
     return "a network of another net_config"
 
 
-def _from_root(folder: Path) -> str:
-    """Relative to the root, which is another on every machine."""
-    folder = folder.absolute()
-    return str(folder.relative_to(root())) if folder.is_relative_to(root()) else str(folder)
-
-
 def weights_digest(net: nn.Module) -> str:
     """The same for the same weights, wherever they are kept."""
-    digest = hashlib.sha256()
+    weights = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        weights.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return weights.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -123,10 +120,7 @@ class Credit:
 
 
 def credit(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> Credit:
-    """Whose the numbers of metrics.json's section `evaluate` are.
-
-    `found` is what 04-derive found, empty for a run without a search.
-    """
+    """Whose the numbers of metrics.json's section `evaluate` are; `found` is `derived`, or empty without a search."""
     test = metrics["evaluate"]
     last_weights = metrics.get("retrain", {}).get("weights")
     is_trained = "weights" in test and test["weights"] == last_weights

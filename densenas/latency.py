@@ -7,7 +7,6 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from densenas.files import HOST, Strict, writing
 from densenas.method import ops
-from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import Layer, SearchSpace
@@ -90,11 +88,10 @@ def measure(
     """Times every distinct op of a space (fp32, evaluation mode, channels last); gives a table in milliseconds.
 
     An op is one entry however often the space uses it: the fastest of `rounds` timings, since what else a machine does
-    only adds. Each round has another order, so that a drift favours none. Each timing is appended to `log` as a JSON
-    line; a killed measurement goes on behind the last whole line of the same conditions and host.
-    A skip costs nothing, a derived network drops it; with `skip_reg` it is charged a tenth of its
-    layer's first op, as in Mult-Adds.
-    Raises ValueError or, where the log cannot be written, OSError with one sentence.
+    only adds. Each timing is appended to `log` as a JSON line; a killed measurement goes on behind the last whole line
+    of the same conditions and host. A skip costs nothing, a derived network drops it; with `skip_reg` it is charged a
+    tenth of its layer's first op, as in Mult-Adds. Raises ValueError or, where the log cannot be written, OSError with
+    one sentence.
     """
     warn_of_long_spins()
     where = pick_device(device)
@@ -121,12 +118,17 @@ def measure(
     # All machines of a kind say the same about themselves: what another host timed is never used.
     here = {**conditions, "host": HOST}
     times = _logged(log, here)
-    with _appending(log) as write:
-        for number, layer in shuffled(timed, rounds, "latency"):
-            if len(times[layer]) <= number:
-                ms = _timed(layer, space, batch_size, where)
-                times[layer].append(ms)
-                write(json.dumps({"key": layer, "ms": ms, "conditions": here}))
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write("\n")  # behind what a kill left of the last line
+            for number, layer in shuffled(timed, rounds, "latency"):
+                if len(times[layer]) <= number:
+                    ms = _timed(layer, space, batch_size, where)
+                    times[layer].append(ms)
+                    line = json.dumps({"key": layer, "ms": ms, "conditions": here})
+                    file.write(f"{line}\n")
+                    file.flush()
 
     # A skip is the one op that is not timed.
     least = defaultdict(float, {layer: min(times[layer]) for layer in timed})
@@ -148,21 +150,6 @@ def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
         "median": median(times),
         "max": max(times),
     }
-
-
-@contextmanager
-def _appending(log: Path) -> Iterator[Callable[[str], None]]:
-    """A function that adds a line to a file; what a kill left of the last line is closed first."""
-    with writing(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write("\n")
-
-            def write(line: str) -> None:
-                file.write(f"{line}\n")
-                file.flush()
-
-            yield write
 
 
 def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:
@@ -207,26 +194,19 @@ def judge(table: CostTable, n: int = 30, device: str = "auto", rounds: int = 12)
     op timed by itself finds its data in the cache, so what the sum lacks grows with it; one fixed overhead fits worse.
     """
     candidates = Lattice(table).sample(n, even=True)
-    measured = whole([one.architecture for one in candidates], table, device, rounds)
-    frame = pd.DataFrame({"predicted": [one.cost for one in candidates], "measured": measured})
-    frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
-    return frame
-
-
-def whole(
-    architectures: Sequence[Architecture], table: CostTable, device: str, rounds: int
-) -> list[float]:
-    """Milliseconds of each network as a whole, under a table's conditions: the least of so many shuffled rounds."""
-    where = pick_device(device)
-    size = table.input_size
+    where, size = pick_device(device), table.input_size
     x = torch.randn(table.conditions["batch_size"], 3, size, size, device=where)
     x = x.contiguous(memory_format=torch.channels_last)
-    nets = [architecture.build(table.num_classes).eval() for architecture in architectures]
+    nets = [one.architecture.build(table.num_classes).eval() for one in candidates]
     times: list[list[float]] = [[] for _ in nets]
-    for _, index in shuffled(range(len(nets)), rounds, "networks"):
+    for _, index in shuffled(range(n), rounds, "networks"):
         net = nets[index].to(where).to(memory_format=torch.channels_last)
         times[index].append(milliseconds(net, x))
-    return [min(values) for values in times]
+    predicted = [one.cost for one in candidates]
+    measured = [min(values) for values in times]  # what else a machine does only adds
+    frame = pd.DataFrame({"predicted": predicted, "measured": measured})
+    frame["corrected"] = frame["predicted"] * (frame["measured"] / frame["predicted"]).median()
+    return frame
 
 
 def agreement(frame: pd.DataFrame) -> dict[str, float]:

@@ -40,8 +40,9 @@ def network(model: str, num_classes: int) -> nn.Module:
     if model in CLASSIFIERS:
         return torchvision.models.get_model(model, num_classes=num_classes)
     if model in torchvision.models.list_models():
-        other = "is one of torchvision's, but not for classification of single images"
-        raise ValueError(f"model {shown(model)} {other}")
+        raise ValueError(
+            f"model {shown(model)} is one of torchvision's, but not for classification of single images"
+        )
     try:
         return Architecture.read(model).build(num_classes)
     except KeyError:
@@ -56,7 +57,12 @@ def is_code(model: str) -> bool:
 
 def _network_of_function(model: str, num_classes: int) -> nn.Module:
     if source := source_of(model):
-        _refuse_edited(source)
+        # A process keeps the code that it imported first, whatever the file says since.
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        if CODE_SEEN.setdefault(source, digest) != digest:
+            raise ValueError(
+                f"{source} was edited since this process imported it: restart the process or kernel"
+            )
     # Whatever the user's code raises is told in one sentence; a script may even exit when imported.
     try:
         function = pkgutil.resolve_name(model)
@@ -81,31 +87,18 @@ def reason(error: BaseException) -> str:
     return f"{one_line(error)[:200]} ({type(error).__name__})"
 
 
-def _find_code_here() -> None:
-    """A notebook imports from its working directory, a program that was installed does not."""
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-
-
 def source_of(model: str) -> Path | None:
     """The file of the function that `model` names as package.module:function; None otherwise."""
     if not is_code(model):
         return None
-    _find_code_here()
+    here = os.getcwd()  # a notebook imports from there, a program that was installed does not
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
     try:
         found = importlib.util.find_spec(model.partition(":")[0])
     except (ImportError, ValueError, AttributeError):
         return None
     return Path(found.origin) if found and found.origin and found.has_location else None
-
-
-def _refuse_edited(source: Path) -> None:
-    """A process keeps the code that it imported first, whatever the file says since."""
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    if CODE_SEEN.setdefault(source, digest) != digest:
-        since = "was edited since this process imported it"
-        raise ValueError(f"{source} {since}: restart the process or kernel")
 
 
 def code_digest(model: str, net: nn.Module) -> str:
@@ -121,8 +114,7 @@ def code_digest(model: str, net: nn.Module) -> str:
 def check_network(model: str, num_classes: int, image_size: int) -> None:
     """Tries one training step and an evaluation with two images, before hours are spent.
 
-    Raises ValueError with one sentence that names the network and says why it cannot be trained on
-    such images.
+    Raises ValueError with one sentence that names the network and says why it cannot be trained on such images.
     """
     wrong = _why_untrainable(model, num_classes, image_size)
     if wrong is None:
@@ -139,10 +131,8 @@ def _why_untrainable(model: str, num_classes: int, image_size: int) -> str | Non
     # Without numbers a step costs no memory, but a user's code may want to look at some.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if is_code(model):
-            return _try_step(model, num_classes, image_size, "cpu")
         try:
-            return _try_step(model, num_classes, image_size, "meta")
+            return _try_step(model, num_classes, image_size, "cpu" if is_code(model) else "meta")
         except NotImplementedError:  # RegNets compute their widths by tensors
             return _try_step(model, num_classes, image_size, "cpu")
 
@@ -192,8 +182,7 @@ def _wrong_output(logits: Any, num_classes: int, mode: str) -> str | None:
 def save_network(folder: Path, model: str, net: nn.Module) -> None:
     """Keeps a trained network where `load_network` finds it; a derived one in the published format.
 
-    Takes the place of an earlier network, and of its exports. Raises OSError with one sentence
-    where the disk is full.
+    Takes the place of an earlier network, and of its exports. Raises OSError with one sentence where the disk is full.
     """
     for export in ("model.pt2", "model.onnx"):
         (folder / export).unlink(missing_ok=True)
@@ -238,8 +227,7 @@ def load_network(folder: str | Path, num_classes: int, model: str | None = None)
 def model_folder(run: Run, model: str | None = None) -> Path:
     """The folder of the network to evaluate, and of its exports; None is what 05-retrain trained.
 
-    Raises FileNotFoundError or ValueError with one sentence where it is none, or nothing can be
-    written there.
+    Raises FileNotFoundError or ValueError with one sentence where it is none, or nothing can be written there.
     """
     folder = Path(model).expanduser() if model else run.need(run.work / "model", "05-retrain")
     if not folder.is_dir():

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from densenas.costs import RECIPES, read_costs
 from densenas.files import write_text
 from densenas.images.data import load
@@ -56,16 +54,6 @@ class Search:
         return self.configuration["target_cost"]
 
     @property
-    def epochs(self) -> int:
-        """How many the search has when it is finished."""
-        return self.configuration["recipe"]["epochs"]
-
-    @property
-    def digest(self) -> str:
-        """Tells one search from every other: two with the same digest end with the same network."""
-        return digest(self.configuration)
-
-    @property
     def best(self) -> Candidate:
         """What the search found."""
         return Lattice(self.table, self.trace[-1]).derive(self.target_cost)
@@ -83,14 +71,9 @@ class Trace(list[Probabilities]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         entries = [Probabilities(**entry) for entry in state["entries"]]
-        expected = _shapes(self[0])
-        if not entries or any(_shapes(entry) != expected for entry in entries):
-            raise ValueError("probabilities of another space")
+        if not entries:
+            raise ValueError("a trace without entries")
         self[:] = entries
-
-
-def _shapes(entry: Probabilities) -> tuple[torch.Size, ...]:
-    return entry.p.shape, entry.head.shape, entry.stack.shape
 
 
 def finished_search(run: Run) -> Search:
@@ -105,9 +88,9 @@ def finished_search(run: Run) -> Search:
         raise ValueError(
             f"run '{run.name}' has other images now than it was searched on: run 03-search again"
         )
-    done = len(result.history)
-    if done < result.epochs:
-        unfinished = f"the search of run '{run.name}' has done {done} of {result.epochs} epochs"
+    done, epochs = len(result.history), result.configuration["recipe"]["epochs"]
+    if done < epochs:
+        unfinished = f"the search of run '{run.name}' has done {done} of {epochs} epochs"
         raise ValueError(f"{unfinished}: run 03-search again, it goes on from there")
     return result
 
@@ -174,7 +157,7 @@ def write_architecture(run: Run, result: Search) -> dict[str, Any]:
         "num_classes": num_classes,
         "space": table.space.name,
         "seed": result.configuration["seed"],
-        "search": result.digest,
+        "search": digest(result.configuration),
         "data": result.configuration["data"],
     }
     save_published(run.reports, arch)

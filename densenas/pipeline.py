@@ -128,8 +128,9 @@ def main() -> None:
 
         home = root()
         if not SNAKEFILE.is_file():
-            lacks = "is not there, an installed package is no pipeline: clone the repository"
-            raise FileNotFoundError(f"{SNAKEFILE} {lacks}")
+            raise FileNotFoundError(
+                f"{SNAKEFILE} is not there, an installed package is no pipeline: clone the repository"
+            )
         name, path = identify(os.environ.get("RUN", ""), os.environ.get("CONFIG", ""), usual)
         if target and not RunConfig.load(path).evidence:
             raise ValueError(

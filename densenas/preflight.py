@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from densenas.files import DATA, naming, root
-from densenas.images.items import Item, fingerprint
+from densenas.images.items import fingerprint
 from densenas.images.prepare import listing
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
@@ -25,7 +25,7 @@ from densenas.settings import RunConfig
 from densenas.training.processes import check_devices
 from densenas.training.steps import check_batches
 
-DOWNLOADED = 10  # classes that every set of torchvision's has
+DOWNLOADED = 10  # classes that every set of torchvision's has, for one that is yet to be downloaded
 # What `load_network` reads; exports may lie beside them.
 NETWORK_FILES = ("net_config", "model", "weights.pt")
 
@@ -74,7 +74,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
     with naming("data"):
         splits = listing(data, download=False)
     if splits is None:
-        classes = _chosen(data.num_classes)
+        chosen = data.num_classes
+        classes = len(chosen) if isinstance(chosen, list) else chosen or DOWNLOADED
     else:
         classes = len({item.label for item in splits["train"]})
         _check_batches(config, batches, len(splits["train"]), len(splits["val"]))
@@ -83,18 +84,23 @@ def preflight(config: RunConfig) -> dict[str, str]:
     if own is not None:
         with naming("retrain.net_config"):
             check_network(own, classes, data.image_size)
-    trained = config.evaluate.model
-    if trained is not None:
-        with naming("evaluate.model"):
-            if not Path(trained).expanduser().is_dir():
-                raise FileNotFoundError(f"'{trained}' is not a folder")
-            load_network(Path(trained).expanduser(), classes, own)
     code = _code(own)
+    images = trained = ""
+    # Torchvision's sets are what their names say, and this may be before their download.
+    if splits is not None and data.dataset in ("digits", "folder"):
+        images = fingerprint(item for items in splits.values() for item in items)
+    if config.evaluate.model is not None:
+        folder = Path(config.evaluate.model).expanduser()
+        with naming("evaluate.model"):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"'{config.evaluate.model}' is not a folder")
+            load_network(folder, classes, own)
+        trained = _digest([folder / name for name in NETWORK_FILES])
     return {
-        "01-data": "" if splits is None else _images(data.dataset, splits),
+        "01-data": images,
         "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
         "05-retrain": code,
-        "06-evaluate": code + _trained(trained),
+        "06-evaluate": code + trained,
     }
 
 
@@ -104,13 +110,6 @@ def check_machine(config: RunConfig) -> None:
         check_devices(config.device, config.search.devices)
     with naming("retrain"):
         check_devices(config.device, config.retrain.devices)
-
-
-def _chosen(num_classes: int | list[str] | None) -> int:
-    """How many classes of a set that torchvision has yet to download."""
-    if isinstance(num_classes, list):
-        return len(num_classes)
-    return num_classes or DOWNLOADED
 
 
 def _batch_sizes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
@@ -150,20 +149,6 @@ def _digest(files: Iterable[Path]) -> str:
         content = path.read_bytes() if path.is_file() else b""
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
-
-
-def _images(dataset: str, splits: dict[str, list[Item]]) -> str:
-    """Only of sets that change. Torchvision's are what their names say, and this may be before their download."""
-    if dataset not in ("digits", "folder"):
-        return ""
-    return fingerprint(item for items in splits.values() for item in items)
-
-
-def _trained(folder: str | None) -> str:
-    """Of the files of a trained network; empty without a folder."""
-    if folder is None:
-        return ""
-    return _digest([Path(folder).expanduser() / name for name in NETWORK_FILES])
 
 
 def _code(model: str | None) -> str:

@@ -52,15 +52,9 @@ def price(run: Run, settings: CostSettings) -> Prices:
 def _timed(run: Run, prices: Prices, settings: CostSettings) -> Prices:
     """The prices with latency of every op and of some whole networks, which are kept."""
     device, rounds = settings.device, settings.rounds
-    measured = measure(
-        prices.mult_adds.space,
-        prices.mult_adds.input_size,
-        prices.mult_adds.num_classes,
-        run.work / "latency.jsonl",
-        settings.batch_size,
-        device,
-        rounds,
-    )
+    flops, log = prices.mult_adds, run.work / "latency.jsonl"
+    images = flops.input_size, flops.num_classes
+    measured = measure(flops.space, *images, log, settings.batch_size, device, rounds)
     measured.write(run.reports / "latency.json")
     table = measured if settings.kind == "latency" else prices.table
     if not settings.networks:
@@ -69,6 +63,6 @@ def _timed(run: Run, prices: Prices, settings: CostSettings) -> Prices:
     agreed = agreement(networks)
     if settings.kind == "latency":
         table = measured.scaled(agreed["factor"])
-    where = {"device": measured.conditions["device"]}
-    run.update_json("metrics.json", "latency", {**agreed, **where})
+    device_name = measured.conditions["device"]
+    run.update_json("metrics.json", "latency", {**agreed, "device": device_name})
     return Prices(table, prices.mult_adds, measured, networks, agreed)

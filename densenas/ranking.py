@@ -1,24 +1,11 @@
-"""Does a supernet rank networks as training does? Their accuracy as paths of it, without training of their own."""
+"""Networks as paths of a supernet, without training of their own: does it rank them as training does?"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from densenas.images.data import ImageData
 from densenas.method.architecture import Architecture
 from densenas.method.supernet import SuperNet
-from densenas.runs.progress import quiet
-from densenas.train import evaluate
-
-
-def one_shot(
-    net: SuperNet, networks: list[Architecture], data: ImageData, device: str = "auto"
-) -> list[float]:
-    """Accuracy on val, a share, of each network as a path of the supernet."""
-    with quiet():
-        return [
-            evaluate(PathOf(net, arch), data, "val", device=device)["top1"] for arch in networks
-        ]
 
 
 class PathOf(nn.Module):

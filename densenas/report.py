@@ -28,8 +28,9 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % confidence interval of a share seen in n trials (Wilson 1927)."""
+    z = 1.96
     scale = 1 + z**2 / n
     centre = (share + z**2 / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -124,8 +125,7 @@ def _sections(run: Run, name: str, stages: dict[str, str]) -> dict[str, Any]:
 def evaluation(run: Run) -> dict[str, Any]:
     """What a report says of an evaluated run: metrics.json, what was derived (`arch`), and what was tested (`tested`).
 
-    Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not
-    run again.
+    Raises FileNotFoundError or ValueError with one sentence where a stage is missing, or was not run again.
     """
     stages = {"data": "01-data", "search": "03-search", "evaluate": "06-evaluate"}
     metrics = _sections(run, "metrics.json", stages)
@@ -177,8 +177,7 @@ def write_study(run: Run) -> str:
     tags = TagRemovePreprocessor(remove_all_outputs_tags={"work"}, remove_cell_tags={"demo"})
     exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[tags])
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
-    stages = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})
-    provenance = stages["09-evidence"]
+    provenance = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
     metrics = _sections(run, "metrics.json", {"data": "01-data"})
     page = TEMPLATES.get_template("study.html.j2").render(
         run=run.name,
@@ -193,15 +192,12 @@ def write_study(run: Run) -> str:
     )
     readme = root() / "README.md"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart
-        write_text(readme, _quoting(read_text(readme), run.name, quote))
+        # Between the comments <!-- name --> and <!-- end -->, if it has these.
+        start = f"<!-- {run.name} -->"
+        place = rf"{re.escape(start)}.*?(?=<!-- end -->)"
+        text = re.sub(place, lambda _: f"{start}\n{quote}\n", read_text(readme), flags=re.DOTALL)
+        write_text(readme, text)
     return f"reports/{run.name}/evidence.html"
-
-
-def _quoting(text: str, name: str, quote: str) -> str:
-    """The text with the quote between the comments <!-- name --> and <!-- end -->, if it has these."""
-    start = f"<!-- {name} -->"
-    place = rf"{re.escape(start)}.*?(?=<!-- end -->)"
-    return re.sub(place, lambda _: f"{start}\n{quote}\n", text, flags=re.DOTALL)
 
 
 def tell(run: Run) -> None:
@@ -211,11 +207,12 @@ def tell(run: Run) -> None:
     """
     metrics = run.read_json("metrics.json")
     if "evidence" not in metrics and "evaluate" not in metrics:
-        lacks = "holds no result of 06-evaluate or 09-evidence yet"
-        if not run.reports.is_dir():
-            lacks = "is not there"
-        nothing = f"run '{run.name}' has nothing to report"
-        raise FileNotFoundError(f"{nothing}: reports/{run.name} {lacks}")
+        lacks = "is not there"
+        if run.reports.is_dir():
+            lacks = "holds no result of 06-evaluate or 09-evidence yet"
+        raise FileNotFoundError(
+            f"run '{run.name}' has nothing to report: reports/{run.name} {lacks}"
+        )
     print(f"\nRun '{run.name}'")
     try:
         if "evidence" in metrics:

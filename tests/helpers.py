@@ -66,6 +66,21 @@ def make_space(**settings):
     return SearchSpace(**{**usual, **settings})
 
 
+# data.json of a folder of three classes.
+DESCRIPTION = {
+    "dataset": "folder",
+    "classes": ["a", "b", "c"],
+    "image_size": 48,
+    "pack": None,
+    "resident": True,
+    "augment": "weak",
+    "digest": "",
+    "mean": [0.0] * 3,
+    "std": [1.0] * 3,
+    "manifest": "",
+}
+
+
 SMALL = make_space(
     input_size=16,
     init_dim=4,
@@ -119,7 +134,7 @@ def smallest_input(space):
 
 
 def edges_by_rule(space):
-    """METHOD, section 1, word for word."""
+    """The rule of the dense connections (section 3.1), written apart from `SearchSpace.edges`."""
     maps = [*space.fm_sizes, space.fm_sizes[-1]]
     last = len(space.chs)
     found = []

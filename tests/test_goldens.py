@@ -1,4 +1,4 @@
-"""Our numbers against those of the published code (METHOD, the goldens); computed there in float64, training mode."""
+"""Our numbers against those of the published code (tests/reference/); computed there in float64, training mode."""
 
 import json
 import math

@@ -4,7 +4,7 @@ import json
 from unittest import mock
 
 import pytest
-from helpers import SKIP, SMALL, full_disk, refused
+from helpers import DESCRIPTION, SKIP, SMALL, full_disk, refused
 
 from densenas import CostTable, SearchSpace, latency
 from densenas.costs import read_costs
@@ -180,7 +180,7 @@ def test_whole_networks_judge_the_table(quick, space, tmp_path):
 )
 def test_a_run_is_priced_in_one_call(kind, networks, quick, run):
     run.work.mkdir(parents=True)
-    (run.work / "data.json").write_text('{"image_size": 16, "classes": ["a", "b", "c"]}')
+    (run.work / "data.json").write_text(json.dumps(DESCRIPTION | {"image_size": 16}))
     path = run.work / "space.yml"
     path.write_text(SMALL.model_dump_json())
     settings = CostSettings(space=str(path), kind=kind, networks=networks, rounds=1)

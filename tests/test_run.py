@@ -16,7 +16,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from helpers import SMALL, full_disk, random_table, refused
+from helpers import DESCRIPTION, SMALL, full_disk, random_table, refused
 
 from densenas import CostTable, SearchSpace, files, threads
 from densenas.costs import read_costs
@@ -257,20 +257,6 @@ def test_no_history_is_none(run):
 # ---------------------------------------------------------------- costs of the run's own images
 
 
-DESCRIPTION = {
-    "dataset": "folder",
-    "classes": ["a", "b", "c"],
-    "image_size": 48,
-    "pack": None,
-    "resident": True,
-    "augment": "weak",
-    "digest": "",
-    "mean": [0.0] * 3,
-    "std": [1.0] * 3,
-    "manifest": "",
-}
-
-
 @pytest.fixture
 def priced(run):
     """A run whose images have 48 pixels in 3 classes, and whose costs are right."""
@@ -303,19 +289,13 @@ def test_costs_are_those_of_the_prepared_images(priced):
     )  # as in a report without the machine's files
 
 
-def test_costs_are_those_of_the_space(priced, tmp_path):
-    path = tmp_path / "made up.yml"
-    path.write_text(SMALL.model_dump_json())
-    assert read_costs(priced, path).space == SMALL
-    with refused(
-        ValueError, r"cost\.json: it prices space made up, asked for was digits; run 02-cost"
-    ):
-        read_costs(priced, "digits")
-    path.write_text(SMALL.model_copy(update={"last_dim": 8}).model_dump_json())
-    with refused(
-        ValueError, r"cost\.json: it prices another version of space made up.*run 02-cost"
-    ):
-        read_costs(priced, path)
+def test_costs_are_those_of_the_space(priced):
+    path = priced.reports / "cost.json"
+    assert CostTable.read(path, SMALL).space == read_costs(priced).space == SMALL
+    with refused(ValueError, r"cost\.json: it prices space made up, asked for was digits"):
+        CostTable.read(path, SearchSpace.load("digits"))
+    with refused(ValueError, r"cost\.json: it prices another version of space made up"):
+        CostTable.read(path, SMALL.model_copy(update={"last_dim": 8}))
 
 
 def test_costs_that_do_not_say_of_what_they_are_serve_no_run(priced):

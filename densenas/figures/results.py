@@ -44,15 +44,8 @@ def curves(history: pd.DataFrame, panels: Mapping[str, Mapping[str, str]]) -> Fi
             if column not in history:
                 continue
             colour, line = (RED, "-") if column == "target_cost" else next(looks)
-            axes.plot(
-                history["epoch"],
-                scale * history[column],
-                label=name,
-                color=colour,
-                linestyle=line,
-                marker=marker,
-                markersize=3,
-            )
+            look: Look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 3}
+            axes.plot(history["epoch"], scale * history[column], label=name, **look)
         axes.set(xlabel="epoch", ylabel=label)
         whole_numbers(axes.xaxis)
         if len(columns) > 1:
@@ -62,15 +55,11 @@ def curves(history: pd.DataFrame, panels: Mapping[str, Mapping[str, str]]) -> Fi
 
 def mark_architecture_steps(figure: Figure, history: pd.DataFrame) -> None:
     """A dotted line through every panel of a search's curves where alpha and beta begin to be trained too."""
-    if "val_loss" not in history:
-        return
     first = history.loc[history["val_loss"].first_valid_index(), "epoch"]
     label = f"from epoch {first} on alpha and beta are trained too"
-    lines = [
-        axes.axvline(first, color=GREY, linestyle=":", zorder=1, label=label)
-        for axes in figure.axes
-    ]
-    legend_below(figure, lines[:1])
+    for axes in figure.axes:
+        line = axes.axvline(first, color=GREY, linestyle=":", zorder=1, label=label)
+    legend_below(figure, [line])
 
 
 def pareto(points: pd.DataFrame) -> pd.DataFrame:
@@ -107,14 +96,10 @@ def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
             interval = None
             if "low" in rows:
                 interval = [rows["top1"] - rows["low"], rows["high"] - rows["top1"]]
-            style: Look = {
-                "capsize": 3,
-                "elinewidth": 1,
-                "markersize": 6,
-                "zorder": 3,
-                "label": group,
-            }
-            axes.errorbar(rows["cost"], rows["top1"], interval, **style, **looks[group])
+            style: Look = {"capsize": 3, "elinewidth": 1, "markersize": 6, "zorder": 3}
+            axes.errorbar(
+                rows["cost"], rows["top1"], interval, label=group, **style, **looks[group]
+            )
         for row in members.itertuples():
             side: Look = {"xytext": (4, -3), "ha": "left", "va": "top"}
             if row.Index in front.index:
