@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -23,9 +23,6 @@ class Savable(Protocol):
     """A figure of matplotlib, which takes half a second to import."""
 
     def savefig(self, fname: Any, **options: Any) -> None: ...
-
-
-Figure = TypeVar("Figure", bound=Savable)
 
 
 class Run:
@@ -130,7 +127,7 @@ class Run:
             history = history.sort_values(["stage", "epoch"], ascending=[False, True])
             write_text(self.reports / "history.csv", history.to_csv(index=False))
 
-    def save_figure(self, figure: Figure, name: str, caption: str) -> Figure:
+    def save_figure(self, figure: Savable, name: str, caption: str) -> Savable:
         """Writes figures/<name>.svg and .png with its caption, and returns the figure, so that a notebook shows it."""
         folder = self.reports / "figures"
         with atomic(folder / f"{name}.svg") as partial:

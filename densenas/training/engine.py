@@ -147,16 +147,16 @@ class Display:
 
         self.run = run
         self.stage = stage
-        self.first = rank_and_world()[0] == 0
+        first = rank_and_world()[0] == 0
         done = len(position.history)
         behind = sum(steps[:done])
-        self.bar = progress(sum(steps), stage, initial=behind, disable=not self.first)
+        self.bar = progress(sum(steps), stage, initial=behind, disable=not first)
         self.board = None
-        if self.first:
+        if first:
             with writing(run.work / "tensorboard"):
                 self.board = SummaryWriter(run.work / "tensorboard" / stage, purge_step=done)
-        if position.history:
-            self._write_history(position)  # a kill may have come between the checkpoint and this
+            if position.history:  # a kill may have come between the checkpoint and this
+                run.write_history(stage, position.history)
 
     def skip(self, steps: int) -> None:
         """Steps that were done before the checkpoint."""
@@ -170,15 +170,11 @@ class Display:
         self.bar.update()
 
     def epoch(self, position: Position) -> None:
-        self._write_history(position)
         if self.board:
+            self.run.write_history(self.stage, position.history)
             with writing(self.run.work / "tensorboard"):
                 for name, value in position.history[-1].items():
                     self.board.add_scalar(name, value, len(position.history) - 1)
-
-    def _write_history(self, position: Position) -> None:
-        if self.first:
-            self.run.write_history(self.stage, position.history)
 
     def close(self) -> None:
         self.bar.close()
