@@ -75,7 +75,7 @@ def computing_on(how: Computing) -> Iterator[torch.device]:
 
 def milliseconds(module: Callable[[Tensor], Any], x: Tensor) -> float:
     """Milliseconds of a call without gradients, after a warm-up; waits for the device once, behind the last call."""
-    # A CUDA toolkit without a GPU is no matter.
+    # Imported behind this, or it warns of a CUDA toolkit without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
