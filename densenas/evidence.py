@@ -103,9 +103,7 @@ class Study:
     def complete(self) -> pd.DataFrame:
         """Does here and now what is still to do of all jobs; returns `results`."""
         missing = [job for job in self.jobs() if self._result(job) is None]
-        if not missing:
-            return self.results()
-        with progress(len(missing), "study") as bar:
+        with progress(len(missing), "study", disable=not missing) as bar:
             for job in missing:
                 bar.set_postfix_str(str(job), refresh=False)
                 with quiet():
@@ -113,6 +111,9 @@ class Study:
                         self.run_search(job)
                     self.run_training(job)
                 bar.update()
+        parameters = self.settings.model_dump(mode="json")
+        parameters["space"] = self.settings.space or self.table.space.name
+        self.run.record_provenance("09-evidence", **parameters)
         return self.results()
 
     def results(self) -> pd.DataFrame:
@@ -299,14 +300,11 @@ class Study:
         )
 
     def record(self, results: pd.DataFrame, ranking: pd.DataFrame) -> None:
-        """Keeps `results` and `ranking` in the run's reports, with what they say and with what they were computed."""
+        """Keeps `results` and `ranking` in the run's reports, with what they say."""
         write_text(self.run.reports / "evidence.csv", results.to_csv(index=False))
         write_text(self.run.reports / "ranking.csv", ranking.to_csv(index=False))
         found = summary(results, ranking) | {"left_out": self.left_out()}
         self.run.update_json("metrics.json", "evidence", found)
-        parameters = self.settings.model_dump(mode="json")
-        parameters["space"] = self.settings.space or self.table.space.name
-        self.run.record_provenance("09-evidence", **parameters)
 
 
 def _left_out(design: str, target: float) -> str:

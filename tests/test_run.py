@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import DESCRIPTION, SMALL, full_disk, random_table, refused
+from matplotlib.figure import Figure
 
 from densenas import CostTable, SearchSpace, files, threads
 from densenas.costs import read_costs
@@ -499,3 +500,17 @@ def test_a_process_whose_threads_spin_says_so(run, monkeypatch):
         resumable(run, "search", {"seed": 0}, {}, []),
     ):
         pass
+
+
+def test_a_stage_that_runs_again_takes_its_earlier_figures_away(run):
+    figure = Figure()
+    for name in ("01-classes", "01-sizes", "02-cost"):
+        run.save_figure(figure, name, "of an earlier run")
+    run.record_provenance("01-data")
+    run.save_figure(figure, "01-classes", "of this run")
+    assert run.read_json("figures/captions.json") == {
+        "01-classes": "of this run",
+        "02-cost": "of an earlier run",
+    }
+    drawn = {path.stem for path in (run.reports / "figures").glob("*.svg")}
+    assert drawn == {"01-classes", "02-cost"}

@@ -87,8 +87,24 @@ class Run:
             write_text(self.reports / name, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
     def record_provenance(self, stage: str, **parameters: Any) -> None:
-        """Adds to provenance.json what this stage ran with: its parameters, code, packages, hardware."""
+        """Adds to provenance.json what this stage runs with: its parameters, code, packages, hardware.
+
+        Before it draws: a figure that an earlier run of the stage left may not be drawn this time.
+        """
         self.update_json("provenance.json", stage, {"parameters": parameters, **environment()})
+        self._remove_figures(stage[: len("01-")])
+
+    def _remove_figures(self, prefix: str) -> None:
+        folder = self.reports / "figures"
+        with self._updating():
+            captions = self.read_json("figures/captions.json")
+            kept = {name: text for name, text in captions.items() if not name.startswith(prefix)}
+            if len(kept) < len(captions):
+                write_text(
+                    folder / "captions.json", json.dumps(kept, indent=1, sort_keys=True) + "\n"
+                )
+        for path in folder.glob(f"{prefix}*"):
+            path.unlink(missing_ok=True)
 
     def history(self, stage: str | None = None) -> pd.DataFrame:
         """history.csv, or the rows of one stage with only the columns that it fills.
