@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +33,7 @@ from densenas.search import search
 from densenas.settings import WITHIN, Computing, RunConfig, StudySettings
 from densenas.train import evaluate, retrain
 from densenas.training.checkpoint import digest
-from densenas.training.processes import STOPPED
+from densenas.training.processes import exiting
 from densenas.verdict import HAND_MADE, METHODS, RANDOM, SEARCHED, Result, summary
 
 
@@ -359,12 +358,8 @@ def main() -> None:
         "job", help="method, target and number, like DenseNAS_1_0, random_1_3 or hand-made_1_0"
     )
     asked = parser.parse_args()
-    try:
+    with exiting():
         _do(_configured(asked.configuration, asked.run), asked.step, asked.job)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

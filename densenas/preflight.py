@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from densenas.networks import check_network, load_network, source_of
 from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
-from densenas.training.processes import check_devices
+from densenas.training.processes import check_devices, exiting
 from densenas.training.steps import check_batches
 
 DOWNLOADED = 10  # classes that every set of torchvision's has, for one that is yet to be downloaded
@@ -169,12 +168,10 @@ def main() -> None:
     )
     parser.add_argument("configuration", metavar="CONFIG", help="a run's YAML file")
     path = Path(parser.parse_args().configuration).absolute()
-    try:
+    with exiting():
         os.chdir(root())  # from where a configuration's paths are meant
         config, _ = checked(path)
         check_machine(config)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
     print(f"{path}: nothing stands against this run")
 
 

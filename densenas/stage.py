@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from densenas.method.space import SearchSpace
 from densenas.search import search_run
 from densenas.settings import RunConfig
 from densenas.train import retrain_run
-from densenas.training.processes import STOPPED, join
+from densenas.training.processes import exiting, join
 
 STAGES: dict[str, Callable[[str, Any], None]] = {
     "03-search": search_run,
@@ -32,21 +31,15 @@ def main() -> None:
         "configuration", nargs="?", help="the run's YAML file, data/configs/RUN.yml unless given"
     )
     asked = parser.parse_args()
-    try:
+    with exiting():
         config = RunConfig.load(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
         settings = config.stages(SearchSpace.load(config.space).input_size)[asked.stage]
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
     stage = STAGES[asked.stage]
     if "WORLD_SIZE" in os.environ:
         join(stage, config.device, asked.run, settings)
         return
-    try:
+    with exiting():
         stage(asked.run, settings)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,17 @@ def _member(
         raise
 
 
+@contextmanager
+def exiting() -> Iterator[None]:
+    """Around what a command line does: an error or Ctrl-C ends the process with one sentence."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+
+
 @record
 def join(function: Callable[..., Any], device: str, *arguments: Any) -> None:
     """The function as one of the processes that torchrun started; where it fails, the last line says what to do."""
