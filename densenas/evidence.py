@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from densenas.baselines import designs, hand_made
+from densenas.correlations import rankings
 from densenas.costs import RECIPES, priced_space, read_costs
 from densenas.files import read_json, write_text
 from densenas.images.data import ImageData, load
@@ -25,7 +26,7 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.outcome import Search, load_search
-from densenas.ranking import PathOf
+from densenas.ranking import PathOf, synaptic_flow
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.progress import progress, quiet
 from densenas.runs.run import Run
@@ -298,12 +299,35 @@ class Study:
             {"target": drawn["target"], "one_shot": shares, "retrained": drawn["top1"]}
         )
 
-    def record(self, results: pd.DataFrame, ranking: pd.DataFrame) -> None:
-        """Keeps `results` and `ranking` in the run's reports, with what they say."""
+    def rankings(self, results: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
+        """How well the supernet orders the random networks, beside scores that need no search (see `rankings`)."""
+        drawn = results[results["method"] == RANDOM]
+        size, classes = self.data.image_size, len(self.data.classes)
+        flows = [
+            synaptic_flow(Architecture.parse(text), size, classes) for text in drawn["net_config"]
+        ]
+        scores: dict[str, Any] = {
+            "path in the supernet": ranking["one_shot"].to_numpy(),
+            "layers": drawn["layers"].to_numpy(),
+            "Mult-Adds": drawn["mult_adds_m"].to_numpy(),
+            "parameters": drawn["params_m"].to_numpy(),
+            "synaptic flow": flows,
+        }
+        networks = pd.DataFrame(scores)
+        networks["target"] = drawn["target"].to_numpy()
+        networks["accuracy"] = drawn["top1"].to_numpy()
+        return rankings(networks, [*scores])
+
+    def record(self, results: pd.DataFrame, ranking: pd.DataFrame, orders: pd.DataFrame) -> None:
+        """Keeps `results` and `ranking` in the run's reports, with what they and the `rankings` say."""
         write_text(self.run.reports / "evidence.csv", results.to_csv(index=False))
         write_text(self.run.reports / "ranking.csv", ranking.to_csv(index=False))
         found = summary(results, ranking) | {"left_out": self.left_out()}
         self.run.update_json("metrics.json", "evidence", found)
+        kept = json.loads(
+            orders.reset_index().to_json(orient="records")
+        )  # null where there is none
+        self.run.update_json("metrics.json", "rankings", kept)
 
 
 def _left_out(design: str, target: float) -> str:

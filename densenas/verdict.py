@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from densenas.correlations import spearman, spearman_at_equal_cost
+
 SEARCHED = "DenseNAS"
 RANDOM = "random"
 HAND_MADE = "hand-made"
@@ -91,11 +93,9 @@ def rank_correlations(ranking: pd.DataFrame) -> tuple[float | None, float | None
     """
     if len(ranking) < 3:
         return None, None
-    over_all = ranking["one_shot"].rank().corr(ranking["retrained"].rank())
-    targets = ranking["target"]
-    ranks = ranking.groupby(targets)[["one_shot", "retrained"]].rank()
-    deviations = ranks - ranks.groupby(targets).transform("mean")
-    of_equal_cost = deviations.corr().iloc[0, 1]
+    networks = ranking.rename(columns={"one_shot": "score", "retrained": "accuracy"})
+    over_all = spearman(networks)
+    of_equal_cost = spearman_at_equal_cost(networks)
     return (
         None if pd.isna(over_all) else float(over_all),
         None if pd.isna(of_equal_cost) else float(of_equal_cost),

@@ -178,7 +178,12 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     assert study.complete().equals(results) and not capsys.readouterr().out
     ranking = study.ranking(results)
     assert len(ranking) == 4 and ranking["one_shot"].between(0, 1).all()
-    study.record(results, ranking)
+    orders = study.rankings(results, ranking)
+    assert orders.loc["layers", "n"] == 4 and len(orders) == 5
+    study.record(results, ranking, orders)
+    assert [row["score"] for row in study.run.read_json("metrics.json")["rankings"]] == [
+        *orders.index
+    ]
     recorded = study.run.read_json("metrics.json")["evidence"]
     assert recorded["verdict"] == sentence and recorded["left_out"] == study.left_out()
     assert pd.read_csv(study.run.reports / "evidence.csv")["top1"].equals(results["top1"])
