@@ -69,3 +69,16 @@ def rankings(networks: pd.DataFrame, scores: list[str]) -> pd.DataFrame:
             row[f"{measure}_low"], row[f"{measure}_high"] = interval(scored, correlation)
         rows.append(row)
     return pd.DataFrame(rows).set_index("score")
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """What `rankings` gave as text: each correlation with its interval in brackets."""
+    shown = table[["n"]].copy()
+    for measure in ("spearman", "kendall", "spearman_at_equal_cost"):
+        columns = table[[measure, f"{measure}_low", f"{measure}_high"]]
+        cells = []
+        for value, low, high in columns.itertuples(index=False):
+            known = f"{value:.2f} ({low:.2f} to {high:.2f})"
+            cells.append("none" if pd.isna(value) else known)
+        shown[measure.replace("_", " ").capitalize()] = cells
+    return shown

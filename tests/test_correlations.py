@@ -15,6 +15,7 @@ from densenas.correlations import (
     interval,
     kendall,
     rankings,
+    readable,
     spearman,
     spearman_at_equal_cost,
 )
@@ -75,6 +76,13 @@ def test_every_score_has_its_row():
     assert table.loc["layers", ["n", "spearman", "kendall"]].tolist() == [4, -1, -1]
     assert table.loc["path", "spearman_at_equal_cost"] == 0
     assert (table["spearman_low"] <= table["spearman"]).all()
+    shown = readable(table)
+    assert [*shown.columns] == ["n", "Spearman", "Kendall", "Spearman at equal cost"]
+    assert shown.loc["layers", "Kendall"].startswith("-1.00 (")
+    assert (
+        readable(rankings(networks.assign(layers=1), ["layers"])).loc["layers", "Spearman"]
+        == "none"
+    )
 
 
 def test_synaptic_flow_is_a_function_of_the_network_alone():
