@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from densenas import Architecture, CostTable, SearchSpace, SuperNet
+from densenas import Architecture, Choice, CostTable, SearchSpace, SuperNet
 from densenas.images.data import ImageData, Split
 from densenas.recipes import RetrainRecipe, SearchRecipe
 from densenas.settings import DataSettings
@@ -81,6 +81,9 @@ DESCRIPTION = {
 }
 
 
+TINY = Architecture.parse(
+    "[[8, 8], 'mbconv_k3_t1', [], 0, 1]|[[8, 8], 'mbconv_k3_t3', ['mbconv_k5_t6'], 1, 2]|[[8, 99], 'conv1_1']"
+)
 SMALL = make_space(
     input_size=16,
     init_dim=4,
@@ -317,3 +320,38 @@ def identical(ours, theirs):
     if isinstance(ours, torch.Tensor):
         return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     return ours == theirs
+
+
+def everything(space):
+    """All candidates of every mixed layer, as a choice."""
+    head = [
+        [[*range(len(space.head_ops))] for _ in before(space, j)]
+        for j in range(1, space.num_blocks)
+    ]
+    stack = [
+        [[*range(len(space.stack_ops))] for _ in range(count)] for count in space.num_layers[1:]
+    ]
+    return Choice(head, stack)
+
+
+def layer_cost(alpha, costs, active):
+    shares = softmax([alpha[index] for index in active])
+    return sum(share * costs[index] for share, index in zip(shares, active, strict=True))
+
+
+def expectation_over_paths(net, table, choice):
+    """The expectation over all block paths, each the probability times the cost of its mixed layers."""
+    space, probabilities = net.space, edge_probabilities(net)
+    last, expected = space.num_blocks, 0.0
+    for path in block_paths(space):
+        cost = table.stem + table.final[before(space, last).index(path[-2])] + table.classifier
+        for i, j in pairwise(path[:-1]):
+            head, stack = table.nested()[1][j - 1]
+            row = before(space, j).index(i)
+            alpha = net.alpha_head[j - 1][row].tolist()
+            cost += layer_cost(alpha, head[row], choice.head[j - 1][row])
+            for layer, active in enumerate(choice.stack[j - 1]):
+                alpha = net.alpha_stack[j - 1][layer].tolist()
+                cost += layer_cost(alpha, stack[layer], active)
+        expected += path_probability(probabilities, path) * cost
+    return expected

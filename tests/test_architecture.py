@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import MBCONVS, refused
+from helpers import MBCONVS, TINY, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -249,9 +249,6 @@ def test_code_in_a_net_config_is_not_run(code, place, tmp_path):
     with refused(ValueError, "Python literal"):
         Architecture.parse(place.format(code=code.format(touched)))
     assert not touched.exists()
-
-
-TINY = Architecture.parse(second("[[8, 8], 'mbconv_k3_t3', ['mbconv_k5_t6'], 1, 2]"))
 
 
 @pytest.fixture

@@ -5,18 +5,20 @@ import shutil
 import pytest
 import torch
 from helpers import (
+    DATA,
+    SEARCH,
     SMALL,
+    TABLE,
     block_paths,
     edge_probabilities,
+    everything,
+    expectation_over_paths,
     path_probability,
     random_supernet,
     refused,
     spaces,
 )
 from hypothesis import given
-from test_search import DATA, SEARCH, TABLE
-from test_supernet import everything
-from test_supernet import expected_cost as over_all_paths
 
 from densenas import CostTable, figures
 from densenas.explore import NO_RUN, Explorer, candidates, finished, undecided
@@ -32,7 +34,9 @@ def test_expected_cost_and_best_paths_are_those_of_the_supernet(space):
     net = random_supernet(space, 1)
     table, moment = CostTable.mult_adds(space, space.input_size, 3), net.probabilities()
     cost = expected_cost(table, moment)
-    assert cost.item() == pytest.approx(over_all_paths(net, table, everything(space)), rel=1e-9)
+    assert cost.item() == pytest.approx(
+        expectation_over_paths(net, table, everything(space)), rel=1e-9
+    )
     shares, best = edge_probabilities(net), best_paths(space, moment.p, 4)
     assert list(best[0][1]) == net.best_path()
     for share, path in best:

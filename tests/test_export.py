@@ -3,8 +3,7 @@
 import onnxruntime
 import pytest
 import torch
-from helpers import ARCH, full_disk, refused
-from test_architecture import TINY
+from helpers import ARCH, TINY, full_disk, refused
 
 from densenas import Architecture
 from densenas.export import export

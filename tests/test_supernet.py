@@ -17,6 +17,8 @@ from helpers import (
     candidates,
     counted_mult_adds,
     edge_probabilities,
+    everything,
+    expectation_over_paths,
     make_space,
     path_probability,
     random_supernet,
@@ -44,18 +46,6 @@ NO_LAYERS = make_space(
 seeds = st.integers(0, 2**31)
 
 
-def everything(space):
-    """All candidates of every mixed layer, as a choice."""
-    head = [
-        [[*range(len(space.head_ops))] for _ in before(space, j)]
-        for j in range(1, space.num_blocks)
-    ]
-    stack = [
-        [[*range(len(space.stack_ops))] for _ in range(count)] for count in space.num_layers[1:]
-    ]
-    return Choice(head, stack)
-
-
 def rows_of(part):
     return [row for rows in part for row in rows]
 
@@ -65,38 +55,15 @@ def entries(table):
     return [table.stem, *table.final, table.classifier, *(entry for row in rows for entry in row)]
 
 
-def layer_cost(alpha, costs, active):
-    shares = softmax([alpha[index] for index in active])
-    return sum(share * costs[index] for share, index in zip(shares, active, strict=True))
-
-
-def expected_cost(net, table, choice):
-    """The expectation over all block paths, each the probability times the cost of its mixed layers."""
-    space, probabilities = net.space, edge_probabilities(net)
-    last, expected = space.num_blocks, 0.0
-    for path in block_paths(space):
-        cost = table.stem + table.final[before(space, last).index(path[-2])] + table.classifier
-        for i, j in pairwise(path[:-1]):
-            head, stack = table.nested()[1][j - 1]
-            row = before(space, j).index(i)
-            alpha = net.alpha_head[j - 1][row].tolist()
-            cost += layer_cost(alpha, head[row], choice.head[j - 1][row])
-            for layer, active in enumerate(choice.stack[j - 1]):
-                alpha = net.alpha_stack[j - 1][layer].tolist()
-                cost += layer_cost(alpha, stack[layer], active)
-        expected += path_probability(probabilities, path) * cost
-    return expected
-
-
 @given(spaces(), seeds, st.sampled_from([0, 1]))
 def test_cost_is_the_expectation_over_all_paths(space, seed, spare_rows):
     net, table = random_supernet(space, seed), random_table(space, seed + 1, spare_rows=spare_rows)
-    expected = expected_cost(net, table, everything(space))
+    expected = expectation_over_paths(net, table, everything(space))
     assert net.cost(table).item() == pytest.approx(expected, rel=1e-9)
     for count in (1, 2):
         choice = net.sample(count, torch.Generator().manual_seed(seed))
         assert net.cost(table, choice).item() == pytest.approx(
-            expected_cost(net, table, choice), rel=1e-9
+            expectation_over_paths(net, table, choice), rel=1e-9
         )
 
 
@@ -107,7 +74,7 @@ def test_cost_in_mult_adds(space, seed):
         CostTable.mult_adds(space, smallest_input(space), num_classes=3),
     )
     assert net.cost(table).item() == pytest.approx(
-        expected_cost(net, table, everything(space)), rel=1e-9
+        expectation_over_paths(net, table, everything(space)), rel=1e-9
     )
 
 
@@ -115,7 +82,7 @@ def test_cost_is_a_scalar_in_the_networks_precision():
     net, table = SuperNet(SMALL, 3), CostTable.mult_adds(SMALL, 16, 3)
     assert (net.cost(table).shape, net.cost(table).dtype) == ((), torch.float32)
     assert net.cost(table).item() == pytest.approx(
-        expected_cost(net, table, everything(SMALL)), rel=1e-5
+        expectation_over_paths(net, table, everything(SMALL)), rel=1e-5
     )
 
 
@@ -225,7 +192,7 @@ def test_resnet_space_in_which_the_stem_could_feed_the_final_node(op):
 def test_space_without_any_stacked_layer():
     net, table = random_supernet(NO_LAYERS, 0), CostTable.mult_adds(NO_LAYERS, 32, 3)
     assert net.cost(table).item() == pytest.approx(
-        expected_cost(net, table, everything(NO_LAYERS)), rel=1e-9
+        expectation_over_paths(net, table, everything(NO_LAYERS)), rel=1e-9
     )
     choice = net.sample(1, torch.Generator().manual_seed(0))
     with torch.no_grad():
