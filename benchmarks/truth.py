@@ -111,11 +111,11 @@ class Accuracies:
     def __init__(self) -> None:
         self.by_epoch: dict[int, float] = {}
 
-    def state_dict(self) -> dict[int, float]:
-        return dict(self.by_epoch)
+    def state_dict(self) -> dict[str, dict[int, float]]:
+        return {"by_epoch": dict(self.by_epoch)}
 
-    def load_state_dict(self, state: dict[int, float]) -> None:
-        self.by_epoch = dict(state)
+    def load_state_dict(self, state: dict[str, dict[int, float]]) -> None:
+        self.by_epoch = dict(state["by_epoch"])
 
 
 @torch.no_grad()
