@@ -42,6 +42,7 @@ from densenas.verdict import HAND_MADE, RANDOM, SEARCHED
 
 MATCHED = "random, as deep as searched"
 NETWORKS = 12  # random ones of either kind for each target
+BEFORE_SEEDS = 3  # of each kind and target, before any is trained with other seeds
 SHARES = (
     0.05,
     0.1,
@@ -82,7 +83,7 @@ def draw(lattice: Lattice, target: float, seed: int, depths: list[int] | None = 
 
 
 def jobs(study: pd.DataFrame, table: CostTable) -> list[Job]:
-    """Every network in the order of training: a bit of each group and target first."""
+    """Every network in the order of training: a bit of each group and target first, then the other seeds."""
     lattice = Lattice(table)
     queue = []
     for target, rows in study.groupby("target"):
@@ -100,9 +101,11 @@ def jobs(study: pd.DataFrame, table: CostTable) -> list[Job]:
         for group, networks in groups.items():
             for number, text in enumerate(networks):
                 queue.append(Job(group, target, number, 0, text))
-    queue.sort(key=lambda job: job.number)
     first = [job for job in queue if job.number == 0 and job.group != HAND_MADE]
-    return queue + [job._replace(seed=seed) for seed in (1, 2) for job in first]
+    queue.sort(key=lambda job: job.number)
+    start = [job for job in queue if job.number < BEFORE_SEEDS]
+    again = [job._replace(seed=seed) for seed in (1, 2) for job in first]
+    return start + again + queue[len(start) :]
 
 
 class Accuracies:
