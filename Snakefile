@@ -136,6 +136,7 @@ if SETTINGS.evidence:
     STEP = f"{PYTHON} densenas.evidence {shlex.quote(CONFIGURATION)} {RUN}"
     STUDY = SETTINGS.stages(INPUT_SIZE)["09-evidence"]
     HOW = [STUDY.precision, STUDY.device]
+    HOW += [CONTENTS[stage] for stage in ("03-search", "05-retrain") if CONTENTS.get(stage)]
 
     rule evidence:
         input:

@@ -21,7 +21,9 @@ DESIGNS: dict[str, dict[str, tuple[int, ...]]] = {
 
 def _usual_op(space: SearchSpace) -> str:
     """What hand-made networks of the space's family are made of."""
-    return "mbconv_k3_t6" if space.net_type == "mbv2" else space.head_ops[0]
+    if space.net_type == "mbv2":
+        return "mbconv_k3_t6"
+    return "bottleneck" if "bottleneck" in space.head_ops else "basic_block"
 
 
 def designs(space: SearchSpace) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from densenas import own
 from densenas.images.data import prepared
 from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
@@ -19,6 +20,8 @@ def read_costs(run: Run) -> CostTable:
         table = CostTable.read(path)
     except ValueError as error:
         raise ValueError(f"{error}; {again}") from None
+    if table.conditions.get("code", {}) != own.codes(table.space.own_ops):
+        raise ValueError(f"{path} prices other code of {', '.join(table.space.own_ops)}: {again}")
     if "input_size" not in table.conditions:
         raise ValueError(f"{path} does not say for which images it holds: {again}")
     if (run.work / "data.json").exists():

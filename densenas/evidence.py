@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from tqdm import tqdm
 
+from densenas import own
 from densenas.baselines import designs, hand_made
 from densenas.correlations import rankings
 from densenas.costs import RECIPES, priced_space, read_costs
@@ -257,12 +258,15 @@ class Study:
         costs = [self.table.nested(), self.table.space.model_dump(exclude={*RECIPES})]
         recipe = self.search_recipe.model_dump()
         precision = self.settings.precision
-        return digest([costs, recipe, job.target, job.number, precision, self.data.digest])
+        decisive = [costs, recipe, job.target, job.number, precision, self.data.digest]
+        return digest(decisive + _code([*self.table.space.own_ops, self.search_recipe.loss]))
 
     def _training_settings(self, network: Network) -> str:
         arch = str(network.architecture)
         recipe = self.retrain_recipe.model_dump()
-        return digest([arch, recipe, network.seed, self.settings.precision, self.data.digest])
+        decisive = [arch, recipe, network.seed, self.settings.precision, self.data.digest]
+        ops = network.architecture.own_ops if network.architecture else []
+        return digest(decisive + _code([*ops, self.retrain_recipe.loss]))
 
     def _found(self, job: Job) -> dict[str, Any] | None:
         """What the search of a job has found, if it is done."""
@@ -328,6 +332,12 @@ class Study:
             orders.reset_index().to_json(orient="records")
         )  # null where there is none
         self.run.update_json("metrics.json", "rankings", kept)
+
+
+def _code(names: list[str | None]) -> list[dict[str, str]]:
+    """Digests of the code of one's own that a step runs, where it runs some."""
+    codes = own.codes(names)
+    return [codes] if codes else []
 
 
 def _left_out(design: str, target: float) -> str:

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch import nn
 
+from densenas import own
 from densenas.files import atomic
-from densenas.networks import reason
 from densenas.training.device import milliseconds
 
 
@@ -76,4 +76,6 @@ def _naming(program: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # exporters raise many kinds of their own, over many lines
-        raise ValueError(f"the network cannot be exported by {program}: {reason(error)}") from None
+        raise ValueError(
+            f"the network cannot be exported by {program}: {own.reason(error)}"
+        ) from None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import pkgutil
-import sys
 import warnings
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from densenas.files import atomic, one_line, read_text, shown, write_text
+from densenas import own
+from densenas.files import atomic, naming, read_text, shown, write_text
 from densenas.method.architecture import Architecture, DerivedNet
 from densenas.published import load_published, save_published
 from densenas.runs.run import Run
@@ -26,7 +25,6 @@ from densenas.weights import fill, read_state
 
 # Not those for detection, segmentation, video or optical flow, nor quantized ones.
 CLASSIFIERS = frozenset(torchvision.models.list_models(module=torchvision.models))
-CODE_SEEN: dict[Path, str] = {}  # digests of the user's own files, as this process imported them
 
 
 def network(model: str, num_classes: int) -> nn.Module:
@@ -55,57 +53,30 @@ def is_code(model: str) -> bool:
     return ":" in model and not model.lstrip().startswith("[")
 
 
+def own_code(model: str) -> list[str]:
+    """The code of one's own that a network is built of: its function, or the ops in its net_config."""
+    if is_code(model):
+        return [model]
+    return Architecture.parse(model).own_ops if model.lstrip().startswith("[") else []
+
+
 def _network_of_function(model: str, num_classes: int) -> nn.Module:
-    if source := source_of(model):
-        # A process keeps the code that it imported first, whatever the file says since.
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        if CODE_SEEN.setdefault(source, digest) != digest:
-            raise ValueError(
-                f"{source} was edited since this process imported it: restart the process or kernel"
-            )
-    # Whatever the user's code raises is told in one sentence; a script may even exit when imported.
-    try:
-        function = pkgutil.resolve_name(model)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"model {shown(model)} cannot be imported: {reason(error)}") from None
-    if not callable(function):
-        kind = type(function).__name__
-        raise ValueError(f"model {shown(model)} is a {kind}, expected a function of num_classes")
+    with naming("model", " "):
+        function = own.function(model)
     try:
         net = function(num_classes=num_classes)
     except (Exception, SystemExit) as error:
         call = f"model {shown(model)} called with num_classes={num_classes}"
-        raise ValueError(f"{call}: {reason(error)}") from None
+        raise ValueError(f"{call}: {own.reason(error)}") from None
     if not isinstance(net, nn.Module):
         kind = type(net).__name__
         raise ValueError(f"model {shown(model)} returns a {kind}, expected a torch.nn.Module")
     return net
 
 
-def reason(error: BaseException) -> str:
-    """What an error of others says, with its kind."""
-    return f"{one_line(error)[:200]} ({type(error).__name__})"
-
-
-def source_of(model: str) -> Path | None:
-    """The file of the function that `model` names as package.module:function; None otherwise."""
-    if not is_code(model):
-        return None
-    here = os.getcwd()  # a notebook imports from there, a program that was installed does not
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    try:
-        found = importlib.util.find_spec(model.partition(":")[0])
-    except (ImportError, ValueError, AttributeError):
-        return None
-    return Path(found.origin) if found and found.origin and found.has_location else None
-
-
 def code_digest(model: str, net: nn.Module) -> str:
-    """Changes with the file that makes the network, and with its weights' names and shapes."""
-    digest = hashlib.sha256()
-    if source := source_of(model):
-        digest.update(source.read_bytes())
+    """Changes with the code that makes the network, and with its weights' names and shapes."""
+    digest = hashlib.sha256(own.code(model).encode())
     for name, value in net.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}".encode())
     return digest.hexdigest()
@@ -163,7 +134,7 @@ def _try_step(model: str, num_classes: int, image_size: int, device: str) -> str
             raise
         return "it has no forward method, or one for another kind of tensor"
     except Exception as error:
-        return reason(error)
+        return own.reason(error)
     return wrong
 
 
@@ -200,15 +171,20 @@ def save_network(folder: Path, model: str, net: nn.Module) -> None:
         write_text(folder / "model", f"{model}\n")
 
 
-def load_network(folder: str | Path, num_classes: int, model: str | None = None) -> nn.Module:
+def load_network(
+    folder: str | Path, num_classes: int, model: str | None = None, own_ops: Collection[str] = ()
+) -> nn.Module:
     """The network in a published folder, or in one that `save_network` wrote.
 
     A folder may name torchvision's networks. Code is imported only where the caller, not a file,
-    names it as `model`. Raises FileNotFoundError or ValueError with one sentence.
+    names it: as `model`, as an op of the net_config `model`, or among `own_ops`. Raises
+    FileNotFoundError or ValueError with one sentence.
     """
     folder = Path(folder)
     if not (folder / "model").is_file():
-        _, published = load_published(folder)
+        if model:
+            own_ops = [*own_ops, *own_code(model)]
+        _, published = load_published(folder, own_ops)
         known = len(published.state_dict()["classifier.weight"])
         if known != num_classes:
             apart = f"the network tells {known} classes apart, the data set has {num_classes}"

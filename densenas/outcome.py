@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from densenas import own
 from densenas.costs import RECIPES, read_costs
 from densenas.files import write_text
 from densenas.images.data import load
@@ -130,6 +131,9 @@ def _changed(checkpoint: Mapping[str, Any], table: CostTable, num_classes: int) 
     present = table.space.model_dump(mode="json", exclude={*RECIPES})
     if [space, configuration["cost"]] != [present, json.loads(json.dumps(table.nested()))]:
         return "other costs"
+    codes = own.codes(table.space.own_ops)
+    if codes != {op: configuration.get("code", {}).get(op) for op in codes}:
+        return f"other code of {', '.join(codes)}"
     if len(checkpoint["net"]["classifier.weight"]) != num_classes:
         return "another number of classes"
     return None

@@ -11,18 +11,19 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from densenas import own
 from densenas.files import DATA, naming, root
 from densenas.images.items import fingerprint
 from densenas.images.prepare import listing
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
-from densenas.networks import check_network, load_network, source_of
-from densenas.recipes import override
+from densenas.networks import check_network, load_network, own_code
+from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
 from densenas.training.processes import check_devices, exiting
-from densenas.training.steps import check_batches
+from densenas.training.steps import check_batches, check_loss
 
 DOWNLOADED = 10  # classes that every set of torchvision's has, for one that is yet to be downloaded
 # What `load_network` reads; exports may lie beside them.
@@ -69,7 +70,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
     space = SearchSpace.load(config.space)
     data = config.data_settings(space.input_size)
     space.maps(data.image_size)  # refuses a size at which a map would vanish
-    batches = _batch_sizes(config, space)
+    search, retrain = _recipes(config, space)
     with naming("data"):
         splits = listing(data, download=False)
     if splits is None:
@@ -77,13 +78,18 @@ def preflight(config: RunConfig) -> dict[str, str]:
         classes = len(chosen) if isinstance(chosen, list) else chosen or DOWNLOADED
     else:
         classes = len({item.label for item in splits["train"]})
-        _check_batches(config, batches, len(splits["train"]), len(splits["val"]))
+        _check_batches(config, search, retrain, len(splits["train"]), len(splits["val"]))
     _check_targets(config, CostTable.mult_adds(space, data.image_size, classes))
-    own = config.retrain.net_config
-    if own is not None:
+    with naming("search"):
+        check_loss(search, classes)
+    with naming("retrain"):
+        check_loss(retrain, classes)
+    model = config.retrain.net_config
+    if model is not None:
         with naming("retrain.net_config"):
-            check_network(own, classes, data.image_size)
-    code = _code(own)
+            check_network(model, classes, data.image_size)
+    code = "".join(own.code(name) for name in own_code(model)) if model else ""
+    code += _digests([retrain.loss])
     images = trained = ""
     # Torchvision's sets are what their names say, and this may be before their download.
     if splits is not None and data.dataset in ("digits", "folder"):
@@ -93,11 +99,13 @@ def preflight(config: RunConfig) -> dict[str, str]:
         with naming("evaluate.model"):
             if not folder.is_dir():
                 raise FileNotFoundError(f"'{config.evaluate.model}' is not a folder")
-            load_network(folder, classes, own)
+            load_network(folder, classes, model, space.own_ops)
         trained = _digest([folder / name for name in NETWORK_FILES])
     return {
         "01-data": images,
-        "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
+        "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest()
+        + _digests(space.own_ops),
+        "03-search": _digests([search.loss]),
         "05-retrain": code,
         "06-evaluate": code + trained,
     }
@@ -111,22 +119,24 @@ def check_machine(config: RunConfig) -> None:
         check_devices(config.device, config.retrain.devices)
 
 
-def _batch_sizes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
-    """Images a step of search and retraining; ValueError where a recipe cannot be overridden so."""
+def _recipes(config: RunConfig, space: SearchSpace) -> tuple[SearchRecipe, RetrainRecipe]:
+    """Those of search and retraining; ValueError where a recipe cannot be overridden so."""
     with naming("search"):
         search = override(space.search, **config.search.overrides())
     with naming("retrain"):
         retrain = override(space.retrain, **config.retrain.overrides())
-    return {"search": search.batch_size, "retrain": retrain.batch_size}
+    return search, retrain
 
 
-def _check_batches(config: RunConfig, batches: dict[str, int], train: int, val: int) -> None:
+def _check_batches(
+    config: RunConfig, search: SearchRecipe, retrain: RetrainRecipe, train: int, val: int
+) -> None:
     with naming("search", "."):
         splits = {"val": val, "train": train}
-        check_batches(batches["search"], splits, config.search.devices)
+        check_batches(search.batch_size, splits, config.search.devices)
     with naming("retrain", "."):
         splits = {"train with val": train + val}
-        check_batches(batches["retrain"], splits, config.retrain.devices)
+        check_batches(retrain.batch_size, splits, config.retrain.devices)
 
 
 def _check_targets(config: RunConfig, table: CostTable) -> None:
@@ -141,6 +151,11 @@ def _check_targets(config: RunConfig, table: CostTable) -> None:
                 lattice.at(target)
 
 
+def _digests(names: Iterable[str | None]) -> str:
+    """Of code of one's own; empty where there is none."""
+    return "".join(own.codes(names).values())
+
+
 def _digest(files: Iterable[Path]) -> str:
     """Of their contents, in this order; a file that is not there counts as empty."""
     digest = hashlib.sha256()
@@ -148,18 +163,6 @@ def _digest(files: Iterable[Path]) -> str:
         content = path.read_bytes() if path.is_file() else b""
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
-
-
-def _code(model: str | None) -> str:
-    """Of the source behind "package.module:function": its file, or its whole package; empty for other networks."""
-    source = source_of(model) if model else None
-    if source is None:
-        return ""
-    package = source.parent
-    while (package.parent / "__init__.py").is_file():
-        package = package.parent
-    whole = (source.parent / "__init__.py").is_file()
-    return _digest(sorted(package.rglob("*.py")) if whole else [source])
 
 
 def main() -> None:

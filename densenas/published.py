@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from densenas.files import naming, read_text, write_text
@@ -19,10 +20,13 @@ def save_published(folder: Path, arch: Architecture) -> None:
     write_text(folder / "net_config", f"{arch}\nnet_type: {arch.net_type}\n")
 
 
-def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
+def load_published(
+    folder: str | Path, own_ops: Collection[str] = ()
+) -> tuple[Architecture, DerivedNet]:
     """The network in a folder with `net_config` (then `net_type: mbv2|res`) and `weights.pt`.
 
-    The class count is that of the stored classifier. Raises FileNotFoundError or ValueError with one sentence.
+    The class count is that of the stored classifier. Ops of one's own are code: one that net_config names is imported
+    where `own_ops` names it, too. Raises FileNotFoundError or ValueError with one sentence.
     """
     folder = Path(folder)
     for name in ("net_config", "weights.pt"):
@@ -31,6 +35,10 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
                 f"{folder} holds no {name}; a published model folder has net_config and weights.pt"
             )
     arch = _read_net_config(folder / "net_config")
+    for op in arch.own_ops:
+        if op not in own_ops:
+            foreign = f"names the code '{op}', which is run only where own_ops names it, too"
+            raise ValueError(f"{folder / 'net_config'} {foreign}")
     path = folder / "weights.pt"
     stored = read_state(path)
     state = {from_published(key): value for key, value in stored.items()}

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from densenas import own
 from densenas.files import Strict, naming
 
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Images = Annotated[int, Field(ge=2, le=1_000_000)]  # of a batch: batch norm needs two
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_loss(loss: str) -> str:
+    if not own.is_own(loss):
+        raise ValueError("expected package.module:function, called with logits and labels")
+    return loss
+
+
+# A loss of one's own in place of cross-entropy. Left out where there is none, so that recipes from before it are whole.
+Loss = Annotated[
+    Annotated[str, AfterValidator(_as_loss)] | None, Field(exclude_if=lambda loss: loss is None)
+]
 
 
 class SearchRecipe(Strict):
@@ -29,6 +42,7 @@ class SearchRecipe(Strict):
     arch_lr: float = Field(3e-4, gt=0)  # alpha and beta: Adam
     arch_betas: tuple[Beta, Beta] = Field((0.5, 0.999), strict=False)
     arch_weight_decay: float = Field(1e-3, ge=0)
+    loss: Loss = None  # of both steps
 
     @model_validator(mode="after")
     def _learns_an_architecture(self) -> SearchRecipe:
@@ -49,7 +63,8 @@ class RetrainRecipe(Strict):
     warmup_epochs: float = Field(0.0, ge=0)  # linear from lr_min, before the cosine
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(4e-5, ge=0)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)  # of cross-entropy
+    loss: Loss = None
     grad_clip: float | None = Field(None, gt=0)  # largest norm of the gradient; None: unclipped
 
     @model_validator(mode="after")

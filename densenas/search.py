@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densenas import own
 from densenas.costs import priced_space, read_costs
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches
@@ -25,7 +25,15 @@ from densenas.settings import Computing, Precision, SearchSettings
 from densenas.training.checkpoint import Part, Row
 from densenas.training.device import computing_on
 from densenas.training.engine import alone, resumable
-from densenas.training.steps import check_batches, cosine, descend, frozen, fused_sgd
+from densenas.training.steps import (
+    check_batches,
+    check_loss,
+    cosine,
+    descend,
+    frozen,
+    fused_sgd,
+    loss_of,
+)
 
 
 def search(
@@ -63,6 +71,8 @@ def search(
             "precision": how.precision,
             "device": device.type,
         }
+        if code := own.codes([*table.space.own_ops, recipe.loss]):
+            configuration["code"] = code
         parts = trainer.parts() | {"trace": trace}
         # Of each epoch, for the time that is left.
         steps = [len(train)] * recipe.arch_start_epoch
@@ -103,6 +113,7 @@ class SearchTrainer:
         self.target: Target | None = None
         if target_cost is not None:
             self.target = Target(target_cost).to(net.beta[0].device)
+        self.loss = loss_of(recipe)
         self.weights = net.weight_parameters()
         self.arch = net.arch_parameters()
         self.sgd = fused_sgd(self.weights, recipe)
@@ -127,7 +138,7 @@ class SearchTrainer:
         return outcome
 
     def arch_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Two candidates a mixed layer, cross-entropy and the chained cost; moves alpha and beta."""
+        """Two candidates a mixed layer, the loss and the chained cost; moves alpha and beta."""
         choice = self.net.sample(2)
         with frozen(self.weights):
             loss, logits = self._classify(images, labels, choice)
@@ -141,10 +152,10 @@ class SearchTrainer:
         return outcome
 
     def _classify(self, images: Tensor, labels: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-        """Cross-entropy, 0-d, and logits (B, num_classes)."""
+        """The loss, 0-d, and logits (B, num_classes)."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.net(images, choice)
-            return F.cross_entropy(logits, labels), logits
+            return self.loss(logits, labels), logits
 
     def _penalty(self, cost: Tensor) -> Tensor:
         """What the expected cost adds to the loss: with a target its own, else the paper's (section 3.3)."""
@@ -229,6 +240,7 @@ def check_search(
             raise ValueError(f"target_cost is {target_cost!r}, expected {expected}")
         Lattice(table).at(target_cost)  # refuses what cannot be reached
     check_batches(recipe.batch_size, {"val": len(data.val), "train": len(data.train)})
+    check_loss(recipe, len(data.classes))
 
 
 def search_run(name: str, settings: SearchSettings) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from densenas import identity
+from densenas import identity, own
 from densenas.costs import read_costs
 from densenas.export import export
 from densenas.images.data import ImageData, load
@@ -25,6 +25,7 @@ from densenas.networks import (
     load_network,
     model_folder,
     network,
+    own_code,
     save_network,
 )
 from densenas.ranks import rank_and_world
@@ -35,7 +36,7 @@ from densenas.settings import Computing, EvaluateSettings, Precision, RetrainSet
 from densenas.training.checkpoint import Part, Row
 from densenas.training.device import computing_on
 from densenas.training.engine import alone, resumable
-from densenas.training.steps import check_batches, cosine, descend, fused_sgd
+from densenas.training.steps import check_batches, check_loss, cosine, descend, fused_sgd, loss_of
 
 
 def retrain(
@@ -66,8 +67,8 @@ def retrain(
             "precision": how.precision,
             "device": device.type,
         }
-        if is_code(model):
-            configuration["code"] = code_digest(model, net)
+        if code := _codes(model, net, recipe):
+            configuration["code"] = code
         steps = [len(batches)] * recipe.epochs
         with resumable(run, "retrain", configuration, trainer.parts(), steps) as training:
             for _ in training.epochs():
@@ -75,6 +76,14 @@ def retrain(
                     training.record(trainer.step(images, labels))
                 training.end_epoch({"lr": trainer.schedule.get_last_lr()[0]})
     return net, training.history
+
+
+def _codes(model: str, net: nn.Module, recipe: RetrainRecipe) -> dict[str, str]:
+    """Digests of all code of one's own that a training runs."""
+    codes = own.codes([recipe.loss])
+    if is_code(model):
+        return codes | {model: code_digest(model, net)}
+    return codes | own.codes(own_code(model))
 
 
 class Trainer:
@@ -86,6 +95,7 @@ class Trainer:
         self.net = net
         self.recipe = recipe
         self.precision = precision
+        self.loss = loss_of(recipe)
         self.weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.sgd = fused_sgd(self.weights, recipe)
         steps = recipe.epochs * steps_per_epoch
@@ -96,7 +106,7 @@ class Trainer:
         """Images (B, 3, H, W) and labels (B,); returns what `descend` does."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.net(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+            loss = self.loss(logits, labels)
         self.sgd.zero_grad()
         outcome = descend(loss, logits, labels, self.weights)
         if self.recipe.grad_clip:
@@ -113,6 +123,7 @@ class Trainer:
 def check_retraining(data: ImageData, model: str, recipe: RetrainRecipe) -> None:
     """Raises ValueError with one sentence where such a network cannot be trained so on these images."""
     check_batches(recipe.batch_size, {"train with val": len(data.train) + len(data.val)})
+    check_loss(recipe, len(data.classes))
     check_network(model, len(data.classes), data.image_size)
 
 
@@ -221,7 +232,10 @@ def evaluate_run(run: Run, settings: EvaluateSettings) -> Tested:
     """`evaluate` as notebook 06 calls it: the run's test images, once; kept in metrics.json with provenance."""
     data = load(run)
     folder = model_folder(run, settings.model)
-    net = load_network(folder, len(data.classes), settings.net_config)
+    # Without costs, of images alone, a run has no space and no ops of its own.
+    priced = (run.reports / "cost.json").exists()
+    own_ops = read_costs(run).space.own_ops if priced else []
+    net = load_network(folder, len(data.classes), settings.net_config, own_ops)
     described = identity.describe(run, net, folder) | size(net, data.image_size)
     tested = evaluate(net, data, device=settings.device)
     result = {**tested, **described, "n": 1}

@@ -238,6 +238,7 @@ def test_every_field_of_a_recipe_can_be_set_in_a_runs_file(tmp_path, recipe):
         "batch_size": 34,
         "log_base": 3.5,
         "grad_clip": None,
+        "loss": "my_losses:focal",
     }
     values = {name: other.get(name, 0.0625) for name in recipe.model_fields}
     path = tmp_path / "run.yml"
@@ -481,7 +482,7 @@ def test_what_a_stage_reads_from_outside_is_known_by_its_content(folder_run, tmp
     before = checked(folder_run)[1]
     code.write_text(code.read_text() + "# another\n")
     monkeypatch.delitem(sys.modules, "own_network")  # as in the next process
-    monkeypatch.setattr("densenas.networks.CODE_SEEN", {})
+    monkeypatch.setattr("densenas.own.SEEN", {})
     assert changed(before) == {"05-retrain", "06-evaluate"}
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import ARCH, DATA, RETRAIN, full_disk, refused
 from torch import nn
 
-from densenas import Architecture, CostTable, SearchSpace
+from densenas import Architecture, CostTable, SearchSpace, own
 from densenas.identity import describe, search_digest
 from densenas.networks import (
     check_network,
@@ -17,7 +17,6 @@ from densenas.networks import (
     model_folder,
     network,
     save_network,
-    source_of,
 )
 from densenas.settings import EvaluateSettings, RetrainSettings
 from densenas.train import evaluate, evaluate_run, export_run, retrain, retrain_run, size
@@ -222,7 +221,7 @@ CANNOT = r"cannot be trained on images of 64×64 pixels and 10 classes: "
         (f"{__name__}:nothing", r"cannot be imported: .*no attribute 'nothing'"),
         ("a:b:c", r"cannot be imported"),
         (":", r"cannot be imported"),
-        (f"{__name__}:NOT_A_FUNCTION", r"is a int, expected a function of num_classes"),
+        (f"{__name__}:NOT_A_FUNCTION", r"is a int, expected a function"),
         (f"{__name__}:raising", r"raising' called with num_classes=10: no luck \(RuntimeError\)"),
         (f"{__name__}:no_network", r"returns a list, expected a torch\.nn\.Module"),
         (
@@ -310,12 +309,10 @@ def own_file(tmp_path, monkeypatch):
     path = tmp_path / "my_networks.py"
     path.write_text(f"from {__name__} import small_network\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("densenas.networks.CODE_SEEN", {})
+    monkeypatch.setattr("densenas.own.SEEN", {})
 
     def fresh():
-        from densenas import networks
-
-        networks.CODE_SEEN.clear()
+        own.SEEN.clear()
         sys.modules.pop("my_networks", None)
 
     yield path, fresh
@@ -324,7 +321,7 @@ def own_file(tmp_path, monkeypatch):
 
 def test_the_file_of_a_users_network(own_file):
     path, _ = own_file
-    assert source_of("my_networks:small_network") == path
+    assert own.source_of("my_networks:small_network") == path
     for other in (
         "squeezenet1_1",
         "DenseNAS-A",
@@ -334,7 +331,7 @@ def test_the_file_of_a_users_network(own_file):
         ":",
         "my_networks.x:f",
     ):
-        assert source_of(other) is None
+        assert own.source_of(other) is None
 
 
 def test_changed_code_does_not_go_on_from_the_old_checkpoint(own_file, run, capsys):

@@ -22,6 +22,8 @@ from densenas.method.space import SearchSpace
 
 from .space import op_name, stage_colours, stage_handles
 from .style import (
+    BLUE,
+    COLOURS,
     GREEN,
     GREY,
     INK,
@@ -30,7 +32,9 @@ from .style import (
     RED,
     SKY,
     SMALL,
+    TAN,
     WIDTH,
+    Colour,
     Look,
     bare,
     canvas,
@@ -48,6 +52,7 @@ KINDS = {
     "bottleneck": ("Bottleneck", PINK),
     "conv1_1": ("1×1 convolution", "0.75"),
 }
+OWN = (BLUE, TAN, *COLOURS)  # of ops of one's own, in the order in which they appear
 HEIGHTS = {"1": 0.28, "3": 0.42, "6": 0.84}  # of bars by expansion, rows being 1 apart
 NARROW, WIDE = 0.25, 0.75  # gaps before a block, in bars: the second where the map halves
 
@@ -85,14 +90,13 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
     extent = max(row[-1].end for row in rows)
     bar = min(0.45, (WIDTH - 1.5) / extent)  # inches
     figure, (axes,) = canvas(max(6.4, bar * extent + 1.5), 0.85 * len(named) + 0.9)
-    kinds, expansions = set(), set()
+    blocks = [block for row in rows for block in row]
+    names = [op_name(op).partition(" e") for block in blocks for op in block.ops]
+    kinds, expansions = {kind for kind, _, _ in names}, {expansion for _, _, expansion in names}
+    looks = _looks([kind for kind, _, _ in names])
     for y, row in enumerate(rows):
         for block in row:
-            _draw_block(axes, y, block, bar)
-            for op in block.ops:
-                kind, _, expansion = op_name(op).partition(" e")
-                kinds.add(kind)
-                expansions.add(expansion)
+            _draw_block(axes, y, block, bar, looks)
     labels = []
     for name, arch in named.items():
         labels.append(f"{name}\nblocks: {len(arch.routing_blocks)}, layers: {arch.num_layers}")
@@ -101,7 +105,7 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
     axes.set_xlabel("layers, from input to output (inside: width in channels; wide gaps: stride 2)")
     bare(axes)
     handles: list[Patch | Line2D] = []
-    for kind, (meaning, colour) in KINDS.items():
+    for kind, (meaning, colour) in looks.items():
         if kind in kinds:
             handles.append(Patch(color=tint(colour, 0.75), label=meaning))
     for expansion, height in HEIGHTS.items():
@@ -113,14 +117,25 @@ def architectures(named: Mapping[str, Architecture]) -> Figure:
     return figure
 
 
-def _draw_block(axes: Axes, y: int, block: _Bars, bar: float) -> None:
+def _looks(kinds: Sequence[str]) -> dict[str, tuple[str, Colour]]:
+    """What each kind of op is called and its colour, one's own at the end."""
+    looks: dict[str, tuple[str, Colour]] = dict(KINDS)
+    strange = [kind for kind in dict.fromkeys(kinds) if kind not in KINDS]
+    for number, kind in enumerate(strange):
+        looks[kind] = kind, OWN[number % len(OWN)]
+    return looks
+
+
+def _draw_block(
+    axes: Axes, y: int, block: _Bars, bar: float, looks: Mapping[str, tuple[str, Colour]]
+) -> None:
     """A block's frame and its bars, each of `bar` inches, with the width inside where it fits."""
     count = len(block.ops)
     frame = (block.start - 0.06, y - 0.46), count + 0.12, 0.92
     axes.add_patch(Rectangle(*frame, facecolor="0.96", edgecolor=GREY))
     for k, op in enumerate(block.ops):
         kind, _, expansion = op_name(op).partition(" e")
-        height, colour = HEIGHTS.get(expansion, 0.84), tint(KINDS[kind][1], 0.75)
+        height, colour = HEIGHTS.get(expansion, 0.84), tint(looks[kind][1], 0.75)
         corner = (block.start + k + 0.05, y - height / 2)
         axes.add_patch(Rectangle(corner, 0.9, height, facecolor=colour, linewidth=0, zorder=2))
     if bar > 0.14:

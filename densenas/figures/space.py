@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 
@@ -208,10 +209,10 @@ def path_probabilities(space: SearchSpace, trace: list[Tensor]) -> Figure:
 
 
 def op_name(op: str) -> str:
-    """k5 e6 for mbconv_k5_t6 (kernel 5, expansion 6), else skip, basic or bottleneck."""
+    """k5 e6 for mbconv_k5_t6 (kernel 5, expansion 6), else skip, basic, bottleneck or the function of one's own op."""
     if match := ops.MBCONV.fullmatch(op):
         return "k{} e{}".format(*match.groups())
-    return op.removesuffix("_connect").removesuffix("_block")
+    return op.rpartition(":")[2].removesuffix("_connect").removesuffix("_block")
 
 
 def candidates(
@@ -238,7 +239,7 @@ def candidates(
     size = max(4, min(WIDTH, 2 + 0.5 * sum(widths))), 1.2 + 0.16 * longest
     figure, panels = canvas(*size, len(tables), width_ratios=widths)
     for axes, (title, rows, names, values) in zip(panels, tables, strict=True):
-        short = [op_name(op).replace(" ", "\n") for op in names]
+        short = [re.sub("[ _]", "\n", op_name(op)) for op in names]
         table = pd.DataFrame(values.numpy(), [row for _, row in rows], short)
         numbers = {"annot": True, "fmt": text, "annot_kws": {"size": SMALL}}
         heat_map(axes, table, norm=norm, mask=(table == 0) & logarithmic, cbar=False, **numbers)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from densenas import own
 from densenas.files import DATA, literal, naming
 from densenas.method import ops
 
@@ -59,7 +60,8 @@ class Block:
         if stride not in (1, 2):
             raise ValueError(f"has stride {stride}, strides are 1 or 2")
         for op in (head, *stack):
-            if ops.net_type(op) is None:
+            ops.net_type(op)  # refuses an unknown one
+            if op == ops.SKIP:
                 raise ValueError(f"holds {ops.SKIP}, which a derived network drops")
         return cls(in_ch, out_ch, head, tuple(stack), stride)
 
@@ -83,7 +85,7 @@ class Architecture:
         if layers > MOST_LAYERS:
             raise ValueError(f"net_config has {layers:,} layers, at most {MOST_LAYERS:,} are built")
         with naming("net_config"):
-            net_type = ops.family(op for block in self.blocks for op in (block.head, *block.stack))
+            net_type = ops.family(self.all_ops)
             for index, (before, block) in enumerate(pairwise(self.blocks), start=1):
                 if before.out_ch != block.in_ch:
                     left = f"block {index - 1} leaves {before.out_ch}"
@@ -108,7 +110,18 @@ class Architecture:
 
     @property
     def net_type(self) -> ops.NetType:
-        return ops.family([self.blocks[0].head])
+        """The family, which shows at the end: ops of one's own may be of either."""
+        return "res" if self.last_dim is None else "mbv2"
+
+    @property
+    def all_ops(self) -> list[str]:
+        """Of every layer from input to output."""
+        return [op for block in self.blocks for op in (block.head, *block.stack)]
+
+    @property
+    def own_ops(self) -> list[str]:
+        """The different ones that are code of one's own."""
+        return [op for op in dict.fromkeys(self.all_ops) if own.is_own(op)]
 
     @classmethod
     def parse(cls, text: str) -> Architecture:

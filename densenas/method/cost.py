@@ -140,7 +140,9 @@ class CostTable:
         for block in space.stem:
             stem += ops.mult_adds(block.head, block.in_ch, block.out_ch, side, 1)
         ends = stem / 1e6, space.last_dim * num_classes / 1e6
-        conditions = {"input_size": input_size, "num_classes": num_classes, "batch_size": 1}
+        conditions: dict[str, Any] = {"input_size": input_size, "num_classes": num_classes}
+        conditions["batch_size"] = 1
+        conditions |= space.code()
         return cls.of(
             space, "mult_adds", layers, lambda layer: ops.mult_adds(*layer) / 1e6, *ends, conditions
         )

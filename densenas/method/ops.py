@@ -10,25 +10,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from densenas import own
+from densenas.files import naming
 from densenas.method.kernels import norm_act_conv
 
 MBCONV = re.compile(r"mbconv_k([357])_t([136])")  # kernel, expansion
 SKIP = "skip_connect"
-KNOWN = "mbconv_k{3,5,7}_t{1,3,6}, basic_block, bottleneck, skip_connect"
+KNOWN = "mbconv_k{3,5,7}_t{1,3,6}, basic_block, bottleneck, skip_connect, one's own package.module:function"
+TRIED = 32  # pixels of a side, where an op of one's own is tried before it is built
 
 NetType = Literal["mbv2", "res"]
 Norm = Callable[..., nn.Module]  # channels → their batch norm
 
 
 def net_type(op: str) -> NetType | None:
-    """The family an op belongs to; None for a skip. Raises ValueError for an unknown op."""
-    if op == SKIP:
+    """The family an op belongs to; None for a skip and for an op of one's own. ValueError for an unknown op."""
+    if op == SKIP or own.is_own(op):
         return None
     if op in ("basic_block", "bottleneck"):
         return "res"
@@ -37,15 +41,20 @@ def net_type(op: str) -> NetType | None:
     raise ValueError(f"unknown op {op!r}, known are {KNOWN}")
 
 
-def family(names: Iterable[str]) -> NetType:
-    """The one family of these ops, skips aside; raises ValueError where they are of several."""
+def family(names: Iterable[str]) -> NetType | None:
+    """The one family of these ops, None where none belongs to one; raises ValueError where they are of several."""
     names = {*names}
     families = {net_type(op) for op in names}
     if {"mbv2", "res"} <= families:
         raise ValueError("MobileNetV2 and ResNet ops are mixed, one family is needed")
     if {"basic_block", "bottleneck"} <= names:
         raise ValueError("basic_block and bottleneck leave different widths and cannot be mixed")
-    return "res" if "res" in families else "mbv2"
+    if "bottleneck" in names and any(own.is_own(op) for op in names):
+        leaves = "bottleneck leaves four times its width, an op of one's own its width"
+        raise ValueError(f"{leaves}: they cannot be mixed")
+    if "res" in families:
+        return "res"
+    return "mbv2" if "mbv2" in families else None
 
 
 def out_channels(op: str, width: int) -> int:
@@ -56,12 +65,15 @@ def out_channels(op: str, width: int) -> int:
 def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> int:
     """Multiply-adds of one op on one image, convolutions only (no BN, no biases, as published).
 
+    Those of an op of one's own are half of the FLOPs that PyTorch counts, matrix products included.
     `size` is the side of the square input map in pixels, `in_channels` the real channels, `width` the nominal ones.
     """
     before = size**2
     after = math.ceil(size / stride) ** 2
     if op == SKIP:
         return 0
+    if own.is_own(op):
+        return _own_mult_adds(op, in_channels, width, size, stride)
     if op == "conv1_1":
         return in_channels * width * before
     if match := MBCONV.fullmatch(op):
@@ -74,6 +86,41 @@ def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> 
     if op == "basic_block":
         return 9 * in_channels * width * after + 9 * width * width * after + shortcut
     return in_channels * width * before + 9 * width * width * after + width * out * after + shortcut
+
+
+@cache
+def _own_mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> int:
+    """Counted on shapes alone; ValueError where the op makes another shape than asked for."""
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        module = _build_own(op, in_channels, width, stride, batch_norm(affine=True)).eval()
+        images = torch.empty(1, in_channels, size, size)
+        try:
+            with counter:
+                maps = module(images)
+        except Exception as error:
+            raise ValueError(f"op '{op}' of {tuple(images.shape)}: {own.reason(error)}") from None
+    after = math.ceil(size / stride)
+    found = tuple(maps.shape) if isinstance(maps, Tensor) else f"a {type(maps).__name__}"
+    if found != (1, width, after, after):
+        asked = f"{(1, width, after, after)}, its width {width} at stride {stride}"
+        raise ValueError(f"op '{op}' makes {found} of {tuple(images.shape)}, expected {asked}")
+    return counter.get_total_flops() // 2
+
+
+def _build_own(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
+    """What the user's function returns; ValueError with one sentence where that is no module."""
+    with naming("op", " "):
+        function = own.function(op)
+    try:
+        module = function(in_channels, width, stride, norm)
+    except Exception as error:
+        call = f"op '{op}' called with ({in_channels}, {width}, {stride}, norm)"
+        raise ValueError(f"{call}: {own.reason(error)}") from None
+    if not isinstance(module, nn.Module):
+        kind = type(module).__name__
+        raise ValueError(f"op '{op}' returns a {kind}, expected a torch.nn.Module")
+    return module
 
 
 def batch_norm(affine: bool, eps: float = 1e-5, momentum: float = 0.1) -> Norm:
@@ -136,9 +183,15 @@ class MBConv(nn.Module):
 
 
 def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
-    """The module of an op that maps real `in_channels` to nominal `width` with `stride`."""
+    """The module of an op that maps real `in_channels` to nominal `width` with `stride`.
+
+    One's own is called with (in_channels, width, stride, norm), `norm` being the batch norm of a number of channels.
+    """
     if op == SKIP:
         return nn.Identity()
+    if own.is_own(op):
+        _own_mult_adds(op, in_channels, width, TRIED, stride)  # refuses what would fail later
+        return _build_own(op, in_channels, width, stride, norm)
     if match := MBCONV.fullmatch(op):
         kernel, expansion = int(match[1]), int(match[2])
         return MBConv(in_channels, width, stride, kernel, expansion, norm)
@@ -163,4 +216,5 @@ def init_weights(net: nn.Module) -> None:
             nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.01)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -13,6 +13,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from densenas import own
 from densenas.files import PACKAGE, Strict, naming, read_yaml
 from densenas.method import ops
 from densenas.method.architecture import Architecture, Block
@@ -92,7 +93,17 @@ class SearchSpace(Strict):
     @property
     def net_type(self) -> ops.NetType:
         """The family, as the published `net_type` line names it."""
-        return ops.family(self.head_ops)
+        return ops.family((*self.head_ops, *self.stack_ops)) or "mbv2"
+
+    @property
+    def own_ops(self) -> list[str]:
+        """Candidates that are code of one's own, package.module:function."""
+        return [op for op in dict.fromkeys((*self.head_ops, *self.stack_ops)) if own.is_own(op)]
+
+    def code(self) -> dict[str, dict[str, str]]:
+        """Digests of these ops' code, for the conditions of a cost table: none where there are none of them."""
+        codes = own.codes(self.own_ops)
+        return {"code": codes} if codes else {}
 
     @property
     def num_blocks(self) -> int:
@@ -267,8 +278,8 @@ class SearchSpace(Strict):
         if any(self.num_layers) and not self.stack_ops:
             raise ValueError("stack_ops is empty, but num_layers asks for stacked layers")
         with naming("head_ops and stack_ops"):
-            net_type = ops.family((*self.head_ops, *self.stack_ops))
-        if net_type == "res" and self.init_dim != self.chs[0]:
+            ops.family((*self.head_ops, *self.stack_ops))
+        if self.net_type == "res" and self.init_dim != self.chs[0]:
             left = f"a ResNet stem leaves init_dim = {self.init_dim}"
             raise ValueError(f"block 0 is {self.chs[0]} wide, but {left}")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from densenas import own
+from densenas.files import naming
 from densenas.ranks import rank_and_world
 from densenas.recipes import RetrainRecipe, SearchRecipe
 
@@ -35,6 +39,37 @@ def check_batches(batch_size: int, splits: Mapping[str, int], world: int | None 
             f"batch_size {batch_size} on {devices} is less than the two images a process that batch norm"
             f" needs: set batch_size to at least {2 * world} or lower devices"
         )
+
+
+def loss_of(recipe: SearchRecipe | RetrainRecipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """Logits (B, num_classes) and labels (B,) → loss, 0-d: cross-entropy, smoothed where the recipe says so, or the
+    recipe's own. ValueError with one sentence where that cannot be imported.
+    """
+    if recipe.loss is None:
+        smoothing = recipe.label_smoothing if isinstance(recipe, RetrainRecipe) else 0.0
+        return partial(F.cross_entropy, label_smoothing=smoothing)
+    with naming("loss", " "):
+        return own.function(recipe.loss)
+
+
+def check_loss(recipe: SearchRecipe | RetrainRecipe, num_classes: int) -> None:
+    """Tries the recipe's loss on two images; ValueError with one sentence where nothing can be learnt by it."""
+    function = loss_of(recipe)
+    logits = torch.linspace(-1, 1, 2 * num_classes).view(2, num_classes).requires_grad_()
+    labels = torch.tensor([0, num_classes - 1])
+    called = f"loss '{recipe.loss}' of logits {tuple(logits.shape)} and labels (2,)"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loss = function(logits, labels)
+    except Exception as error:
+        raise ValueError(f"{called}: {own.reason(error)}") from None
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{called} is of {shape}, expected a tensor without dimensions")
+    if not loss.isfinite():
+        raise ValueError(f"{called} is {loss.item()}, expected a finite number")
+    if not loss.requires_grad:
+        raise ValueError(f"{called} has no gradient: compute it from the logits by PyTorch alone")
 
 
 @contextmanager
