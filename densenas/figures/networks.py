@@ -23,7 +23,6 @@ from densenas.method.space import SearchSpace
 from .space import op_name, stage_colours, stage_handles
 from .style import (
     BLUE,
-    COLOURS,
     GREEN,
     GREY,
     INK,
@@ -52,7 +51,7 @@ KINDS = {
     "bottleneck": ("Bottleneck", PINK),
     "conv1_1": ("1×1 convolution", "0.75"),
 }
-OWN = (BLUE, TAN, *COLOURS)  # of ops of one's own, in the order in which they appear
+OWN = (PINK, TAN, BLUE)  # of ops of one's own, in the order in which they appear
 HEIGHTS = {"1": 0.28, "3": 0.42, "6": 0.84}  # of bars by expansion, rows being 1 apart
 NARROW, WIDE = 0.25, 0.75  # gaps before a block, in bars: the second where the map halves
 
