@@ -85,8 +85,7 @@ def measure(
         "input_size": input_size,
         "num_classes": num_classes,
         "batch_size": batch_size,
-        **_conditions(where),
-        **space.code(),
+        **(_conditions(where) | space.code()),
     }
     layers = space.layers(input_size)
     stem = Layer("stem", 3, space.chs[0], input_size, 2)

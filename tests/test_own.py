@@ -44,11 +44,10 @@ from densenas.training import device
 
 SE = "notebooks.own_ops:se_k3"
 OPS = """
+import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from densenas.method.ops import MBConv
-
-raise_on_import = None
 
 def mbconv(in_channels, width, stride, norm):
     return MBConv(in_channels, width, stride, 5, 6, norm)
@@ -67,6 +66,11 @@ def attention(in_channels, width, stride, norm):
 
 def strides_not(in_channels, width, stride, norm):
     return nn.Conv2d(in_channels, width, 1)
+
+def fixed_gain(in_channels, width, stride, norm):
+    layers = nn.Sequential(nn.Conv2d(in_channels, width, 1, stride, bias=False), norm(width))
+    layers.gain = nn.Parameter(torch.full((1,), 2.0), requires_grad=False)
+    return layers
 
 def fails(in_channels, width, stride, norm):
     raise RuntimeError(f"no {width} today\\nand more")
@@ -513,6 +517,13 @@ def test_a_recipe_without_a_loss_of_ones_own_says_nothing_of_it(recipe):
     assert override(named, lr=0.1).loss == "my_ops:same" and override(named, loss=None).loss is None
     with refused(ValueError, r"recipe: loss: expected package\.module:function.*'focal'"):
         override(recipe, loss="focal")
+
+
+def test_what_an_op_holds_fixed_is_not_searched(mine, run):
+    table = CostTable.mult_adds(with_ops(SMALL, "my_ops:fixed_gain"), 16, 3)
+    net = search(run, DATA, table, SEARCH).net
+    gains = [value for name, value in net.named_parameters() if name.endswith("gain")]
+    assert gains and all(float(gain) == 2 for gain in gains)
 
 
 def test_focal_loss():

@@ -140,10 +140,12 @@ class SuperNet(nn.Module):
         return [*self.beta, *self.alpha_head, *self.alpha_stack]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """Everything else that is trained."""
-        return [
-            p for name, p in self.named_parameters() if not name.startswith(("alpha_", "beta."))
-        ]
+        """Everything else that is trained; what an op of one's own holds fixed stays so."""
+        weights = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not name.startswith(("alpha_", "beta.")):
+                weights.append(parameter)
+        return weights
 
     def path_probabilities(self) -> Tensor:
         """p_ij = softmax(beta_i / temperature) as a matrix (blocks, nodes), 0 where there is no edge (section 3.2)."""
