@@ -25,6 +25,7 @@ MEASURES = (
     "train_loss",
     "val_top1",
     "val_loss",
+    "path_top1",
     "expected_cost",
     "derived_cost",
     "target_cost",
@@ -104,13 +105,14 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     """
     path = run.need(run.work / "search.pt", "03-search")
     again = "run 03-search again"
-    net = SuperNet(table.space, num_classes)
-    trace = Trace([net.probabilities()])
-    position = Position()
     try:
         checkpoint = read_checkpoint(path)
         other = _changed(checkpoint, table, num_classes)
         if other is None:
+            weights = checkpoint["configuration"]["recipe"]["weights"]
+            net = SuperNet(table.space, num_classes, weights)
+            trace = Trace([net.probabilities()])
+            position = Position()
             restore({"net": net, "trace": trace, "position": position}, checkpoint, path)
             net.temperature = checkpoint["configuration"]["recipe"]["softmax_temp"]
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -32,6 +32,8 @@ class SearchRecipe(Strict):
     epochs: Epochs  # passes over the training split
     arch_start_epoch: int = Field(ge=0)  # first epoch (from 0) that also updates alpha and beta
     batch_size: Images  # images a step
+    paths: Literal["all", "sampled"] = "all"  # of a step: all, as published, or that of one network
+    weights: Literal["own", "shared"] = "own"  # of a layer's candidates: own, or slices of one bank
     log_base: float = Field(gt=1)  # cost, in the table's unit, of a term equal to sub_loss_factor
     sub_loss_factor: float = Field(ge=0)  # weight of the cost term
     softmax_temp: float = Field(1.0, gt=0)  # divides beta, never alpha

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from densenas import own
 from densenas.costs import priced_space, read_costs
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches
+from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
-from densenas.method.derivation import Lattice
+from densenas.method.derivation import Candidate, Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
 from densenas.outcome import Search, Trace
@@ -35,6 +37,9 @@ from densenas.training.steps import (
     loss_of,
 )
 
+COMPARED = 4  # whole networks of an architecture step
+JUDGED = 10_000  # images of val at most, for the accuracy of a path
+
 
 def search(
     run: Run,
@@ -53,11 +58,12 @@ def search(
     with computing_on(how) as device:
         check_search(data, table, recipe, target_cost)
         torch.manual_seed(how.seed)
-        net = SuperNet(table.space, len(data.classes))
+        net = SuperNet(table.space, len(data.classes), recipe.weights)
         net.temperature = recipe.softmax_temp
         net.to(device).to(memory_format=torch.channels_last).train()
         train = Batches(data, "train", recipe.batch_size, device, how.seed)
         val = Batches(data, "val", recipe.batch_size, device, how.seed)
+        judge = Judge(data, recipe.batch_size, device)
         weight_steps = recipe.epochs * len(train)
         trainer = SearchTrainer(net, table, recipe, weight_steps, how.precision, target_cost)
         trace = Trace([net.probabilities()])
@@ -86,7 +92,9 @@ def search(
                 for images, labels in training.batches("train", train):
                     training.record(trainer.weight_step(images, labels))
                 trace.append(net.probabilities())
-                training.end_epoch(trainer.measures(trace[-1]))
+                derived = Lattice(table, trace[-1]).derive(target_cost)
+                path_top1 = judge.top1(net, derived.architecture)
+                training.end_epoch(trainer.measures(trace[-1], derived) | {"path_top1": path_top1})
     return Search(net, table, json.loads(json.dumps(configuration)), training.history, trace)
 
 
@@ -127,8 +135,8 @@ class SearchTrainer:
         )
 
     def weight_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One candidate a mixed layer; moves the weights that took part."""
-        choice = self.net.sample(1)
+        """One candidate a mixed layer, over all paths or along a sampled one; moves the weights that took part."""
+        choice = self.net.draw() if self.recipe.paths == "sampled" else self.net.sample(1)
         with frozen(self.arch):
             loss, logits = self._classify(images, labels, choice)
         self.sgd.zero_grad()
@@ -138,7 +146,13 @@ class SearchTrainer:
         return outcome
 
     def arch_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Two candidates a mixed layer, the loss and the chained cost; moves alpha and beta."""
+        """Moves alpha and beta."""
+        if self.recipe.paths == "sampled":
+            return self._compare_networks(images, labels)
+        return self._compare_candidates(images, labels)
+
+    def _compare_candidates(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Two candidates a mixed layer, the loss and the chained cost (section 3.3)."""
         choice = self.net.sample(2)
         with frozen(self.weights):
             loss, logits = self._classify(images, labels, choice)
@@ -147,6 +161,28 @@ class SearchTrainer:
         outcome = descend(loss, logits, labels, self.arch, self._penalty(cost))
         with self.net.keeping_mass(choice):
             self.adam.step()
+        if self.target:
+            self.target.update(cost)
+        return outcome
+
+    def _compare_networks(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Whole networks drawn by p and alpha, forward passes alone, and the chained cost of all of them.
+
+        What a network's loss is above or below the mean of those drawn with it weighs the gradient of its probability:
+        the score-function estimate of the gradient of the expected loss (Williams, 1992).
+        """
+        networks = [self.net.draw() for _ in range(COMPARED)]
+        with torch.no_grad():
+            outcomes = [self._classify(images, labels, network) for network in networks]
+        losses = torch.stack([loss for loss, _ in outcomes])
+        logits = torch.cat([logits for _, logits in outcomes])
+        above = (losses - losses.mean()) / (COMPARED - 1)
+        score = above @ self.net.log_probabilities(networks)
+        cost = self.net.cost(self.table)
+        self.adam.zero_grad()
+        penalty = score + self._penalty(cost)
+        outcome = descend(losses.mean(), logits, labels.repeat(COMPARED), self.arch, penalty)
+        self.adam.step()
         if self.target:
             self.target.update(cost)
         return outcome
@@ -176,20 +212,42 @@ class SearchTrainer:
         return parts
 
     @torch.no_grad()
-    def measures(self, probabilities: Probabilities) -> Row:
-        """What the history says of an epoch besides accuracy and loss; `probabilities` are those at its end."""
-        target_cost = self.target.cost if self.target else None
-        derived_cost = Lattice(self.table, probabilities).derive(target_cost).cost
+    def measures(self, probabilities: Probabilities, derived: Candidate) -> Row:
+        """What the history says of an epoch besides accuracy and loss: of the probabilities at its end, and of the
+        network that would be derived from them.
+        """
         row = {
             "lr": self.schedule.get_last_lr()[0],
             "expected_cost": float(self.net.cost(self.table)),
-            "derived_cost": derived_cost,
+            "derived_cost": derived.cost,
         }
         if self.target:
             row["target_cost"] = self.target.cost
-            row["gap"] = derived_cost / self.target.cost - 1
+            row["gap"] = derived.cost / self.target.cost - 1
             row["multiplier"] = float(self.target.multiplier)
         return row | probabilities.health(self.table.space)
+
+
+class Judge:
+    """Tests networks on images of val as paths of a supernet, by its weights; every process on the same ones.
+
+    A supernet normalises by the batch, which is here as large as in training.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, device: torch.device) -> None:
+        _, world = rank_and_world()
+        size = min(batch_size // world, len(data.val))
+        self.batches = Batches(data, "val", size, device, rank=0, world=1)
+        self.steps = min(len(data.val), JUDGED) // size
+
+    @torch.no_grad()
+    def top1(self, net: SuperNet, arch: Architecture) -> float:
+        """The share of correct predictions, at most of the first `JUDGED` images."""
+        choice = Choice.of(net.space, arch)
+        hits = []
+        for images, labels in islice(self.batches.epoch(0), self.steps):
+            hits.append((net(images, choice).argmax(dim=1) == labels).float().mean())
+        return float(torch.stack(hits).mean())
 
 
 class Target(nn.Module):

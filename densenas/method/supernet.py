@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -13,92 +14,64 @@ from torch import Tensor, nn
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
+from densenas.method.layers import RoutingBlock, Term, Weights
 from densenas.method.probabilities import (
     Probabilities,
     best_paths,
     derive,
     visit_probabilities,
 )
-from densenas.method.space import Layer, SearchSpace
+from densenas.method.space import SearchSpace
 
 T = TypeVar("T")
 Indices = list[list[list[int]]]  # block → edge or layer → candidates
-Term = tuple[int, Tensor]  # an active candidate and its weight
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Active candidates of every mixed layer: `head[b][edge]` and `stack[b][layer]` for block b + 1."""
+    """Active candidates of every mixed layer: `head[b][edge]` and `stack[b][layer]` for block b + 1.
+
+    With a `path`, nodes from 0 to the final one, it is one whole network: the first candidate of each layer on it.
+    """
 
     head: Indices
     stack: Indices
+    path: tuple[int, ...] | None = None
 
+    @classmethod
+    def of(cls, space: SearchSpace, arch: Architecture) -> Choice:
+        """An architecture as a path of the space; ValueError where it is none.
 
-class MixedLayer(nn.ModuleList):
-    """All candidates of one layer: x → total + Σ weight · candidate(x) over the active ones (section 3.2)."""
-
-    def __init__(self, candidates: list[Layer], norm: ops.Norm) -> None:
-        super().__init__()
-        for op, in_channels, width, _, stride in candidates:
-            self.append(ops.build_op(op, in_channels, width, stride, norm))
-
-    def forward(self, x: Tensor, active: list[Term], total: Tensor | None = None) -> Tensor:
-        for index, weight in active:
-            term = weight * self[index](x)
-            total = term if total is None else total + term
-        assert total is not None, "a choice has at least one candidate a layer"
-        return total
-
-
-class RoutingBlock(nn.Module):
-    """Shape-alignment layers (one mixed layer an incoming edge), then a stack of mixed layers.
-
-    `incoming` are the blocks that feed it, nearest first: x_j = Σ_i p_ij · mixed_ij(x_i).
-    """
-
-    def __init__(
-        self,
-        incoming: list[int],
-        heads: list[list[Layer]],
-        stack: list[list[Layer]],
-        norm: ops.Norm,
-    ) -> None:
-        super().__init__()
-        self.incoming = incoming
-        self.heads = nn.ModuleList(MixedLayer(row, norm) for row in heads)
-        self.stack = nn.ModuleList(MixedLayer(row, norm) for row in stack)
-
-    def forward(
-        self, outputs: list[Tensor], heads: list[list[Term]], stack: list[list[Term]]
-    ) -> Tensor:
-        """From the outputs of all blocks before and the weights of its layers, those of the heads times p_ij."""
-        x: Tensor | None = None
-        for edge, i in enumerate(self.incoming):
-            x = self.heads[edge](outputs[i], heads[edge], x)
-        for layer, active in enumerate(stack):
-            if len(active) == 1:  # its weight is 1, whatever alpha is
-                index, _ = active[0]
-                x = self.stack[layer][index](x)  # type: ignore[index]  # no stub for lists of lists
-            else:
-                x = self.stack[layer](x, active)
-        assert x is not None, "a space has an edge into every block"
-        return x
+        Which of its layers a shorter stack skipped does not show in an architecture: the last ones.
+        """
+        path = space.path_of(arch)
+        head = [[[0]] * len(space.incoming(j)) for j in range(1, space.num_blocks)]
+        stack = [[[0]] * layers for layers in space.num_layers[1:]]
+        for (before, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
+            head[j - 1][space.incoming(j).index(before)] = [space.head_ops.index(block.head)]
+            for layer in range(space.num_layers[j]):
+                op = block.stack[layer] if layer < len(block.stack) else ops.SKIP
+                stack[j - 1][layer] = [space.stack_ops.index(op)]
+        return cls(head, stack, path)
 
 
 class SuperNet(nn.Module):
-    """images (B, 3, H, W) → logits (B, num_classes), by all candidates or by those of a `Choice`.
+    """images (B, 3, H, W) → logits (B, num_classes), by all candidates, those of a `Choice`, or along its one path.
 
     `beta[i]` (outgoing edges of block i), `alpha_head[b]` (incoming edges × head ops) and `alpha_stack[b]`
     (layers × stack ops) of block b + 1 are the architecture parameters; they start at zero, so that everything is
-    equally probable. `temperature` divides beta and only beta.
+    equally probable. `temperature` divides beta and only beta. Candidates have `weights` of their "own" (as published),
+    or those of a layer are slices of "shared" ones (`SharedLayer`).
     """
+
+    blocks: Sequence[RoutingBlock]  # PyTorch's lists do not tell what they hold
 
     # Where edges stand in the matrix of their probabilities, kept on the device so that no step waits for the host.
     _edge: Tensor
     _head_edge: Tensor
     _final_edge: Tensor
 
-    def __init__(self, space: SearchSpace, num_classes: int) -> None:
+    def __init__(self, space: SearchSpace, num_classes: int, weights: Weights = "own") -> None:
         super().__init__()
         self.space = space
         self.temperature = space.search.softmax_temp
@@ -110,12 +83,14 @@ class SuperNet(nn.Module):
 
         layers = space.layers(space.input_size)
         heads = layers.head
-        self.blocks = nn.ModuleList()
+        blocks = []
         for j in range(1, space.num_blocks):
             incoming = space.incoming(j)
             stack = layers.stack[space.stack_rows(j)]
-            self.blocks.append(RoutingBlock(incoming, heads[: len(incoming)], stack, norm))
+            rows = heads[: len(incoming)]
+            blocks.append(RoutingBlock(incoming, rows, stack, norm, weights))
             heads = heads[len(incoming) :]
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.final = nn.ModuleList()
         for layer in layers.final:
             self.final.append(ops.conv_norm(layer.in_channels, layer.width, norm, nn.ReLU6))
@@ -149,9 +124,13 @@ class SuperNet(nn.Module):
 
     def path_probabilities(self) -> Tensor:
         """p_ij = softmax(beta_i / temperature) as a matrix (blocks, nodes), 0 where there is no edge (section 3.2)."""
+        return self._path_logits().softmax(dim=1)
+
+    def _path_logits(self) -> Tensor:
+        """beta / temperature as that matrix, -∞ where there is no edge."""
         beta = torch.cat([*self.beta])
         logits = beta.new_full((self.space.num_blocks, self.space.num_blocks + 1), -torch.inf)
-        return logits.index_put(tuple(self._edge), beta / self.temperature).softmax(dim=1)
+        return logits.index_put(tuple(self._edge), beta / self.temperature)
 
     @torch.no_grad()
     def probabilities(self) -> Probabilities:
@@ -166,6 +145,8 @@ class SuperNet(nn.Module):
         return Mixture(self.alpha_head, head, "head"), Mixture(self.alpha_stack, stack, "stack")
 
     def forward(self, images: Tensor, choice: Choice | None = None) -> Tensor:
+        if choice is not None and choice.path is not None:
+            return self._along(images, choice, choice.path)
         head, stack = self._mixtures(choice)
         p = self.path_probabilities()
         heads = head.terms(p[tuple(self._head_edge)])
@@ -182,6 +163,15 @@ class SuperNet(nn.Module):
             for edge, branch in enumerate(self.final)
         )
         return self.classifier(features)
+
+    def _along(self, images: Tensor, choice: Choice, path: tuple[int, ...]) -> Tensor:
+        """What the derived network computes: neither p nor alpha weighs anything."""
+        x = self.stem(images)
+        for before, j in pairwise(path[:-1]):
+            edge = self.space.incoming(j).index(before)
+            x = self.blocks[j - 1].along(x, edge, choice.head[j - 1], choice.stack[j - 1])
+        last = self.space.incoming(path[-1]).index(path[-2])
+        return self.classifier(self.final[last](x).mean(dim=(2, 3)))
 
     def cost(self, table: CostTable, choice: Choice | None = None) -> Tensor:
         """Expected cost over all paths and active candidates (section 3.3); 0-d, in the table's unit."""
@@ -212,6 +202,39 @@ class SuperNet(nn.Module):
             return _by_block(drawn.tolist(), alphas)
 
         return Choice(draw(self.alpha_head), draw(self.alpha_stack))
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator | None = None) -> Choice:
+        """One whole network: its path by p, its candidates by softmax(alpha); drawn on the CPU like `sample`."""
+        choice = self.sample(1, generator)
+        p = self.path_probabilities().float().cpu()
+        if not p.isfinite().all():
+            raise FloatingPointError("beta")
+        path = [0]
+        while path[-1] < self.space.num_blocks:
+            path.append(int(torch.multinomial(p[path[-1]], 1, generator=generator)))
+        return Choice(choice.head, choice.stack, tuple(path))
+
+    def log_probabilities(self, networks: list[Choice]) -> Tensor:
+        """Of whole networks being drawn by `draw` (n,): the sums over their edges and the layers on their paths."""
+        edges = self._path_logits().log_softmax(dim=1)
+        head = torch.cat([*self.alpha_head]).log_softmax(dim=1)
+        stack = torch.cat([*self.alpha_stack]).log_softmax(dim=1)
+        rows = {edge: row for row, edge in enumerate(self.space.head_edges)}
+        sums = []
+        for network in networks:
+            assert network.path is not None, "a whole network has a path"
+            before, after = torch.tensor([*pairwise(network.path)]).T
+            total = edges[before, after].sum()
+            for i, j in pairwise(network.path[:-1]):
+                row = rows[i, j]
+                edge = self.space.incoming(j).index(i)
+                total = total + head[row, network.head[j - 1][edge][0]]
+                active = [index for index, *_ in network.stack[j - 1]]
+                layers = stack[self.space.stack_rows(j)]
+                total = total + layers[range(len(active)), active].sum()
+            sums.append(total)
+        return torch.stack(sums)
 
     @contextmanager
     def keeping_mass(self, choice: Choice) -> Iterator[None]:
