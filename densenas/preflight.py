@@ -18,6 +18,7 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.networks import check_network, load_network, source_of
+from densenas.onnx_ops import read_times
 from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
@@ -78,12 +79,17 @@ def preflight(config: RunConfig) -> dict[str, str]:
     else:
         classes = len({item.label for item in splits["train"]})
         _check_batches(config, batches, len(splits["train"]), len(splits["val"]))
-    _check_targets(config, CostTable.mult_adds(space, data.image_size, classes))
+    table, device = CostTable.mult_adds(space, data.image_size, classes), config.cost.table
+    if device is not None:
+        with naming("cost.table"):
+            table = read_times(device, space, data.image_size, classes)
+    _check_targets(config, table)
     own = config.retrain.net_config
     if own is not None:
         with naming("retrain.net_config"):
             check_network(own, classes, data.image_size)
     code = _code(own)
+    timed = _digest([Path(device)]) if device else ""
     images = trained = ""
     # Torchvision's sets are what their names say, and this may be before their download.
     if splits is not None and data.dataset in ("digits", "folder"):
@@ -97,7 +103,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
         trained = _digest([folder / name for name in NETWORK_FILES])
     return {
         "01-data": images,
-        "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
+        "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest() + timed,
         "05-retrain": code,
         "06-evaluate": code + trained,
     }
@@ -130,9 +136,9 @@ def _check_batches(config: RunConfig, batches: dict[str, int], train: int, val: 
 
 
 def _check_targets(config: RunConfig, table: CostTable) -> None:
-    """ValueError where no network costs what is asked for, in million Mult-Adds."""
+    """ValueError where no network costs what is asked for, as far as that is known before a measurement."""
     lattice = Lattice(table)
-    if config.search.target_cost is not None and config.cost.kind == "mult_adds":
+    if config.search.target_cost is not None and config.cost.kind == table.kind:
         with naming("search.target_cost"):
             lattice.at(config.search.target_cost)
     if config.evidence:
