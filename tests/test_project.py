@@ -247,6 +247,16 @@ def test_every_field_of_a_recipe_can_be_set_in_a_runs_file(tmp_path, recipe):
     assert override(base, **settings.overrides()).model_dump(mode="json") == values
 
 
+def test_the_papers_two_resnets_are_one_number_apart():
+    config, space = (
+        RunConfig.load(ROOT / "data/configs/imagenet-resnet.yml"),
+        SearchSpace.load("resnet"),
+    )
+    searched = override(space.search, **config.search.overrides())
+    assert (space.search.log_base, searched.log_base) == (3500, 1700)  # DenseNAS-R2, DenseNAS-R1
+    assert searched == override(space.search, log_base=1700.0)
+
+
 STAGES = {
     "01-data": DataSettings,
     "02-cost": CostSettings,
