@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -21,9 +19,10 @@ from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
-from densenas.method.space import Layer, Layers, SearchSpace
+from densenas.method.space import Layer, SearchSpace
 from densenas.runs.progress import progress
 from densenas.runs.provenance import processor
+from densenas.timings import distinct, tabulate
 from densenas.training.device import milliseconds, pick_device, warn_of_long_spins
 
 T = TypeVar("T")
@@ -35,39 +34,6 @@ class Timing(Strict):
     key: tuple[str, int, int, int, int] = Field(strict=False)  # a `Layer`
     ms: float = Field(gt=0)
     conditions: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Distinct:
-    """What a latency table is made of: every candidate, and the two ends that all networks share.
-
-    A derived ResNet has no 1×1 convolution: its classifier takes the last block's own channels and stands in `final`,
-    `classifier` is None.
-    """
-
-    layers: Layers
-    stem: Layer
-    classifier: Layer | None
-
-    @property
-    def timed(self) -> list[Layer]:
-        """Each op once, however often the space uses it; a skip is none, since a derived network drops it."""
-        found = {self.stem}
-        if self.classifier:
-            found.add(self.classifier)
-        for row in [*self.layers.head, *self.layers.stack, self.layers.final]:
-            found.update(row)
-        return sorted(layer for layer in found if layer.op != ops.SKIP)
-
-
-def distinct(space: SearchSpace, input_size: int, num_classes: int) -> Distinct:
-    layers = space.layers(input_size)
-    stem = Layer("stem", 3, space.chs[0], input_size, 2)
-    if space.net_type == "mbv2":
-        side = space.maps(input_size)[-1]
-        return Distinct(layers, stem, Layer("classifier", space.last_dim, num_classes, side, 1))
-    final = [layer._replace(op="classifier", width=num_classes) for layer in layers.final]
-    return Distinct(layers._replace(final=final), stem, None)
 
 
 def build(layer: Layer, space: SearchSpace) -> nn.Module:
@@ -140,35 +106,6 @@ def measure(
 
     conditions["rounds"] = rounds
     return tabulate(space, found, times, conditions)
-
-
-def tabulate(
-    space: SearchSpace,
-    found: Distinct,
-    times: Mapping[Layer, list[float]],
-    conditions: dict[str, Any],
-) -> CostTable:
-    """The table of a space out of the milliseconds of each round of each op: the fastest counts."""
-    # A skip is the one op that is not timed.
-    least = defaultdict(float, {layer: min(times[layer]) for layer in found.timed})
-    entries = [_entry(layer, times[layer]) for layer in found.timed]
-    ends = least[found.stem], least[found.classifier] if found.classifier else 0.0
-    conditions = {**conditions, "entries": entries}
-    return CostTable.of(space, "latency", found.layers, least.__getitem__, *ends, conditions)
-
-
-def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
-    """An op as the conditions of a table list it."""
-    return {
-        "op": layer.op,
-        "in_channels": layer.in_channels,
-        "width": layer.width,
-        "map": layer.side,
-        "stride": layer.stride,
-        "ms": min(times),
-        "median": median(times),
-        "max": max(times),
-    }
 
 
 def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:

@@ -7,57 +7,20 @@ and leaves times.json, which `02-cost` takes as its `table`.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import shutil
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from densenas.costs import RECIPES
-from densenas.files import PACKAGE, Strict, atomic, naming, read_text, write_text
-from densenas.latency import build, distinct, tabulate
-from densenas.method.cost import CostTable
+from densenas.files import PACKAGE, atomic, write_text
+from densenas.latency import build
 from densenas.method.space import Layer, SearchSpace
 from densenas.runs.progress import progress
+from densenas.timings import Manifest, Op, distinct, space_digest
 from densenas.training.processes import exiting
 
 TIMER = "time_ops.py"
 TOGETHER = 32  # ops that are exported at once: alone each would take seconds
-Count = Annotated[int, Field(ge=1)]
-Milliseconds = Annotated[float, Field(gt=0)]
-
-
-class Op(Strict):
-    """A file of the folder, and what the timer adds."""
-
-    key: tuple[str, int, int, int, int] = Field(strict=False)  # a `Layer`
-    file: str
-    input: list[Count]  # shapes
-    output: list[Count]
-    ms: list[Milliseconds]  # of each round; none in a manifest
-
-
-class Manifest(Strict):
-    """manifest.json: which space, at which size, the ops of a folder are of."""
-
-    space: str
-    digest: str
-    input_size: Count
-    num_classes: Count
-    batch_size: Count
-    ops: list[Op]
-
-
-class Times(Manifest):
-    """times.json: a manifest with what was measured, and where."""
-
-    device: str = Field(min_length=1)
-    threads: Count
-    provider: str
-    onnxruntime: str
 
 
 class _Side(nn.Module):
@@ -69,12 +32,6 @@ class _Side(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(module(x) for module, x in zip(self.each, inputs, strict=True))
-
-
-def space_digest(space: SearchSpace) -> str:
-    """Changes with whatever changes a cost, and not with recipes."""
-    text = json.dumps(space.model_dump(mode="json", exclude={*RECIPES}), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_ops(
@@ -131,43 +88,6 @@ def _write_some(
         shapes = [*inputs[number].shape], [*outputs[number].shape]
         ops.append(Op(key=layer, file=name, input=shapes[0], output=shapes[1], ms=[]))
     return ops
-
-
-def read_times(
-    path: str | Path, space: SearchSpace, input_size: int, num_classes: int
-) -> CostTable:
-    """The table of what the timer measured; ValueError or FileNotFoundError with one sentence where it is of others."""
-    found = distinct(space, input_size, num_classes)
-    with naming(str(path)):
-        times = Times.model_validate_json(read_text(path))
-        measured = {Layer(*op.key): op.ms for op in times.ops}
-        theirs = times.space, times.input_size, times.num_classes
-        ours = space.name, input_size, num_classes
-        again = "write its ops with python -m densenas.onnx_ops and time them"
-        if theirs != ours:
-            raise ValueError(f"times {_of(*theirs)}, not {_of(*ours)}: {again}")
-        if times.digest != space_digest(space):
-            raise ValueError(f"times another version of space {space.name}: {again}")
-        missing = [layer for layer in found.timed if not measured.get(layer)]
-        if missing:
-            raise ValueError(
-                f"lacks the times of {len(missing)} ops of space {space.name}: {again}"
-            )
-    said = {
-        "input_size",
-        "num_classes",
-        "batch_size",
-        "device",
-        "threads",
-        "provider",
-        "onnxruntime",
-    }
-    rounds = min(len(measured[layer]) for layer in found.timed)
-    return tabulate(space, found, measured, {**times.model_dump(include=said), "rounds": rounds})
-
-
-def _of(space: str, input_size: int, num_classes: int) -> str:
-    return f"space {space} at {input_size} pixels in {num_classes} classes"
 
 
 def main() -> None:

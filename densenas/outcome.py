@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from densenas.costs import RECIPES, read_costs
+from densenas.costs import read_costs
 from densenas.files import write_text
 from densenas.images.data import load
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Candidate, Lattice
 from densenas.method.probabilities import Probabilities
+from densenas.method.space import RECIPES
 from densenas.method.supernet import SuperNet
 from densenas.published import save_published
 from densenas.runs.run import Run

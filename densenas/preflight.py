@@ -18,10 +18,10 @@ from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.networks import check_network, load_network, source_of
-from densenas.onnx_ops import read_times
 from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
+from densenas.timings import read_times
 from densenas.training.processes import check_devices, exiting
 from densenas.training.steps import check_batches
 

@@ -10,9 +10,9 @@ from densenas.images.data import prepared
 from densenas.latency import agreement, judge, measure
 from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
-from densenas.onnx_ops import read_times
 from densenas.runs.run import Run
 from densenas.settings import CostSettings
+from densenas.timings import read_times
 
 
 @dataclass(frozen=True)

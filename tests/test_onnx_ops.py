@@ -12,12 +12,13 @@ from helpers import DESCRIPTION, SKIP, make_space, refused
 
 from densenas import CostTable, SearchSpace
 from densenas.costs import read_costs
-from densenas.latency import build, distinct
+from densenas.latency import build
 from densenas.method.derivation import Lattice
 from densenas.method.space import Layer
-from densenas.onnx_ops import TIMER, read_times, write_ops
+from densenas.onnx_ops import TIMER, write_ops
 from densenas.pricing import price
 from densenas.settings import CostSettings
+from densenas.timings import distinct, read_times
 
 MOBILE = make_space(
     input_size=16,
