@@ -1,4 +1,4 @@
-"""A trained network for other programs: torch.export, ONNX (checked against PyTorch and timed beside it), safetensors."""
+"""A trained network for other programs: torch.export, ONNX and safetensors; the first two checked and timed here."""
 
 from __future__ import annotations
 
