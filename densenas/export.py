@@ -41,7 +41,9 @@ def export(
         any_number = ({0: torch.export.Dim("images")},)
         program = torch.export.export(net, (images,), dynamic_shapes=any_number)
     with _naming("ONNX"):
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+        onnx = torch.onnx.export(
+            program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        )
         assert onnx is not None  # the stub's other case: where it writes to a file itself
     # By way of memory: on a full disk the archive's own writer would end the process.
     archive = io.BytesIO()
@@ -57,7 +59,7 @@ def export(
     exported = torch.export.load(package).module()
 
     def in_onnxruntime(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        return torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
     runtimes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "PyTorch": net,

@@ -3,13 +3,13 @@
 import onnxruntime
 import pytest
 import torch
-from helpers import ARCH, TINY, full_disk, refused
+from helpers import ARCH, REPOSITORY, TINY, full_disk, refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from densenas import Architecture
 from densenas.export import export
-from densenas.networks import EXPORTS
+from densenas.networks import EXPORTS, save_network
 
 RES = Architecture.parse(
     "[[8, 12], 'basic_block', ['basic_block'], 1, 2]|[[12, 16], 'basic_block', [], 0, 1]"
@@ -36,7 +36,7 @@ def test_exported_networks_compute_what_pytorch_computes(arch, tmp_path):
     session = onnxruntime.InferenceSession(
         tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    (computed,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    (computed,) = session.run(["logits"], {"images": images.numpy()})
     torch.testing.assert_close(exported, logits)
     torch.testing.assert_close(torch.from_numpy(computed), logits, rtol=1e-4, atol=1e-4)
     assert {path.name for path in tmp_path.iterdir()} == {*EXPORTS} - {"MODEL_CARD.md"}
@@ -72,6 +72,23 @@ def test_a_detector_gets_the_last_map_of_each_side(name, channels):
         (channels[3], 6, 6),
         (channels[4], 3, 3),
     ]
+
+
+def test_the_readmes_lines_on_using_a_network_run(tmp_path, monkeypatch):
+    section = (REPOSITORY / "README.md").read_text().split("## Use your network\n")[1]
+    lines = section.split("```python\n")[1].split("```")[0]
+    folder = tmp_path / "runs" / "digits" / "model"
+    net = TINY.build(10)
+    save_network(folder, str(TINY), net)
+    export(net, folder, 32)
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.rand(4, 3, 32, 32), "labels": torch.tensor([0, 1, 4, 2])}
+    exec(lines, names)
+    assert [one.shape[-1] for one in names["maps"]] == [16, 8]
+    expected = net.eval()(names["images"]).detach()
+    torch.testing.assert_close(torch.tensor(names["logits"]), expected, rtol=1e-4, atol=1e-4)
+    assert names["net"].classifier.weight.grad.shape == (5, 99)
+    assert (tmp_path / "fine-tuned" / "model.onnx").exists()
 
 
 def test_features_are_those_that_the_network_classifies():
