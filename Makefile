@@ -41,7 +41,7 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 
 test: lint
-	$(BIN)/pytest --numprocesses "$${CORES:-$$(nproc)}" --dist worksteal tests
+	$(BIN)/pytest --numprocesses "$${CORES:-$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" --dist worksteal tests
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 # Runs every notebook at its defaults and keeps the outputs, which are committed: from scratch, or what an earlier demo

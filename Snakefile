@@ -10,7 +10,7 @@ import yaml
 
 from densenas.files import root
 from densenas.method.space import SearchSpace
-from densenas.pipeline import last_words
+from densenas.pipeline import last_words, tied
 from densenas.preflight import check_machine, checked, identify
 from densenas.settings import RunConfig
 
@@ -63,7 +63,7 @@ NEEDS = {
 NOTEBOOKS = os.path.relpath(Path(workflow.basedir) / "notebooks")
 LOGS = f"runs/{RUN}/logs"
 # A stage must not outlive a killed pipeline: the kernel ends with papermill, papermill with its parent.
-PYTHON = f"exec setpriv --pdeathsig KILL {shlex.quote(sys.executable)} -m"
+PYTHON = f"exec {shlex.join([*tied(), sys.executable])} -m"
 PAPERMILL = f"{PYTHON} papermill --log-level WARNING --no-progress-bar --stdout-file -"
 STAGE = (
     "{PAPERMILL} {input.notebook:q} {output.notebook:q}"

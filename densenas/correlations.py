@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -82,3 +83,12 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             cells.append("none" if pd.isna(value) else known)
         shown[measure.replace("_", " ").capitalize()] = cells
     return shown
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a share seen in n trials (Wilson 1927)."""
+    z = 1.96
+    scale = 1 + z**2 / n
+    centre = (share + z**2 / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from densenas import own
 from densenas.images.data import prepared
 from densenas.method.cost import CostTable
-from densenas.method.space import SearchSpace
+from densenas.method.space import RECIPES, SearchSpace
 from densenas.runs.run import Run
-
-# Of a space: what it costs does not depend on them.
-RECIPES = ("name", "source", "search", "retrain")
 
 
 def read_costs(run: Run) -> CostTable:

@@ -1,4 +1,4 @@
-"""A trained network for other programs: torch.export and ONNX, checked against PyTorch and timed beside it."""
+"""A trained network for other programs: torch.export, ONNX and safetensors; the first two checked and timed here."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from densenas import own
 from densenas.files import atomic
+from densenas.method.architecture import DerivedNet
 from densenas.training.device import milliseconds
 
 
 def export(
     net: nn.Module, folder: str | Path, input_size: int, tolerance: float = 1e-4
 ) -> pd.DataFrame:
-    """Writes model.pt2 and model.onnx for any number of images (N, 3, input_size, input_size) into `folder`.
+    """Writes model.pt2, model.onnx and model.safetensors into `folder`.
+
+    The first two take any number of images (N, 3, input_size, input_size), the third holds the state dict.
 
     Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on this CPU and the
     largest deviation of the logits from PyTorch's. Raises with one sentence RuntimeError where that is more than
@@ -37,7 +41,9 @@ def export(
         any_number = ({0: torch.export.Dim("images")},)
         program = torch.export.export(net, (images,), dynamic_shapes=any_number)
     with _naming("ONNX"):
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+        onnx = torch.onnx.export(
+            program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        )
         assert onnx is not None  # the stub's other case: where it writes to a file itself
     # By way of memory: on a full disk the archive's own writer would end the process.
     archive = io.BytesIO()
@@ -46,13 +52,14 @@ def export(
         partial.write_bytes(archive.getbuffer())
     with atomic(model) as partial:
         onnx.save(str(partial), external_data=False)
+    _save_tensors(net, Path(folder) / "model.safetensors")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     exported = torch.export.load(package).module()
 
     def in_onnxruntime(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        return torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
     runtimes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "PyTorch": net,
@@ -69,6 +76,16 @@ def export(
             )
         rows.append({"runtime": name, "ms": milliseconds(run, images[:1]), "deviation": deviation})
     return pd.DataFrame(rows)
+
+
+def _save_tensors(net: nn.Module, path: Path) -> None:
+    state = {}
+    for key, value in net.state_dict().items():
+        # Plain copies: the format knows no memory layout, and no weights that two layers share.
+        state[key] = value.detach().clone(memory_format=torch.contiguous_format)
+    known = {"net_config": str(net.arch)} if isinstance(net, DerivedNet) else {}
+    with atomic(path) as partial:
+        partial.write_bytes(save(state, {"format": "pt", **known}))
 
 
 @contextmanager

@@ -21,7 +21,14 @@ from densenas.runs.run import Run
 from densenas.training.checkpoint import digest, read_configuration
 
 DERIVED = "the derived network"
-PUBLISHED = ("DenseNAS-A", "DenseNAS-B", "DenseNAS-C")
+PUBLISHED = (
+    "DenseNAS-A",
+    "DenseNAS-B",
+    "DenseNAS-C",
+    "DenseNAS-A (arXiv v1)",
+    "DenseNAS-B (arXiv v1)",
+    "DenseNAS-C (arXiv v1)",
+)
 ENTRIES = (  # of architecture.json, which reports rely on
     "net_config",
     "mult_adds_m",

@@ -7,7 +7,6 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -23,6 +22,7 @@ from densenas.method.derivation import Lattice
 from densenas.method.space import Layer, SearchSpace
 from densenas.runs.progress import progress
 from densenas.runs.provenance import processor
+from densenas.timings import distinct, tabulate
 from densenas.training.device import milliseconds, pick_device, warn_of_long_spins
 
 T = TypeVar("T")
@@ -87,20 +87,8 @@ def measure(
         "batch_size": batch_size,
         **(_conditions(where) | space.code()),
     }
-    layers = space.layers(input_size)
-    stem = Layer("stem", 3, space.chs[0], input_size, 2)
-    classifier = Layer("classifier", space.last_dim, num_classes, space.maps(input_size)[-1], 1)
-    distinct = {stem}
-    mobile = space.net_type == "mbv2"
-    if mobile:
-        distinct.add(classifier)
-    else:  # a derived ResNet has no 1×1 convolution, the classifier takes the last block's own channels
-        final = [layer._replace(op="classifier", width=num_classes) for layer in layers.final]
-        layers = layers._replace(final=final)
-    for row in [*layers.head, *layers.stack, layers.final]:
-        distinct.update(row)
-    timed = sorted(layer for layer in distinct if layer.op != ops.SKIP)
-
+    found = distinct(space, input_size, num_classes)
+    timed = found.timed
     # All machines of a kind say the same about themselves: what another host timed is never used.
     here = {**conditions, "host": HOST}
     times = _logged(log, here)
@@ -116,26 +104,8 @@ def measure(
                     file.write(f"{line}\n")
                     file.flush()
 
-    # A skip is the one op that is not timed.
-    least = defaultdict(float, {layer: min(times[layer]) for layer in timed})
     conditions["rounds"] = rounds
-    conditions["entries"] = [_entry(layer, times[layer]) for layer in timed]
-    ends = least[stem], least[classifier] if mobile else 0.0
-    return CostTable.of(space, "latency", layers, least.__getitem__, *ends, conditions)
-
-
-def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
-    """An op as the conditions of a table list it."""
-    return {
-        "op": layer.op,
-        "in_channels": layer.in_channels,
-        "width": layer.width,
-        "map": layer.side,
-        "stride": layer.stride,
-        "ms": min(times),
-        "median": median(times),
-        "max": max(times),
-    }
+    return tabulate(space, found, times, conditions)
 
 
 def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:

@@ -25,6 +25,8 @@ from densenas.weights import fill, read_state
 
 # Not those for detection, segmentation, video or optical flow, nor quantized ones.
 CLASSIFIERS = frozenset(torchvision.models.list_models(module=torchvision.models))
+# What `export` and `write_card` put beside a network's weights.
+EXPORTS = ("model.pt2", "model.onnx", "model.safetensors", "MODEL_CARD.md")
 
 
 def network(model: str, num_classes: int) -> nn.Module:
@@ -155,7 +157,7 @@ def save_network(folder: Path, model: str, net: nn.Module) -> None:
 
     Takes the place of an earlier network, and of its exports. Raises OSError with one sentence where the disk is full.
     """
-    for export in ("model.pt2", "model.onnx"):
+    for export in EXPORTS:
         (folder / export).unlink(missing_ok=True)
     state = net.state_dict()  # with the versions of its layers, which some of torchvision's ask for
     for key, value in state.items():

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from densenas import own
-from densenas.costs import RECIPES, read_costs
+from densenas.costs import read_costs
 from densenas.files import write_text
 from densenas.images.data import load
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Candidate, Lattice
 from densenas.method.probabilities import Probabilities
+from densenas.method.space import RECIPES
 from densenas.method.supernet import SuperNet
 from densenas.published import save_published
 from densenas.runs.run import Run

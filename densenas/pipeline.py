@@ -53,12 +53,24 @@ def say_wait(_: str) -> None:
     print("another make is at work here: waiting for it to end", flush=True)
 
 
+def tied() -> list[str]:
+    """What starts a command that ends with whoever started it, kill -9 included; macOS has no such thing."""
+    if shutil.which("setpriv"):
+        return ["setpriv", "--pdeathsig", "KILL"]
+    if sys.platform == "linux":
+        ends = "which ends stages with their pipeline"
+        raise ValueError(f"setpriv is missing, {ends}: install util-linux")
+    return []
+
+
 def run_snakemake(root: Path, name: str, configuration: Path, targets: list[str]) -> int:
     """Runs the Snakefile's rules and returns the exit status; KeyboardInterrupt where a signal has ended it."""
-    command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "snakemake"]
+    from densenas.threads import cores
+
+    command = [*tied(), sys.executable, "-m", "snakemake"]
     # A lock of Snakemake's own would stay behind after a kill -9.
     command += ["--snakefile", str(SNAKEFILE), "--nolock", "--rerun-incomplete"]
-    command += ["--cores", os.environ.get("CORES") or str(len(os.sched_getaffinity(0)))]
+    command += ["--cores", os.environ.get("CORES") or str(cores())]
     command += ["--quiet", "host", "reason", "progress"]
     # The dot before a relative path: Snakemake reads values as YAML, and cannot where one starts with #.
     command += ["--config", f"run={name}", f"configuration={os.path.join('.', configuration)}"]
@@ -135,10 +147,6 @@ def main() -> None:
         if target and not RunConfig.load(path).evidence:
             raise ValueError(
                 f"{path} has no section 'evidence': targets, seeds and networks of the study"
-            )
-        if not shutil.which("setpriv"):
-            raise ValueError(
-                "setpriv is missing, which ends stages with their pipeline: install util-linux"
             )
         path = path if Path.cwd() == home else path.absolute()
         check_writable(home, name)

@@ -22,6 +22,7 @@ from densenas.networks import check_network, load_network, own_code
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
+from densenas.timings import read_times
 from densenas.training.processes import check_devices, exiting
 from densenas.training.steps import check_batches, check_loss
 
@@ -79,7 +80,11 @@ def preflight(config: RunConfig) -> dict[str, str]:
     else:
         classes = len({item.label for item in splits["train"]})
         _check_batches(config, search, retrain, len(splits["train"]), len(splits["val"]))
-    _check_targets(config, CostTable.mult_adds(space, data.image_size, classes))
+    table, device = CostTable.mult_adds(space, data.image_size, classes), config.cost.table
+    if device is not None:
+        with naming("cost.table"):
+            table = read_times(device, space, data.image_size, classes)
+    _check_targets(config, table)
     with naming("search"):
         check_loss(search, classes)
     with naming("retrain"):
@@ -90,6 +95,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
             check_network(model, classes, data.image_size)
     code = "".join(own.code(name) for name in own_code(model)) if model else ""
     code += _digests([retrain.loss])
+    timed = _digest([Path(device)]) if device else ""
     images = trained = ""
     # Torchvision's sets are what their names say, and this may be before their download.
     if splits is not None and data.dataset in ("digits", "folder"):
@@ -104,7 +110,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
     return {
         "01-data": images,
         "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest()
-        + _digests(space.own_ops),
+        + _digests(space.own_ops)
+        + timed,
         "03-search": _digests([search.loss]),
         "05-retrain": code,
         "06-evaluate": code + trained,
@@ -140,9 +147,9 @@ def _check_batches(
 
 
 def _check_targets(config: RunConfig, table: CostTable) -> None:
-    """ValueError where no network costs what is asked for, in million Mult-Adds."""
+    """ValueError where no network costs what is asked for, as far as that is known before a measurement."""
     lattice = Lattice(table)
-    if config.search.target_cost is not None and config.cost.kind == "mult_adds":
+    if config.search.target_cost is not None and config.cost.kind == table.kind:
         with naming("search.target_cost"):
             lattice.at(config.search.target_cost)
     if config.evidence:

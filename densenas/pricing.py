@@ -12,6 +12,7 @@ from densenas.method.cost import CostTable
 from densenas.method.space import SearchSpace
 from densenas.runs.run import Run
 from densenas.settings import CostSettings
+from densenas.timings import read_times
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,18 @@ class Prices:
 def price(run: Run, settings: CostSettings) -> Prices:
     """Prices every candidate of a space for the run's images; keeps the table, agreement and provenance.
 
-    Latency is measured where it is the price or where networks are to be timed; a killed measurement goes on. Raises
-    ValueError, FileNotFoundError or OSError with one sentence.
+    Latency is that of `table`, or else measured where it is the price or where networks are to be timed; a killed
+    measurement goes on. Raises ValueError, FileNotFoundError or OSError with one sentence.
     """
     image_size, num_classes = prepared(run, settings.image_size)
     space = SearchSpace.load(settings.space)
     mult_adds = CostTable.mult_adds(space, image_size, num_classes)
     prices = Prices(mult_adds, mult_adds)
-    if settings.networks or settings.kind == "latency":
+    if settings.table:
+        measured = read_times(settings.table, space, image_size, num_classes)
+        measured.write(run.reports / "latency.json")
+        prices = Prices(measured, mult_adds, measured)
+    elif settings.networks or settings.kind == "latency":
         with run.alone():  # beside another stage of this run all would be timed wrong
             prices = _timed(run, prices, settings)
     prices.table.write(run.reports / "cost.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import math
 import re
 import sys
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
+from densenas.correlations import wilson
 from densenas.files import PACKAGE, read_text, root, write_text
 from densenas.identity import credit, derived
 from densenas.runs.run import Run
@@ -26,15 +26,6 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % confidence interval of a share seen in n trials (Wilson 1927)."""
-    z = 1.96
-    scale = 1 + z**2 / n
-    centre = (share + z**2 / (2 * n)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 # Columns of `all_runs`: what every evaluated run has, what only some have, what only a derived network has.

@@ -136,6 +136,18 @@ class CostSettings(Settings):
     batch_size: int = Field(1, ge=1)  # images at once in a measurement
     networks: Networks = 0  # random networks whose latency is predicted and measured
     rounds: int = Field(12, ge=1, le=10_000)  # timings of each op and network
+    table: str | None = None  # what densenas.onnx_ops' timer left on another device; None: measured
+
+    @model_validator(mode="after")
+    def _times_one_device(self) -> Self:
+        if self.table is not None and self.kind != "latency":
+            raise ValueError(
+                f"table holds milliseconds, but kind is {self.kind}: set it to latency"
+            )
+        if self.table is not None and self.networks:
+            here = "networks are timed on this machine, and table is of another device"
+            raise ValueError(f"{here}: set networks to 0")
+        return self
 
 
 class Computing(Settings):

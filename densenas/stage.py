@@ -1,10 +1,11 @@
-"""A stage on one machine of several: `torchrun … -m densenas.stage RUN STAGE`."""
+"""A stage on one machine of several: `torchrun … -m densenas.stage RUN STAGE [CONFIGURATION]`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from densenas.files import DATA
@@ -21,7 +22,7 @@ STAGES: dict[str, Callable[[str, Any], None]] = {
 
 
 def main() -> None:
-    """`torchrun … -m densenas.stage RUN STAGE`: this process's part; without torchrun all of it."""
+    """This process's part of a stage; without torchrun all of it."""
     parser = argparse.ArgumentParser(
         "torchrun … -m densenas.stage", description="Runs a stage on several machines."
     )
@@ -32,7 +33,11 @@ def main() -> None:
     )
     asked = parser.parse_args()
     with exiting():
-        config = RunConfig.load(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
+        path = Path(asked.configuration or DATA / "configs" / f"{asked.run}.yml")
+        if not path.is_file():
+            named = "name its file behind the stage"
+            raise FileNotFoundError(f"run '{asked.run}' has no configuration '{path}': {named}")
+        config = RunConfig.load(path)
         settings = config.stages(SearchSpace.load(config.space).input_size)[asked.stage]
     stage = STAGES[asked.stage]
     if "WORLD_SIZE" in os.environ:

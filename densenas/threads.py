@@ -13,3 +13,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # oneDNN keeps 1,024 compiled convolutions; the steps of a supernet need more and would compile
 # some of them every time. Read before the first convolution.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+
+def cores() -> int:
+    """Processor cores that this process may use; where the system keeps no such account, as macOS, all of them."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import identity, own
+from densenas.card import write_card
 from densenas.costs import read_costs
 from densenas.export import export
 from densenas.images.data import ImageData, load
@@ -245,8 +246,9 @@ def evaluate_run(run: Run, settings: EvaluateSettings) -> Tested:
 
 
 def export_run(run: Run, tested: Tested) -> pd.DataFrame:
-    """`export` as notebook 06 calls it: beside the network's weights; keeps milliseconds of an image."""
+    """`export` as notebook 06 calls it: beside the network's weights, with a card; keeps milliseconds of an image."""
     exported = export(tested.net, tested.folder, tested.image_size)
     milliseconds = exported.set_index("runtime")["ms"].to_dict()
     run.update_json("metrics.json", "evaluate", {**tested.result, "ms": milliseconds})
+    write_card(run, tested.folder, load(run))
     return exported

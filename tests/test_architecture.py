@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densenas import Architecture, load_published
+from densenas.identity import PUBLISHED
 from densenas.method.architecture import Block
 from densenas.networks import save_network
 
@@ -53,11 +54,25 @@ def test_text_is_the_published_one():
 
 
 def test_named_architectures_carry_the_published_figures():
-    for name in ("DenseNAS-A", "DenseNAS-B", "DenseNAS-C"):
+    for name in PUBLISHED:
         arch = Architecture.named(name)
         assert arch.published["name"] == name
         assert str(arch) == arch.published["net_config"]
         assert arch == Architecture.parse(str(arch))
+
+
+@pytest.mark.parametrize(
+    ("name", "mult_adds", "params", "figures"),
+    [
+        ("DenseNAS-A (arXiv v1)", 501.390016, 7.890752, (24.3, 75.9, 92.6)),
+        ("DenseNAS-B (arXiv v1)", 413.7592, 6.877344, (21.1, 74.7, 92.0)),
+    ],
+)
+def test_the_first_arxiv_version_has_networks_of_its_own(name, mult_adds, params, figures):
+    arch = Architecture.named(name)
+    assert arch != Architecture.named(name.removesuffix(" (arXiv v1)"))
+    assert (arch.mult_adds(224), arch.params()) == pytest.approx((mult_adds, params), abs=1e-9)
+    assert tuple(arch.published[entry] for entry in ("titanxp_ms", "top1", "top5")) == figures
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -254,6 +254,14 @@ def test_two_machines_train_one_search(tmp_path):
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def test_a_stage_says_where_its_configuration_belongs():
+    command = [sys.executable, "-m", "densenas.stage", "unknown", "03-search"]
+    for file in (["nowhere.yml"], []):
+        ended = subprocess.run([*command, *file], cwd=ROOT, text=True, capture_output=True)
+        sentence = r"run 'unknown' has no configuration '.*\.yml': name its file behind the stage\n"
+        assert ended.returncode == 1 and re.fullmatch(sentence, ended.stderr)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_fused_sgd_does_what_sgd_does_when_parameters_take_turns(momentum):
     recipe = SEARCH.model_copy(update={"momentum": momentum, "weight_decay": 0.01})

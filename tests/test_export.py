@@ -3,10 +3,13 @@
 import onnxruntime
 import pytest
 import torch
-from helpers import ARCH, TINY, full_disk, refused
+from helpers import ARCH, REPOSITORY, TINY, full_disk, refused
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from densenas import Architecture
 from densenas.export import export
+from densenas.networks import EXPORTS, save_network
 
 RES = Architecture.parse(
     "[[8, 12], 'basic_block', ['basic_block'], 1, 2]|[[12, 16], 'basic_block', [], 0, 1]"
@@ -33,10 +36,67 @@ def test_exported_networks_compute_what_pytorch_computes(arch, tmp_path):
     session = onnxruntime.InferenceSession(
         tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    (computed,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    (computed,) = session.run(["logits"], {"images": images.numpy()})
     torch.testing.assert_close(exported, logits)
     torch.testing.assert_close(torch.from_numpy(computed), logits, rtol=1e-4, atol=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.pt2"]
+    assert {path.name for path in tmp_path.iterdir()} == {*EXPORTS} - {"MODEL_CARD.md"}
+    again = arch.build(3).eval()
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(again(images), logits)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert Architecture.parse(file.metadata()["net_config"]) == arch
+
+
+def test_weights_that_two_layers_share_leave_as_copies(tmp_path):
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 192), torch.nn.Linear(192, 192)
+    )
+    net[2].weight = net[1].weight
+    export(net, tmp_path, 8)
+    state = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [("DenseNAS-A", [16, 24, 48, 128, 384]), ("DenseNAS-C (arXiv v1)", [16, 24, 48, 112, 480])],
+)
+def test_a_detector_gets_the_last_map_of_each_side(name, channels):
+    net = Architecture.named(name).build(3).eval()
+    maps = net.features(torch.randn(1, 3, 96, 96))
+    assert [tuple(one.shape[1:]) for one in maps] == [
+        (channels[0], 48, 48),
+        (channels[1], 24, 24),
+        (channels[2], 12, 12),
+        (channels[3], 6, 6),
+        (channels[4], 3, 3),
+    ]
+
+
+def test_the_readmes_lines_on_using_a_network_run(tmp_path, monkeypatch):
+    section = (REPOSITORY / "README.md").read_text().split("## Use your network\n")[1]
+    lines = section.split("```python\n")[1].split("```")[0]
+    folder = tmp_path / "runs" / "digits" / "model"
+    net = TINY.build(10)
+    save_network(folder, str(TINY), net)
+    export(net, folder, 32)
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.rand(4, 3, 32, 32), "labels": torch.tensor([0, 1, 4, 2])}
+    exec(lines, names)
+    assert [one.shape[-1] for one in names["maps"]] == [16, 8]
+    expected = net.eval()(names["images"]).detach()
+    torch.testing.assert_close(torch.tensor(names["logits"]), expected, rtol=1e-4, atol=1e-4)
+    assert names["net"].classifier.weight.grad.shape == (5, 99)
+    assert (tmp_path / "fine-tuned" / "model.onnx").exists()
+
+
+def test_features_are_those_that_the_network_classifies():
+    for arch in (TINY, RES):
+        net, images = arch.build(3).eval(), torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(
+            torch.nn.Sequential(*[*net][2:])(net.features(images)[-1]), net(images)
+        )
 
 
 def test_a_network_that_changes_on_its_way_out_is_refused(tmp_path):

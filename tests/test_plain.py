@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import REPOSITORY as ROOT
-from helpers import random_supernet
+from helpers import TINY, random_supernet
 from plain import Plain
 from search_step import RESULTS, table
 
@@ -96,6 +96,47 @@ def test_a_fused_layer_is_its_three_modules(kernel, stride, width, size, frozen,
         )
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_has_the_gradient_that_plain_modules_give_it(frozen):
+    """As a penalty on gradients or a Hessian's product needs it: exact, through batch norm and convolution."""
+    torch.manual_seed(0)
+    ours = TINY.build(3).double().train()
+    for module in ours.modules():
+        if isinstance(module, MBConv):
+            module.depthwise_conv[0].requires_grad_(not frozen)
+    theirs = copy.deepcopy(ours)
+    for module in theirs.modules():
+        if isinstance(module, MBConv):
+            module.forward = partial(plain_forward, module)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found = []
+    for net in (ours, theirs):
+        weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        loss = F.cross_entropy(net(images), torch.tensor([0, 1]))
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+        found.append([weight.grad for weight in weights])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
+
+
+def plain_forward(self, x):
+    y = self.project_conv(self.depthwise_conv(self.expand_conv(x)))
+    return y + x if self.residual else y
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("training", [False, True])
+def test_torchscript_reads_the_network(training):
+    net = TINY.build(3)
+    scripted = torch.jit.script(copy.deepcopy(net)).train(training)
+    images = torch.randn(2, 3, 32, 32)
+    traced = torch.jit.trace(copy.deepcopy(net).train(training), images)
+    expected = net.train(training)(images)
+    torch.testing.assert_close(scripted(images), expected)
+    torch.testing.assert_close(traced(images), expected)
 
 
 def test_a_frozen_norm_stays_frozen():

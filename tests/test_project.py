@@ -30,6 +30,7 @@ from densenas.pipeline import STOPPED, last_words
 from densenas.preflight import check_machine, checked, identify
 from densenas.published import save_published
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
+from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.settings import (
     CostSettings,
@@ -66,6 +67,15 @@ def test_conda_gets_the_same_versions_as_pip():
     assert f"python{PROJECT['requires-python']}" in conda
     assert pip == {"pip": ["-r requirements.lock", "-e ."]}
     assert {re.split("[=<>]", entry)[0] for entry in conda} == {"python", "pip", "make", "git"}
+
+
+def test_changelog_and_citation_are_of_the_projects_version():
+    latest = re.search(r"^## \[(.+?)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert latest[1] == citation["version"] == PROJECT["version"]
+    assert latest[2] == str(citation["date-released"])
+    assert citation["preferred-citation"]["year"] == 2020 and citation["license"] == "Apache-2.0"
+    assert environment()["packages"]["densenas"] == PROJECT["version"]
 
 
 # Of the package, as benchmarks/measures.py counts them: what may shrink, and not grow.
@@ -246,6 +256,16 @@ def test_every_field_of_a_recipe_can_be_set_in_a_runs_file(tmp_path, recipe):
     path.write_text(yaml.safe_dump(config))
     settings = getattr(RunConfig.load(path), section)
     assert override(base, **settings.overrides()).model_dump(mode="json") == values
+
+
+def test_the_papers_two_resnets_are_one_number_apart():
+    config, space = (
+        RunConfig.load(ROOT / "data/configs/imagenet-resnet.yml"),
+        SearchSpace.load("resnet"),
+    )
+    searched = override(space.search, **config.search.overrides())
+    assert (space.search.log_base, searched.log_base) == (3500, 1700)  # DenseNAS-R2, DenseNAS-R1
+    assert searched == override(space.search, log_base=1700.0)
 
 
 STAGES = {

@@ -6,12 +6,15 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from helpers import ARCH, DATA, RETRAIN, full_disk, refused
 from torch import nn
 
 from densenas import Architecture, CostTable, SearchSpace, own
+from densenas.correlations import wilson
 from densenas.identity import describe, search_digest
 from densenas.networks import (
+    EXPORTS,
     check_network,
     load_network,
     model_folder,
@@ -426,7 +429,7 @@ def test_what_was_trained_is_recorded_with_how_it_went(model, derived_run):
     assert recorded.items() >= size(net, 16).items()
 
 
-def test_a_trained_network_is_tested_and_leaves_for_other_programs(derived_run):
+def test_a_trained_network_is_tested_and_leaves_for_other_programs(derived_run, monkeypatch):
     run = derived_run
     retrain_run("made-up", RetrainSettings(**SHORT))
     tested = evaluate_run(run, EvaluateSettings(device="cpu"))
@@ -436,9 +439,43 @@ def test_a_trained_network_is_tested_and_leaves_for_other_programs(derived_run):
     assert known.items() >= evaluate(tested.net, DATA).items()
     assert run.read_json("provenance.json")["06-evaluate"]["parameters"]["device"] == "cpu"
     exported = export_run(run, tested)
-    assert {path.name for path in tested.folder.glob("model.*")} == {"model.pt2", "model.onnx"}
+    assert {path.name for path in tested.folder.iterdir()} == {"net_config", "weights.pt", *EXPORTS}
     times = run.read_json("metrics.json")["evaluate"]["ms"]
     assert [*times] == sorted(exported["runtime"]) and min(times.values()) > 0
+
+    card = (tested.folder / "MODEL_CARD.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    (model,) = yaml.safe_load(front)["model-index"]
+    assert model["results"][0]["metrics"] == [{"type": "accuracy", "value": known["top1"]}]
+    low, high = wilson(known["top1"], known["images"])
+    for said in (
+        f"{100 * known['top1']:.2f} % of {known['images']} test images",
+        f"interval {100 * low:.1f} % to {100 * high:.1f} %",
+        f"{known['mult_adds_m']:.3f} M Mult-Adds",
+        "Trained with | revision",
+        f"in the order of the logits: {', '.join(DATA.classes)}.",
+    ):
+        assert said in text
+    # The card's own code loads the network.
+    monkeypatch.chdir(tested.folder)
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(names["net"].eval()(images), tested.net.cpu().eval()(images))
+    save_network(tested.folder, known["net_config"], tested.net)
+    assert {path.name for path in tested.folder.iterdir()} == {"net_config", "weights.pt"}
+
+
+def test_the_card_of_a_network_that_the_run_did_not_train_says_so(derived_run, tmp_path):
+    run = derived_run
+    retrain_run("made-up", RetrainSettings(**SHORT))
+    save_network(tmp_path, OWN, network(OWN, 3))
+    tested = evaluate_run(run, EvaluateSettings(model=str(tmp_path), net_config=OWN, device="cpu"))
+    export_run(run, tested)
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "| Training | not by this run |" in card and "Trained with" not in card
+    assert "Tested was not the network that this run derived" in card and "```" not in card
 
 
 @pytest.mark.parametrize(

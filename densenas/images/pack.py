@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +17,9 @@ from densenas.images.decoding import decode
 from densenas.images.store import MEND, environment, find, name_of, read_sums, sha256
 from densenas.images.transforms import resized
 from densenas.runs.progress import progress
+from densenas.threads import cores
 
-CORES = len(os.sched_getaffinity(0))
+CORES = cores()
 CHUNK = 64  # images that wait at once for a thread; packing commits as many, which is what a kill can cost
 COLUMNS = ["split", "class", "label", "key", "bytes", "digest"]
 EXAMPLES = 10  # images that an error names one by one

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from densenas import own
 from densenas.files import DATA, literal, naming
@@ -227,3 +227,17 @@ class DerivedNet(nn.Sequential):
         )
         self.arch = arch
         ops.init_weights(self)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The last map of each side, largest first: of 224 pixels those of 112, 56, 28, 14 and 7.
+
+        Each is (B, channels, side, side), without the last 1×1 convolution; a detector takes the last four.
+        """
+        stem, blocks, *_ = self
+        maps = [stem(images)]
+        for block in blocks.children():
+            x = block(maps[-1])
+            if x.shape[-1] == maps[-1].shape[-1]:
+                maps.pop()
+            maps.append(x)
+        return maps

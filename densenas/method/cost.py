@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, model_validator
 from torch import Tensor
 
 from densenas.files import Strict, literal, naming, read_text, write_text
@@ -48,11 +48,18 @@ class Conditions(Strict):
 
 
 class Measured(Conditions):
-    """The conditions of a latency."""
+    """The conditions of a latency; the software is PyTorch or ONNX Runtime."""
 
     device: str = Field(min_length=1)
     threads: int = Field(ge=1)
-    torch: str
+    torch: str | None = None
+    onnxruntime: str | None = None
+
+    @model_validator(mode="after")
+    def _names_its_software(self) -> Measured:
+        if not self.torch and not self.onnxruntime:
+            raise ValueError("the version of torch or onnxruntime is missing")
+        return self
 
 
 CONDITIONS: dict[str, type[Conditions]] = {"mult_adds": Conditions, "latency": Measured}

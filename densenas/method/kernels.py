@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 LARGE = 100_000  # numbers in an image's maps, from where convolving images one by one is faster
@@ -51,8 +50,9 @@ class _NormActConv(torch.autograd.Function):
         return torch.convolution(y, weight.to(y.dtype), None, *ctx.conv)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # by create_graph: somebody wants its gradient, too
+            return _differentiable_backward(ctx, grad)
         x, scale, shift, weight, mean, invstd = ctx.saved_tensors
         stride, *_, groups = ctx.conv
         weight_wanted = ctx.needs_input_grad[3]
@@ -75,6 +75,17 @@ class _NormActConv(torch.autograd.Function):
             grad_y, x, scale, *statistics, ctx.needs_input_grad[:3]
         )
         return *grads, grad_weight, None, None
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients by the modules' own operations, which autograd can go through once more."""
+    x, scale, shift, weight, *_ = ctx.saved_tensors
+    y = F.relu6(F.batch_norm(x, None, None, scale, shift, True, 0.0, ctx.eps))
+    y = torch.convolution(y, weight.to(y.dtype), None, *ctx.conv)
+    sources = x, scale, shift, weight
+    wanted = [source for source in sources if source is not None and source.requires_grad]
+    found = dict(zip(wanted, torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
+    return *(found.get(source) for source in sources), None, None
 
 
 def _depthwise_weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, stride: int) -> Tensor:

@@ -170,16 +170,25 @@ class MBConv(nn.Module):
         self.project_conv = conv_norm(hidden, out, project_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        expand, depthwise, project = self.expand_conv, self.depthwise_conv, self.project_conv
-        if self.training and torch.is_grad_enabled():
-            if isinstance(expand, nn.Sequential):
-                hidden = norm_act_conv(expand[0](x), expand[1], depthwise[0])
-            else:
-                hidden = depthwise[0](x)
-            y = project[1](norm_act_conv(hidden, depthwise[1], project[0]))
+        # TorchScript can read no function with a backward of its own.
+        if (
+            torch.jit.is_scripting()
+            or torch.jit.is_tracing()
+            or not self.training
+            or not torch.is_grad_enabled()
+        ):
+            y = self.project_conv(self.depthwise_conv(self.expand_conv(x)))
         else:
-            y = project(depthwise(expand(x)))
+            y = self._trained(x)
         return y + x if self.residual else y
+
+    def _trained(self, x: Tensor) -> Tensor:
+        expand, depthwise, project = self.expand_conv, self.depthwise_conv, self.project_conv
+        if isinstance(expand, nn.Sequential):
+            hidden = norm_act_conv(expand[0](x), expand[1], depthwise[0])
+        else:
+            hidden = depthwise[0](x)
+        return project[1](norm_act_conv(hidden, depthwise[1], project[0]))
 
 
 def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:

@@ -20,6 +20,8 @@ from densenas.method.architecture import Architecture, Block
 from densenas.recipes import RetrainRecipe, SearchRecipe
 
 PRESETS = ("mbv2", "resnet", "bottleneck", "cifar_mbv2", "cifar_resnet", "digits")
+# What of a space its networks and their costs do not depend on.
+RECIPES = ("name", "source", "search", "retrain")
 # Far beyond all that is trained, and near enough that nothing computed from a space takes for ever.
 BLOCKS = 128
 LAYERS = 64  # of a block

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from densenas.files import PACKAGE
+from densenas.threads import cores
 
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "snakemake", "densenas")
 CPUINFO = Path("/proc/cpuinfo")
@@ -32,7 +33,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": {
             "cpu": processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "threads": torch.get_num_threads(),
             "deterministic": deterministic,
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

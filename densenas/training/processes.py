@@ -30,6 +30,7 @@ from torch.multiprocessing.spawn import (
 
 from densenas.files import one_line
 from densenas.ranks import rank_and_world
+from densenas.threads import cores
 from densenas.training.device import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
@@ -42,7 +43,7 @@ SENTENCES = ("ValueError", "FileNotFoundError", "FloatingPointError", "OSError")
 def check_devices(device: str, devices: int) -> None:
     """Raises ValueError with one sentence where this machine has no such device, or not one for each process."""
     _check_one_each(device, devices)
-    most, what = len(os.sched_getaffinity(0)), "processor cores"
+    most, what = cores(), "processor cores"
     if pick_device(device).type == "cuda":
         most, what = torch.cuda.device_count(), "GPUs"
     if not 1 <= devices <= most:
@@ -183,9 +184,7 @@ def _group(device: str, **meeting: Any) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **meeting)
     # More threads than cores would make a small network many times slower.
-    torch.set_num_threads(
-        max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"]))
-    )
+    torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
     yield
     dist.destroy_process_group()  # not after a failure: it could wait for the others for ever
 
