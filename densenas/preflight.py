@@ -17,7 +17,7 @@ from densenas.images.prepare import listing
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
-from densenas.networks import check_network, load_network, source_of
+from densenas.networks import as_model, check_network, load_network, source_of
 from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
@@ -82,8 +82,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
     own = config.retrain.net_config
     if own is not None:
         with naming("retrain.net_config"):
-            check_network(own, classes, data.image_size)
-    code = _code(own)
+            check_network(as_model(own), classes, data.image_size)
+    outside = _outside(own)
     images = trained = ""
     # Torchvision's sets are what their names say, and this may be before their download.
     if splits is not None and data.dataset in ("digits", "folder"):
@@ -98,8 +98,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
     return {
         "01-data": images,
         "02-cost": hashlib.sha256(space.model_dump_json().encode()).hexdigest(),
-        "05-retrain": code,
-        "06-evaluate": code + trained,
+        "05-retrain": outside,
+        "06-evaluate": outside + trained,
     }
 
 
@@ -139,6 +139,10 @@ def _check_targets(config: RunConfig, table: CostTable) -> None:
         with naming("evidence.targets"):
             for target in config.evidence.targets:
                 lattice.at(target)
+    if config.cost.kind == "mult_adds":
+        with naming("derive.budgets"):
+            for budget in config.derive.budgets:
+                lattice.at(budget)
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -150,9 +154,16 @@ def _digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _code(model: str | None) -> str:
-    """Of the source behind "package.module:function": its file, or its whole package; empty for other networks."""
-    source = source_of(model) if model else None
+def _outside(model: str | None) -> str:
+    """Of what lies behind a network: the file with its net_config, or the source of "package.module:function", which
+    is a file or a whole package; empty for other networks.
+    """
+    if model is None:
+        return ""
+    network = as_model(model)
+    if network != model:
+        return hashlib.sha256(network.encode()).hexdigest()
+    source = source_of(model)
     if source is None:
         return ""
     package = source.parent

@@ -30,7 +30,7 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
             raise FileNotFoundError(
                 f"{folder} holds no {name}; a published model folder has net_config and weights.pt"
             )
-    arch = _read_net_config(folder / "net_config")
+    arch = read_net_config(folder / "net_config")
     path = folder / "weights.pt"
     stored = read_state(path)
     state = {from_published(key): value for key, value in stored.items()}
@@ -49,8 +49,11 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
     return arch, model
 
 
-def _read_net_config(path: Path) -> Architecture:
-    """As the published reader: lines are joined up to the one with net_type, no more is read."""
+def read_net_config(path: Path) -> Architecture:
+    """The architecture in a file, as the published reader has it: lines are joined up to the one with net_type, no more is read.
+
+    Raises FileNotFoundError or ValueError with one sentence.
+    """
     text, stated = "", None
     for line in read_text(path).removeprefix("\ufeff").splitlines():
         if "net_type" in line:

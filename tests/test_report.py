@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from helpers import REPOSITORY as ROOT
+from helpers import REPOSITORY
 from helpers import refused
 
 from densenas import figures
@@ -255,15 +255,15 @@ def test_a_damaged_run_does_not_stop_the_report_of_another(reported, capsys):
 
 
 def test_the_overview_lists_every_evaluated_run(reported, tmp_path):
-    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "second")
+    shutil.copytree(EXAMPLE, tmp_path / "reports" / "second")
     unfinished = tmp_path / "reports" / "unfinished"
     unfinished.mkdir()
-    shutil.copy(ROOT / "reports" / "digits" / "architecture.json", unfinished)
+    shutil.copy(EXAMPLE / "architecture.json", unfinished)
     (unfinished / "evidence.html").touch()
     page = (tmp_path / write_overview()).read_text()
     pages = ["digits/index.html", "second/index.html", "unfinished/evidence.html"]
     assert re.findall(r'href="(.*?)"', page) == pages
-    top1 = json.loads((ROOT / "reports" / "digits" / "metrics.json").read_text())["evaluate"][
+    top1 = json.loads((EXAMPLE / "metrics.json").read_text())["evaluate"][
         "top1"
     ]
     assert page.count(f">{100 * top1:.2f}</td>") == 2
