@@ -1,6 +1,6 @@
 """The network at a budget, trained alone: one search gives a curve of accuracy against cost.
 
-`python -m densenas.budgets CONFIGURATION RUN BUDGET` does it for one budget of a run, as Snakemake and a cluster start it.
+`python -m densenas.budgets CONFIGURATION RUN BUDGET` does one budget of a run, as Snakemake and a cluster start it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from densenas.training.processes import exiting, launch
 def train_budget(run: Run, settings: RetrainSettings, budget: float) -> None:
     """Trains the network that 04-derive kept for a budget, and tests it once, as 05 and 06 do with the run's own.
 
-    Goes on after a kill. Weights go to runs/<run>/budgets/<cost>/model, results to reports/<run>/budgets/<cost>/, with the
-    accuracy on val that the network has as a path of the supernet. Raises FileNotFoundError or ValueError with one sentence.
+    Goes on after a kill. Weights go to runs/<run>/budgets/<cost>/model, results to reports/<run>/budgets/<cost>/, with
+    the accuracy on val that the network has as a path of the supernet. Raises FileNotFoundError or ValueError with one
+    sentence.
     """
     network = derived_at(run, budget)["net_config"]
     own = settings.model_copy(update={"net_config": network})
@@ -39,7 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m densenas.budgets", description="Trains and tests the network at one budget."
     )
-    parser.add_argument("configuration", help="the run's YAML file, with budgets in its section derive")
+    parser.add_argument(
+        "configuration", help="the run's YAML file, with budgets in its section derive"
+    )
     parser.add_argument("run", help="name of the run, whose 04-derive is done")
     parser.add_argument("budget", type=float, help="one of its budgets")
     asked = parser.parse_args()

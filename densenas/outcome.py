@@ -135,9 +135,7 @@ def _changed(checkpoint: Mapping[str, Any], table: CostTable, num_classes: int) 
     return None
 
 
-def write_architecture(
-    run: Run, result: Search, budgets: Sequence[float] = ()
-) -> dict[str, Any]:
+def write_architecture(run: Run, result: Search, budgets: Sequence[float] = ()) -> dict[str, Any]:
     """Keeps what a search found as architecture.json and net_config; returns what the former holds.
 
     `search` is the digest of the search that it is from, `data` that of the images. `budgets`, in the table's unit, has

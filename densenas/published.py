@@ -50,7 +50,7 @@ def load_published(folder: str | Path) -> tuple[Architecture, DerivedNet]:
 
 
 def read_net_config(path: Path) -> Architecture:
-    """The architecture in a file, as the published reader has it: lines are joined up to the one with net_type, no more is read.
+    """The architecture in a file; as the published reader, it joins the lines up to the one with net_type and stops.
 
     Raises FileNotFoundError or ValueError with one sentence.
     """

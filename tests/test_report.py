@@ -6,13 +6,13 @@ import shutil
 import sys
 
 import pytest
-from helpers import REPOSITORY
-from helpers import refused
+from helpers import REPOSITORY, refused
 
 from densenas import figures
 from densenas.report import all_runs, in_words, main, tell, write_overview, write_report
 from densenas.runs.run import Run
 
+EXAMPLE = REPOSITORY / "reports/examples/digits"
 OTHER = (
     "[[8, 8], 'mbconv_k3_t1', [], 0, 1]|[[8, 16], 'mbconv_k5_t3', [], 0, 2]|[[16, 128], 'conv1_1']"
 )
@@ -263,8 +263,6 @@ def test_the_overview_lists_every_evaluated_run(reported, tmp_path):
     page = (tmp_path / write_overview()).read_text()
     pages = ["digits/index.html", "second/index.html", "unfinished/evidence.html"]
     assert re.findall(r'href="(.*?)"', page) == pages
-    top1 = json.loads((EXAMPLE / "metrics.json").read_text())["evaluate"][
-        "top1"
-    ]
+    top1 = json.loads((EXAMPLE / "metrics.json").read_text())["evaluate"]["top1"]
     assert page.count(f">{100 * top1:.2f}</td>") == 2
     assert not re.search("https?://", page), "it must read without a network"

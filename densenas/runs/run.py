@@ -52,7 +52,7 @@ class Run:
         return part
 
     def budget(self, cost: float) -> Run:
-        """A place of its own, budgets/<cost>/ in both folders, for the network that this run's search found at a cost."""
+        """A place of its own, budgets/<cost>/ in both folders, for the network that the search found at a cost."""
         budget = Run(self.name, self.root)
         budget.work = self.work / "budgets" / f"{cost:g}"
         budget.reports = self.reports / "budgets" / f"{cost:g}"
