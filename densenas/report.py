@@ -120,7 +120,7 @@ def curve(run: Run) -> pd.DataFrame:
         if test.get("net_config") != network["net_config"]:
             continue  # not tested yet, or another one was
         low, high = wilson(test["top1"], test["images"])
-        path = metrics.get("supernet", {}).get("path_top1")
+        path = metrics.get("supernet", metrics.get("search", {})).get("path_top1")
         row = {
             "budget": network.get("budget") or found["target_cost"] or math.nan,
             "cost": network["cost"],
@@ -162,16 +162,17 @@ SURE = ((0.1, "certain"), (0.5, "fairly sure"), (0.9, "unsure"), (1.0, "undecide
 
 def _decision(search: dict[str, Any], found: dict[str, Any]) -> str:
     """In words, how sure the search was at its end, and by what rule its network was taken from it."""
-    said = []
+    said: dict[str, list[str]] = {}
     for name, what in (("beta_entropy", "paths"), ("alpha_entropy", "operations")):
         entropy = search[name]
         sure = next(words for most, words in SURE if entropy <= most or most == 1)
-        said.append(f"{sure} about {what} (entropy {entropy:.2f})")
+        said.setdefault(sure, []).append(f"{what} (entropy {entropy:.2f})")
+    how = [f"{sure} about {' and '.join(of)}" for sure, of in said.items()]
     rule = "the most probable path with its most probable operations"
     if found["target_cost"]:
         rule = f"the most probable one within 3 % of {found['target_cost']} {found['cost_unit']}"
-    how = f"At its end the search was {' and '.join(said)}, 1 being a uniform choice"
-    return f"{how}; its network is {rule}."
+    end = f"At its end the search was {' and '.join(how)}, 1 being a uniform choice"
+    return f"{end}; its network is {rule}."
 
 
 def _baseline(run: Run, test: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any] | None:
@@ -257,6 +258,7 @@ def write_study(run: Run) -> str:
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
     provenance = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
     metrics = _sections(run, "metrics.json", {"data": "01-data", "evidence": "09-evidence"})
+    body = re.sub("<h1.*?</h1>", "<h2>How this was asked</h2>", body, count=1, flags=re.DOTALL)
     page = TEMPLATES.get_template("study.html.j2").render(
         run=run.name,
         data=metrics["data"],

@@ -166,7 +166,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of a network in evaluation mode.
 
-    Returns top1 and top5 in [0, 1], the mean cross-entropy, images, and the confusion matrix (truth × prediction).
+    Returns top1 and top5 in [0, 1], the mean cross-entropy, images, and the confusion matrix (truth × prediction);
+    top5 is None where there are no more than five classes, of which any guess is right.
     """
     classes = len(data.classes)
     scores, truth = [], []
@@ -195,7 +196,7 @@ def _accuracy(scores: Tensor, truth: Tensor, classes: int) -> dict[str, Any]:
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     return {
         "top1": float(hits[:, 0].float().mean()),
-        "top5": float(hits.any(dim=1).float().mean()),
+        "top5": float(hits.any(dim=1).float().mean()) if classes > 5 else None,
         "loss": float(F.cross_entropy(scores, truth)),
         "images": len(truth),
         "confusion": confusion.tolist(),
