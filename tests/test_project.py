@@ -34,6 +34,7 @@ from densenas.runs.run import Run
 from densenas.settings import (
     CostSettings,
     DataSettings,
+    DeriveSettings,
     EvaluateSettings,
     RetrainSettings,
     RunConfig,
@@ -251,6 +252,7 @@ STAGES = {
     "01-data": DataSettings,
     "02-cost": CostSettings,
     "03-search": SearchSettings,
+    "04-derive": DeriveSettings,
     "05-retrain": RetrainSettings,
     "06-evaluate": EvaluateSettings,
     "09-evidence": StudySettings,

@@ -112,6 +112,5 @@ def accuracy_against_cost(points: pd.DataFrame, x_label: str) -> Figure:
         axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             legend[str(label)] = handle
-    if len(legend) > 1:
-        figure.legend(legend.values(), legend, loc="outside lower center", ncols=5)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=5)
     return figure
