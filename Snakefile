@@ -57,7 +57,7 @@ NEEDS = {
     "04-derive": ["03-search"],
     "05-retrain": ["04-derive"],
     "06-evaluate": ["05-retrain"],
-    "07-figures": ["06-evaluate"],
+    "07-figures": ["06-evaluate"] + [f"budgets/{cost:g}" for cost in SETTINGS.derive.budgets],
 }
 # Relative: papermill writes the path into the notebook.
 NOTEBOOKS = os.path.relpath(Path(workflow.basedir) / "notebooks")
@@ -124,6 +124,31 @@ for stage, needs in NEEDS.items():
             f"== {stage} =="
         shell:
             STAGE
+
+
+# Networks at other budgets of the same search, each a job of its own: side by side where they take a core each.
+if SETTINGS.derive.budgets:
+    import torch
+
+    ALONE = SETTINGS.retrain.devices > 1 or torch.cuda.is_available()
+    BUDGET = f"{PYTHON} densenas.budgets {shlex.quote(CONFIGURATION)} {RUN}"
+
+    rule budget:
+        input:
+            f"runs/{RUN}/04-derive.done",
+        output:
+            touch(f"runs/{RUN}/budgets/{{budget}}.done"),
+        params:
+            retrain=PARAMETERS["05-retrain"],
+        log:
+            f"{LOGS}/budget_{{budget}}.log",
+        threads: workflow.cores if ALONE else 1
+        wildcard_constraints:
+            budget="[^/]+",
+        message:
+            "== the network at {wildcards.budget} =="
+        shell:
+            "{BUDGET} {wildcards.budget} 2> {log:q}"
 
 
 # The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread.

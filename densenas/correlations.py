@@ -56,7 +56,7 @@ def interval(
 
 def rankings(networks: pd.DataFrame, scores: list[str]) -> pd.DataFrame:
     """A row for each score: Spearman's and Kendall's correlation over all networks and Spearman's at equal cost, each
-    with its 95 % interval (`_low`, `_high`).
+    with its 95 % interval (`_low`, `_high`); nan of fewer than three networks, which are always in some order.
 
     `networks` has a row for each network, with `target`, `accuracy` and the columns `scores`.
     """
@@ -66,8 +66,10 @@ def rankings(networks: pd.DataFrame, scores: list[str]) -> pd.DataFrame:
         row: dict[str, object] = {"score": name, "n": len(scored)}
         for correlation in (spearman, kendall, spearman_at_equal_cost):
             measure = correlation.__name__
-            row[measure] = correlation(scored)
-            row[f"{measure}_low"], row[f"{measure}_high"] = interval(scored, correlation)
+            found = [float("nan")] * 3
+            if len(scored) > 2:
+                found = [correlation(scored), *interval(scored, correlation)]
+            row[measure], row[f"{measure}_low"], row[f"{measure}_high"] = found
         rows.append(row)
     return pd.DataFrame(rows).set_index("score")
 

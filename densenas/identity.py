@@ -65,6 +65,15 @@ def derived(run: Run) -> dict[str, Any]:
     return found
 
 
+def derived_at(run: Run, budget: float) -> dict[str, Any]:
+    """What 04-derive found at one of its budgets, an entry of architecture.json; raises as `derived`."""
+    for entry in derived(run).get("budgets", []):
+        if entry["budget"] == budget:
+            return entry
+    lacks = f"run '{run.name}' has no network at {budget:g}"
+    raise FileNotFoundError(f"{lacks}: run 04-derive with that among its budgets")
+
+
 def search_digest(run: Run) -> str | None:
     """That of the run's present search; None where it is not here, as in a fresh clone."""
     path = run.work / "search.pt"

@@ -172,13 +172,14 @@ def whole(
     return [min(values) for values in times]
 
 
-def agreement(frame: pd.DataFrame) -> dict[str, float]:
+def agreement(frame: pd.DataFrame) -> dict[str, float | None]:
     """Spearman's rank correlation, the factor, and the mean absolute percentage errors of what `judge` gave."""
     predictions = frame[["predicted", "corrected"]]
+    order = frame.corr("spearman").loc["predicted", "measured"]
     error = 100 * predictions.div(frame["measured"], axis=0).sub(1).abs().mean()
     return {
         "networks": len(frame),
-        "spearman": float(frame.corr("spearman").loc["predicted", "measured"]),
+        "spearman": float(order) if len(frame) > 2 else None,  # two are always in some order
         "factor": float((frame["corrected"] / frame["predicted"]).median()),
         "error": float(error["predicted"]),
         "error_corrected": float(error["corrected"]),

@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from densenas import own
 from densenas.files import atomic, naming, read_text, shown, write_text
 from densenas.method.architecture import Architecture, DerivedNet
-from densenas.published import load_published, save_published
+from densenas.published import load_published, read_net_config, save_published
 from densenas.runs.run import Run
 from densenas.weights import fill, read_state
 
@@ -46,9 +46,17 @@ def network(model: str, num_classes: int) -> nn.Module:
     try:
         return Architecture.read(model).build(num_classes)
     except KeyError:
-        kinds = "DenseNAS-A, -B or -C, a torchvision classifier, a net_config"
-        known = f"{kinds} or package.module:function"
+        kinds = "DenseNAS-A, -B or -C, a torchvision classifier, a net_config or a file with one"
+        known = f"{kinds}, or package.module:function"
         raise ValueError(f"no network {shown(' '.join(model.split()))}, expected {known}") from None
+
+
+def as_model(given: str) -> str:
+    """A network as `network` takes it: of a file's path the net_config that it holds, anything else as it is."""
+    path = os.path.expanduser(given)
+    if is_code(given) or not os.path.isfile(path):
+        return given
+    return str(read_net_config(Path(path)))
 
 
 def is_code(model: str) -> bool:

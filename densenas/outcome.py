@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,34 +142,50 @@ def _changed(checkpoint: Mapping[str, Any], table: CostTable, num_classes: int) 
     return None
 
 
-def write_architecture(run: Run, result: Search) -> dict[str, Any]:
+def write_architecture(run: Run, result: Search, budgets: Sequence[float] = ()) -> dict[str, Any]:
     """Keeps what a search found as architecture.json and net_config; returns what the former holds.
 
-    `search` is the digest of the search that it is from, `data` that of the images.
+    `search` is the digest of the search that it is from, `data` that of the images. `budgets`, in the table's unit, has
+    an entry for each cost asked for beside the run's own: the supernet's most probable network there, whose net_config
+    is also kept as a file in reports/<run>/budgets/<cost>/. ValueError where the space has no network of such a cost.
     """
     found, table = result.best, result.table
-    arch = found.architecture
-    size = table.input_size
+    lattice = Lattice(table, result.trace[-1])
+    others = {budget: lattice.at(budget) for budget in budgets}
     num_classes = result.net.classifier.out_features
     record = {
-        "net_config": str(arch),
-        "mult_adds_m": arch.mult_adds(size, num_classes),
-        "params_m": arch.params(num_classes),
-        "cost": found.cost,
+        **_entry(found, table, num_classes),
         "target_cost": result.target_cost,
         "cost_unit": table.unit,
-        "blocks": len(arch.routing_blocks),
-        "layers": arch.num_layers,
-        "input_size": size,
+        "input_size": table.input_size,
         "num_classes": num_classes,
         "space": table.space.name,
         "seed": result.configuration["seed"],
         "search": digest(result.configuration),
         "data": result.configuration["data"],
+        "budgets": [
+            {"budget": budget, **_entry(other, table, num_classes)}
+            for budget, other in others.items()
+        ],
     }
-    save_published(run.reports, arch)
+    for budget, other in others.items():
+        save_published(run.budget(budget).reports, other.architecture)
+    save_published(run.reports, found.architecture)
     write_text(run.reports / "architecture.json", json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _entry(found: Candidate, table: CostTable, num_classes: int) -> dict[str, Any]:
+    """A network as architecture.json has it."""
+    arch = found.architecture
+    return {
+        "net_config": str(arch),
+        "mult_adds_m": arch.mult_adds(table.input_size, num_classes),
+        "params_m": arch.params(num_classes),
+        "cost": found.cost,
+        "blocks": len(arch.routing_blocks),
+        "layers": arch.num_layers,
+    }
 
 
 def record_search(run: Run, result: Search) -> None:

@@ -18,7 +18,7 @@ from densenas.images.prepare import listing
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
-from densenas.networks import check_network, load_network, own_code
+from densenas.networks import as_model, check_network, load_network, own_code
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.run import Run
 from densenas.settings import RunConfig
@@ -92,9 +92,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
     model = config.retrain.net_config
     if model is not None:
         with naming("retrain.net_config"):
-            check_network(model, classes, data.image_size)
-    code = "".join(own.code(name) for name in own_code(model)) if model else ""
-    code += _digests([retrain.loss])
+            check_network(as_model(model), classes, data.image_size)
+    outside = _outside(model) + _digests([retrain.loss])
     timed = _digest([Path(device)]) if device else ""
     images = trained = ""
     # Torchvision's sets are what their names say, and this may be before their download.
@@ -113,8 +112,8 @@ def preflight(config: RunConfig) -> dict[str, str]:
         + _digests(space.own_ops)
         + timed,
         "03-search": _digests([search.loss]),
-        "05-retrain": code,
-        "06-evaluate": code + trained,
+        "05-retrain": outside,
+        "06-evaluate": outside + trained,
     }
 
 
@@ -156,6 +155,10 @@ def _check_targets(config: RunConfig, table: CostTable) -> None:
         with naming("evidence.targets"):
             for target in config.evidence.targets:
                 lattice.at(target)
+    if config.cost.kind == "mult_adds":
+        with naming("derive.budgets"):
+            for budget in config.derive.budgets:
+                lattice.at(budget)
 
 
 def _digests(names: Iterable[str | None]) -> str:
@@ -170,6 +173,15 @@ def _digest(files: Iterable[Path]) -> str:
         content = path.read_bytes() if path.is_file() else b""
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+
+def _outside(model: str | None) -> str:
+    """Of what lies behind a network: the file with its net_config, and the source of what is code of one's own."""
+    if model is None:
+        return ""
+    network = as_model(model)
+    content = hashlib.sha256(network.encode()).hexdigest() if network != model else ""
+    return content + _digests(own_code(network))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def load_published(
             raise FileNotFoundError(
                 f"{folder} holds no {name}; a published model folder has net_config and weights.pt"
             )
-    arch = _read_net_config(folder / "net_config")
+    arch = read_net_config(folder / "net_config")
     for op in arch.own_ops:
         if op not in own_ops:
             foreign = f"names the code '{op}', which is run only where own_ops names it, too"
@@ -57,8 +57,11 @@ def load_published(
     return arch, model
 
 
-def _read_net_config(path: Path) -> Architecture:
-    """As the published reader: lines are joined up to the one with net_type, no more is read."""
+def read_net_config(path: Path) -> Architecture:
+    """The architecture in a file; as the published reader, it joins the lines up to the one with net_type and stops.
+
+    Raises FileNotFoundError or ValueError with one sentence.
+    """
     text, stated = "", None
     for line in read_text(path).removeprefix("\ufeff").splitlines():
         if "net_type" in line:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import math
 import re
 import sys
 from typing import Any
@@ -18,6 +19,8 @@ from densenas.correlations import wilson
 from densenas.files import PACKAGE, read_text, root, write_text
 from densenas.identity import credit, derived
 from densenas.runs.run import Run
+from densenas.settings import WITHIN
+from densenas.verdict import RANDOM, SEARCHED
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(PACKAGE / "templates"),
@@ -93,6 +96,38 @@ def _overview_row(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def curve(run: Run) -> pd.DataFrame:
+    """What one search gives at several costs: the networks that were trained alone and tested, cheapest first.
+
+    The run's own and those at its budgets; `cost` is in the table's unit, top1, its 95 % interval (low, high) and
+    path_top1 (on val, as a path of the supernet; missing where it was not measured) in %, params in thousands.
+    """
+    found = derived(run)
+    trained = [(found, run.read_json("metrics.json"))]
+    for entry in found.get("budgets", []):
+        trained.append((entry, run.budget(entry["budget"]).read_json("metrics.json")))
+    rows = []
+    for network, metrics in trained:
+        test = metrics.get("evaluate", {})
+        if test.get("net_config") != network["net_config"]:
+            continue  # not tested yet, or another one was
+        low, high = wilson(test["top1"], test["images"])
+        path = metrics.get("supernet", metrics.get("search", {})).get("path_top1")
+        row = {
+            "budget": network.get("budget") or found["target_cost"] or math.nan,
+            "cost": network["cost"],
+            "params": 1000 * network["params_m"],
+            "blocks": network["blocks"],
+            "layers": network["layers"],
+            "top1": 100 * test["top1"],
+            "low": 100 * low,
+            "high": 100 * high,
+            "path_top1": math.nan if path is None else 100 * path,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("cost", ignore_index=True) if rows else pd.DataFrame()
+
+
 def write_overview() -> str:
     """Writes reports/index.html, all runs in one table that sorts; returns its path relative to the repository."""
     studies = sorted(path.parent.name for path in (root() / "reports").glob("*/evidence.html"))
@@ -113,6 +148,47 @@ def _sections(run: Run, name: str, stages: dict[str, str]) -> dict[str, Any]:
     return content
 
 
+# Of a search's entropies, up to which it has decided how far; 1 is a uniform choice.
+SURE = ((0.1, "certain"), (0.5, "fairly sure"), (0.9, "unsure"), (1.0, "undecided"))
+
+
+def _decision(search: dict[str, Any], found: dict[str, Any]) -> str:
+    """In words, how sure the search was at its end, and by what rule its network was taken from it."""
+    said: dict[str, list[str]] = {}
+    for name, what in (("beta_entropy", "paths"), ("alpha_entropy", "operations")):
+        entropy = search[name]
+        sure = next(words for most, words in SURE if entropy <= most or most == 1)
+        said.setdefault(sure, []).append(f"{what} (entropy {entropy:.2f})")
+    how = [f"{sure} about {' and '.join(of)}" for sure, of in said.items()]
+    rule = "the most probable path with its most probable operations"
+    if found["target_cost"]:
+        rule = f"the most probable one within 3 % of {found['target_cost']} {found['cost_unit']}"
+    end = f"At its end the search was {' and '.join(how)}, 1 being a uniform choice"
+    return f"{end}; its network is {rule}."
+
+
+def _baseline(run: Run, test: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """What the run's study says of networks without a search that cost as much as the tested one, trained alike.
+
+    The random ones where there are some, else the best hand-made design. None without a study, or where its networks
+    cost something else or were trained or tested otherwise.
+    """
+    path = run.reports / "evidence.csv"
+    if not path.is_file():
+        return None
+    study = run.read_json("provenance.json").get("09-evidence", {}).get("parameters", {})
+    alike = all(recipe.get(name) == value for name, value in (study.get("retrain") or {}).items())
+    rows = pd.read_csv(path)
+    apart = (rows["mult_adds_m"] / test["mult_adds_m"] - 1).abs()
+    rows = rows[(apart <= WITHIN) & (rows["images"] == test["images"])]
+    rows = rows[rows["method"] != SEARCHED]
+    if rows.empty or not alike:
+        return None
+    means = rows.groupby("design")["top1"].agg(["mean", "min", "max", "size"])
+    design = RANDOM if RANDOM in means.index else means["mean"].idxmax()
+    return {"design": design, **means.loc[design].to_dict()}
+
+
 def evaluation(run: Run) -> dict[str, Any]:
     """What a report says of an evaluated run: metrics.json, what was derived (`arch`), and what was tested (`tested`).
 
@@ -129,6 +205,7 @@ def evaluation(run: Run) -> dict[str, Any]:
         "arch": found,
         "tested": credit(metrics, found),
         "interval": wilson(test["top1"], test["images"]),
+        "curve": curve(run).to_dict("records"),
     }
 
 
@@ -144,6 +221,9 @@ def write_report(run: Run) -> str:
     parameters = {}
     for stage, entry in provenance.items():
         parameters[stage] = yaml.safe_dump(entry["parameters"])
+    recipe = provenance.get("05-retrain", {}).get("parameters", {}).get("recipe", {})
+    content["baseline"] = _baseline(run, content["evaluate"], recipe)
+    content["decision"] = _decision(content["search"], content["arch"])
     content["captions"] = captions
     content["sources"] = sources
     content["parameters"] = parameters
@@ -169,10 +249,12 @@ def write_study(run: Run) -> str:
     exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[tags])
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
     provenance = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
-    metrics = _sections(run, "metrics.json", {"data": "01-data"})
+    metrics = _sections(run, "metrics.json", {"data": "01-data", "evidence": "09-evidence"})
+    body = re.sub("<h1.*?</h1>", "<h2>How this was asked</h2>", body, count=1, flags=re.DOTALL)
     page = TEMPLATES.get_template("study.html.j2").render(
         run=run.name,
         data=metrics["data"],
+        evidence=metrics["evidence"],
         body=body,
         parameters=yaml.safe_dump(provenance["parameters"]),
         environment=provenance,

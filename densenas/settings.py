@@ -65,6 +65,14 @@ def _as_targets(targets: tuple[float, ...]) -> tuple[float, ...]:
     return targets
 
 
+def _as_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:
+    names = [f"{budget:g}" for budget in budgets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is there twice, leave one out")
+    return tuple(map(float, names))  # as folders are called, however many digits were written
+
+
 Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
 Augment = Literal["weak", "random_sized", "rand_scale"]  # the published training transforms
 Precision = Literal["fp32", "tf32", "bf16"]  # bf16: autocast; tf32: on CUDA
@@ -78,6 +86,11 @@ Targets = Annotated[
     tuple[PositiveFloat, ...],
     Field(min_length=1, max_length=100, strict=False),
     AfterValidator(_as_targets),
+]
+Budgets = Annotated[
+    tuple[PositiveFloat, ...],
+    Field(max_length=100, strict=False),
+    AfterValidator(_as_budgets),
 ]
 Overrides = dict[str, Any]  # fields of a recipe, checked by `recipes.override` against the space's
 
@@ -196,10 +209,17 @@ class SearchSettings(TrainingSettings):
     target_cost: float | None = Field(None, gt=0)  # in the table's unit; None: the paper's loss
 
 
+class DeriveSettings(Settings):
+    """04: from probabilities to networks."""
+
+    # In the table's unit: costs at which the supernet's network is kept, too, beside the run's own.
+    budgets: Budgets = ()
+
+
 class RetrainSettings(TrainingSettings):
     """05: training a network from scratch."""
 
-    # A net_config, a network's name or "package.module:function"; None: the derived network.
+    # A net_config or a file that holds one, a network's name or "package.module:function"; None: the derived network.
     net_config: str | None = None
 
 
@@ -246,6 +266,7 @@ class RunConfig(Strict):
     data: SourceSettings
     cost: CostSettings
     search: SearchSettings
+    derive: DeriveSettings
     retrain: RetrainSettings
     evaluate: EvaluateSettings
     evidence: StudySettings | None = None  # the study that `make evidence` makes
@@ -270,12 +291,13 @@ class RunConfig(Strict):
             "data": SourceSettings,
             "cost": CostSettings,
             "search": SearchSettings,
+            "derive": DeriveSettings,
             "retrain": RetrainSettings,
             "evaluate": EvaluateSettings,
             "evidence": StudySettings,
         }
-        optional: dict[str, Any] = {"cost": {}, "search": {}, "retrain": {}, "evaluate": {}}
-        filled: dict[str, Any] = {**optional, **settings}
+        optional = ("cost", "search", "derive", "retrain", "evaluate")
+        filled: dict[str, Any] = {**{section: {} for section in optional}, **settings}
         for section, model in models.items():
             given = filled.get(section)
             if not isinstance(given, dict):
@@ -313,6 +335,7 @@ class RunConfig(Strict):
             "01-data": data,
             "02-cost": self.cost.model_copy(update={"image_size": data.image_size}),
             "03-search": self.search,
+            "04-derive": self.derive,
             "05-retrain": self.retrain,
             "06-evaluate": self.evaluate.model_copy(update={"net_config": self.retrain.net_config}),
         }
@@ -327,7 +350,7 @@ class RunConfig(Strict):
 
     def parameters(self, run: str, input_size: int) -> dict[str, dict[str, Any]]:
         """What each notebook is given, as YAML and JSON know it."""
-        parameters: dict[str, dict[str, Any]] = {"04-derive": {}, "07-figures": {}}
+        parameters: dict[str, dict[str, Any]] = {"07-figures": {}}
         for stage, settings in self.stages(input_size).items():
             parameters[stage] = settings.model_dump(mode="json")
         return {stage: {"run": run, **parameters[stage]} for stage in sorted(parameters)}

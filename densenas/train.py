@@ -20,6 +20,7 @@ from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches
 from densenas.method.architecture import Architecture
 from densenas.networks import (
+    as_model,
     check_network,
     code_digest,
     is_code,
@@ -128,18 +129,22 @@ def check_retraining(data: ImageData, model: str, recipe: RetrainRecipe) -> None
     check_network(model, len(data.classes), data.image_size)
 
 
-def retrain_run(name: str, settings: RetrainSettings) -> None:
+def retrain_run(name: str, settings: RetrainSettings, budget: float | None = None) -> None:
     """`retrain` as notebook 05 and torchrun call it: on the run's data, by default of the network that it derived.
 
     Keeps the network in runs/<run>/model, and in metrics.json what was trained and how it went. What provenance.json
-    holds has passed every check; what is refused leaves the run as it was.
+    holds has passed every check; what is refused leaves the run as it was. With a `budget` it is the network that
+    04-derive found there, and all that is kept is kept in the budget's own place (`Run.budget`).
     """
     run = Run(name)
+    place = run if budget is None else run.budget(budget)
     how = settings.computing()
     rank, world = rank_and_world()
-    with alone(run), computing_on(how):
+    with alone(place), computing_on(how):
         derived = identity.derived(run)  # refuses what an earlier search left
-        model = settings.net_config or derived["net_config"]
+        if budget is not None:
+            derived = identity.derived_at(run, budget)
+        model = as_model(settings.net_config) if settings.net_config else derived["net_config"]
         recipe = override(read_costs(run).space.retrain, **settings.overrides())
         data = load(run)
         check_retraining(data, model, recipe)
@@ -147,11 +152,11 @@ def retrain_run(name: str, settings: RetrainSettings) -> None:
             parameters: dict[str, Any] = settings.model_dump(mode="json")
             parameters["devices"] = world
             parameters["recipe"] = recipe.model_dump(mode="json")
-            run.record_provenance("05-retrain", **parameters)
-        net, history = retrain(run, data, model, recipe, how)
+            place.record_provenance("05-retrain", **parameters)
+        net, history = retrain(place, data, model, recipe, how)
         if rank == 0:
-            save_network(run.work / "model", model, net)
-            described = identity.describe(run, net, run.work / "model")
+            save_network(place.work / "model", model, net)
+            described = identity.describe(run, net, place.work / "model")
             metrics = {
                 "epochs": len(history),
                 "seconds": sum(row["seconds"] for row in history),
@@ -160,7 +165,7 @@ def retrain_run(name: str, settings: RetrainSettings) -> None:
                 "n": 1,
             }
             metrics |= described | size(net, data.image_size)
-            run.update_json("metrics.json", "retrain", metrics)
+            place.update_json("metrics.json", "retrain", metrics)
 
 
 @torch.no_grad()
@@ -173,7 +178,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of a network in evaluation mode.
 
-    Returns top1 and top5 in [0, 1], the mean cross-entropy, images, and the confusion matrix (truth × prediction).
+    Returns top1 and top5 in [0, 1], the mean cross-entropy, images, and the confusion matrix (truth × prediction);
+    top5 is None where there are no more than five classes, of which any guess is right.
     """
     classes = len(data.classes)
     scores, truth = [], []
@@ -202,7 +208,7 @@ def _accuracy(scores: Tensor, truth: Tensor, classes: int) -> dict[str, Any]:
     confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     return {
         "top1": float(hits[:, 0].float().mean()),
-        "top5": float(hits.any(dim=1).float().mean()),
+        "top5": float(hits.any(dim=1).float().mean()) if classes > 5 else None,
         "loss": float(F.cross_entropy(scores, truth)),
         "images": len(truth),
         "confusion": confusion.tolist(),
@@ -229,10 +235,14 @@ class Tested:
     result: dict[str, Any]
 
 
-def evaluate_run(run: Run, settings: EvaluateSettings) -> Tested:
-    """`evaluate` as notebook 06 calls it: the run's test images, once; kept in metrics.json with provenance."""
+def evaluate_run(run: Run, settings: EvaluateSettings, budget: float | None = None) -> Tested:
+    """`evaluate` as notebook 06 calls it: the run's test images, once; kept in metrics.json with provenance.
+
+    With a `budget` it is the network that was trained for that, and kept in the budget's own place.
+    """
+    place = run if budget is None else run.budget(budget)
     data = load(run)
-    folder = model_folder(run, settings.model)
+    folder = model_folder(place, settings.model)
     # Without costs, of images alone, a run has no space and no ops of its own.
     priced = (run.reports / "cost.json").exists()
     own_ops = read_costs(run).space.own_ops if priced else []
@@ -240,8 +250,8 @@ def evaluate_run(run: Run, settings: EvaluateSettings) -> Tested:
     described = identity.describe(run, net, folder) | size(net, data.image_size)
     tested = evaluate(net, data, device=settings.device)
     result = {**tested, **described, "n": 1}
-    run.update_json("metrics.json", "evaluate", {**result, "ms": {}})
-    run.record_provenance("06-evaluate", **settings.model_dump(mode="json"))
+    place.update_json("metrics.json", "evaluate", {**result, "ms": {}})
+    place.record_provenance("06-evaluate", **settings.model_dump(mode="json"))
     return Tested(net, folder, data.image_size, result)
 
 

@@ -44,5 +44,5 @@ def run(root):
 @pytest.fixture
 def reported(root):
     """The committed run of the digits, where it can be changed and damaged."""
-    shutil.copytree(REPOSITORY / "reports" / "digits", root / "reports" / "digits")
+    shutil.copytree(REPOSITORY / "reports/examples/digits", root / "reports" / "digits")
     return Run("digits")

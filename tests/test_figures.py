@@ -207,6 +207,11 @@ def test_one_run_is_a_point_with_its_interval_and_no_front():
     assert np.allclose(bar.lines[2][0].get_segments()[0], [[1, 40], [1, 55]])
 
 
+def test_one_searchs_curve_is_its_own_front():
+    figure = figures.accuracy_against_cost(runs(3).assign(group="DenseNAS"), "cost")
+    assert "DenseNAS" in writing(figure) and "Pareto front" not in writing(figure)
+
+
 def test_runs_have_their_front_and_a_look_that_does_not_depend_on_missing_costs():
     figure = figures.accuracy_against_cost(runs(3), "cost")
     assert "Pareto front" in writing(figure)

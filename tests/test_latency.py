@@ -168,6 +168,7 @@ def test_whole_networks_judge_the_table(quick, space, tmp_path):
     assert agreement(frame)["spearman"] == pytest.approx(
         frame.corr("spearman").loc["predicted", "measured"]
     )
+    assert agreement(frame.head(2))["spearman"] is None
     assert agreement(frame.assign(measured=frame["predicted"]))["error"] == 0
     scaled = table.scaled(1.5)
     archs = [one.architecture for one in Lattice(table).sample(5)]

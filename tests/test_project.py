@@ -35,6 +35,7 @@ from densenas.runs.run import Run
 from densenas.settings import (
     CostSettings,
     DataSettings,
+    DeriveSettings,
     EvaluateSettings,
     RetrainSettings,
     RunConfig,
@@ -272,6 +273,7 @@ STAGES = {
     "01-data": DataSettings,
     "02-cost": CostSettings,
     "03-search": SearchSettings,
+    "04-derive": DeriveSettings,
     "05-retrain": RetrainSettings,
     "06-evaluate": EvaluateSettings,
     "09-evidence": StudySettings,

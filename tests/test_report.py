@@ -5,14 +5,16 @@ import re
 import shutil
 import sys
 
+import pandas as pd
 import pytest
-from helpers import REPOSITORY as ROOT
-from helpers import refused
+from helpers import REPOSITORY, refused
 
 from densenas import figures
 from densenas.report import all_runs, in_words, main, tell, write_overview, write_report
 from densenas.runs.run import Run
 
+EXAMPLE = REPOSITORY / "reports/examples/digits"
+RESULT = {"target": 1.0, "number": 0, "seed": 0, "loss": 0.1, "images": 359, "blocks": 2}
 OTHER = (
     "[[8, 8], 'mbconv_k3_t1', [], 0, 1]|[[8, 16], 'mbconv_k5_t3', [], 0, 2]|[[16, 128], 'conv1_1']"
 )
@@ -79,6 +81,71 @@ def test_a_derived_network_has_its_own_numbers(digits):
         and row["group"] == "digits"
         and row["seed"] == found["seed"]
     )
+
+
+def test_the_answer_comes_first(digits):
+    page = first_screen(digits)[2]
+    order = [page.index(f'id="{name}"') for name in ("04-architecture", "06-confusion", "04-path")]
+    order += [page.index(f'id="{name}"') for name in ("03-history", "01-images", "02-cost")]
+    assert order == sorted(order)
+    assert page.index('id="04-architecture"') < page.index("<h2>")
+
+
+@pytest.mark.parametrize(
+    ("entropies", "target", "words"),
+    [
+        ((0.04, 0.3), 1.0, "certain about paths (entropy 0.04) and fairly sure about operations"),
+        ((0.6, 0.7), 1.0, "unsure about paths (entropy 0.60) and operations (entropy 0.70), 1"),
+        ((1.0000001, 0.95), None, "undecided about paths (entropy 1.00) and operations (entropy 0"),
+        ((0.04, 0.3), 1.5, "is the most probable one within 3 % of 1.5 million Mult-Adds."),
+        ((0.04, 0.3), None, "is the most probable path with its most probable operations."),
+    ],
+)
+def test_how_far_the_search_decided_is_said_in_words(entropies, target, words, digits):
+    search = digits.read_json("metrics.json")["search"]
+    beta, alpha = entropies
+    digits.update_json(
+        "metrics.json", "search", {**search, "beta_entropy": beta, "alpha_entropy": alpha}
+    )
+    found = digits.read_json("architecture.json")
+    (digits.reports / "architecture.json").write_text(json.dumps(found | {"target_cost": target}))
+    assert words in first_screen(digits)[0]
+
+
+def study(run, *results, **recipe):
+    """Networks of a study of this run's, as (method, design, million Mult-Adds, top1)."""
+    columns = ("method", "design", "mult_adds_m", "top1")
+    rows = [{**RESULT, **dict(zip(columns, result, strict=True))} for result in results]
+    pd.DataFrame(rows).to_csv(run.reports / "evidence.csv", index=False)
+    run.update_json("provenance.json", "09-evidence", {"parameters": {"retrain": recipe}})
+
+
+SEARCHED, DRAWN = ("DenseNAS", "DenseNAS", 1.0, 0.99), ("random", "random", 1.0, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("results", "tile"),
+    [
+        (
+            (SEARCHED, DRAWN, ("random", "random", 1.05, 0.8)),
+            "random, of equal cost 85.00 % mean of 2",
+        ),
+        ((SEARCHED, DRAWN, ("hand-made", "narrow", 1.0, 0.95)), "random, of equal cost 90.00 %"),
+        (
+            (("hand-made", "wide", 1.0, 0.5), ("hand-made", "narrow", 1.0, 0.6)),
+            "narrow, of equal cost 60.00 %",
+        ),
+        ((SEARCHED, ("random", "random", 1.2, 0.9)), None),
+    ],
+)
+def test_a_baseline_of_equal_cost_stands_beside_the_accuracy(results, tile, digits):
+    epochs = digits.read_json("provenance.json")["05-retrain"]["parameters"]["recipe"]["epochs"]
+    assert "of equal cost" not in first_screen(digits)[0]
+    study(digits, *results, epochs=epochs)
+    screen = first_screen(digits)[0]
+    assert tile in screen if tile else "of equal cost" not in screen
+    study(digits, *results, epochs=epochs + 1)
+    assert "of equal cost" not in first_screen(digits)[0], "trained otherwise"
 
 
 @pytest.mark.parametrize("other", [BY_NAME, BY_TEXT], ids=["by name", "by text"])
@@ -255,16 +322,14 @@ def test_a_damaged_run_does_not_stop_the_report_of_another(reported, capsys):
 
 
 def test_the_overview_lists_every_evaluated_run(reported, tmp_path):
-    shutil.copytree(ROOT / "reports" / "digits", tmp_path / "reports" / "second")
+    shutil.copytree(EXAMPLE, tmp_path / "reports" / "second")
     unfinished = tmp_path / "reports" / "unfinished"
     unfinished.mkdir()
-    shutil.copy(ROOT / "reports" / "digits" / "architecture.json", unfinished)
+    shutil.copy(EXAMPLE / "architecture.json", unfinished)
     (unfinished / "evidence.html").touch()
     page = (tmp_path / write_overview()).read_text()
     pages = ["digits/index.html", "second/index.html", "unfinished/evidence.html"]
     assert re.findall(r'href="(.*?)"', page) == pages
-    top1 = json.loads((ROOT / "reports" / "digits" / "metrics.json").read_text())["evaluate"][
-        "top1"
-    ]
+    top1 = json.loads((EXAMPLE / "metrics.json").read_text())["evaluate"]["top1"]
     assert page.count(f">{100 * top1:.2f}</td>") == 2
     assert not re.search("https?://", page), "it must read without a network"

@@ -51,6 +51,13 @@ class Run:
         part.work = part.reports = self.work / name
         return part
 
+    def budget(self, cost: float) -> Run:
+        """A place of its own, budgets/<cost>/ in both folders, for the network that the search found at a cost."""
+        budget = Run(self.name, self.root)
+        budget.work = self.work / "budgets" / f"{cost:g}"
+        budget.reports = self.reports / "budgets" / f"{cost:g}"
+        return budget
+
     def need(self, path: Path, stage: str) -> Path:
         """The path, if it is there; FileNotFoundError says which stage makes it."""
         if not path.exists():
