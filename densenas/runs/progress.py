@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 _quiet = False
+_watchers: list[Callable[[], None]] = []
 
 
 def progress(total: int, what: str, over: Iterable[Any] | None = None, **how: Any) -> tqdm:
@@ -28,3 +30,23 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _quiet = before
+
+
+def looked_at() -> bool:
+    """Whether a Jupyter server runs this, so that somebody looks while it runs."""
+    return "JPY_SESSION_NAME" in os.environ
+
+
+@contextmanager
+def watched(look: Callable[[], None]) -> Iterator[None]:
+    """Inside, `look` is called after every epoch, and now and then while other processes train for this one."""
+    _watchers.append(look)
+    try:
+        yield
+    finally:
+        _watchers.remove(look)
+
+
+def epoch_may_have_ended() -> None:
+    for look in _watchers:
+        look()

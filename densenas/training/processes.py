@@ -30,6 +30,7 @@ from torch.multiprocessing.spawn import (
 
 from densenas.files import one_line
 from densenas.ranks import rank_and_world
+from densenas.runs.progress import epoch_may_have_ended
 from densenas.training.device import pick_device
 
 GRACE_SECONDS = 10.0  # for the others to end by themselves once one process is lost
@@ -71,8 +72,8 @@ def launch(function: Callable[..., Any], devices: int, device: str, *arguments: 
         call = (devices, device, folder, function, arguments)
         context = start_processes(_member, call, devices, join=False)
         try:
-            while not context.join(grace_period=GRACE_SECONDS):
-                pass
+            while not context.join(timeout=1, grace_period=GRACE_SECONDS):
+                epoch_may_have_ended()
         except KeyboardInterrupt:
             _end(context)
             raise
