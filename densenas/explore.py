@@ -19,6 +19,7 @@ from ipywidgets import (
     FloatSlider,
     HBox,
     IntSlider,
+    Layout,
     VBox,
 )
 from matplotlib.figure import Figure
@@ -40,10 +41,10 @@ SPACE, CLASSES = "digits", 10  # where nothing else is said
 STRONGEST = 15.0  # logit under a slider; e to this power is as good as all
 NO_TEMPERATURE = """<small>The temperature changes nothing yet: it divides β, and
 before a search all β of a block are equal.<br>Move one, or choose a run.</small>"""
-# On a narrow page the picture shrinks and the controls do not.
+# On a narrow page the picture shrinks, or goes below the controls, which do not shrink.
 PAGE = """
 .controls {flex: 0 0 auto; max-width: 310px}
-.picture {position: relative; flex: 0 1 auto; min-width: 0; align-self: flex-start; overflow: visible}
+.picture {position: relative; min-width: 0; max-width: max-content; align-self: flex-start; overflow: visible}
 .picture .widget-html {margin: 0; max-width: 100%}
 .picture svg {display: block; max-width: 100%; height: auto}
 .picture .widget-button {position: absolute; margin: 0; padding: 0; background: none; box-shadow: none}
@@ -181,7 +182,8 @@ class Explorer(VBox):
         self._observe(self.temperature, self._show)
         knobs = [self.space, self.run, self.epoch, self.temperature, self.note]
         controls = VBox([*knobs, self.block, self.beta])
-        page = [HBox([controls, self.picture]), self.places, self.style, self.numbers, self.ops]
+        top = HBox([controls, self.picture], layout=Layout(flex_flow="row wrap"))
+        page = [top, self.places, self.style, self.numbers, self.ops]
         super().__init__(page)
         self.add_class(f"of-{self.model_id}")
         controls.add_class("controls")
@@ -249,7 +251,8 @@ class Explorer(VBox):
         graph = figures.search_space(space, moment.p, path)
         graph.savefig(svg, format="svg", bbox_inches="tight")
         self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
-        rules, buttons = [PAGE], []
+        legible = f".picture {{flex: 1 1 {36 * (space.num_blocks + 1)}px}}"
+        rules, buttons = [PAGE, legible], []
         for block, place in block_places(self.graph.value, space.num_blocks).items():
             button = Button(tooltip=f"block {block}, {space.chs[block]} channels")
             button.add_class(f"block-{block}")
@@ -287,12 +290,8 @@ class Explorer(VBox):
     def _change_block(self) -> None:
         i, sliders = self.block.value, []
         for j in self.table.space.outgoing(i):
-            slider = FloatSlider(
-                round(max(-STRONGEST, float(self.logits[i, j])), 1),
-                min=-STRONGEST,
-                max=STRONGEST,
-                description=f"β {i}→{j}",
-            )
+            bounds = {"min": -STRONGEST, "max": STRONGEST}
+            slider = FloatSlider(self._shown(i, j), **bounds, description=f"β {i}→{j}")
             self._observe(slider, partial(self._move, i, j, slider))
             sliders.append(slider)
         self.beta.children = sliders
@@ -304,10 +303,15 @@ class Explorer(VBox):
         self.ops.value = table.to_html() if i else ""
         self._show()
 
+    def _shown(self, i: int, j: int) -> float:
+        """The logit as a slider shows it, which moves by tenths."""
+        return round(max(-STRONGEST, float(self.logits[i, j])), 1)
+
     def _move(self, i: int, j: int, slider: FloatSlider) -> None:
-        # A slider shows a logit rounded: only one that is moved may change it.
-        self.logits[i, j] = slider.value
-        self._show()
+        # A browser answers a new slider with what it shows: only one that is moved may change a logit.
+        if abs(slider.value - self._shown(i, j)) > 0.05:
+            self.logits[i, j] = slider.value
+            self._show()
 
     @property
     def moment(self) -> Probabilities:
@@ -320,7 +324,7 @@ class Explorer(VBox):
         table, moment = self.table, self.moment
         space, found = table.space, Lattice(table, moment).derive(self.target)
         rules = figures.restyled(space, moment.p, found.path)
-        chosen = f".block-{self.block.value} {{outline: 2px dashed}}"
+        chosen = f".block-{self.block.value} {{outline: 2px dashed !important}}"
         self.style.value = f"<style>.of-{self.model_id} {{{rules} {chosen}}}</style>"
         equal = all(float(self.logits[edge]) == 0 for edge in space.edges)
         self.note.value = NO_TEMPERATURE if equal else ""

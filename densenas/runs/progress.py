@@ -18,7 +18,7 @@ def progress(total: int, what: str, over: Iterable[Any] | None = None, **how: An
     """A progress bar with time left: plain text, which reads the same in a terminal, Jupyter and papermill's log."""
     if _quiet:
         how["disable"] = True
-    return tqdm(over, total=total, desc=what, file=sys.stdout, mininterval=2.0, ncols=110, **how)
+    return tqdm(over, total=total, desc=what, file=sys.stdout, mininterval=2.0, ncols=100, **how)
 
 
 @contextmanager

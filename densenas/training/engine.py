@@ -59,6 +59,9 @@ def resumable(
             yield Training(checkpoint, display, interruption, len(steps))
         except FloatingPointError as error:
             raise checkpoint.not_finite(str(error)) from None
+        finally:
+            # One left open would come back below the bar of the call that goes on.
+            display.bar.close()
         display.close()
 
 
@@ -130,6 +133,7 @@ class Training:
             self.checkpoint.check_finite()
             self.checkpoint.save()
         if stopping:
+            self.display.bar.close()
             self.interruption.obey(self.checkpoint.path)
 
     def end_epoch(self, columns: Row) -> None:
@@ -181,7 +185,6 @@ class Display:
             epoch_may_have_ended()
 
     def close(self) -> None:
-        self.bar.close()
         if self.board:
             with writing(self.run.work / "tensorboard"):
                 self.board.close()

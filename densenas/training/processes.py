@@ -235,7 +235,7 @@ class Interruption:
         if self.asked is None:
             return
         goes_on = "the same call goes on from this step"
-        print(f"\n{self.what} was interrupted, {kept.name} is written: {goes_on}", flush=True)
+        print(f"{self.what} was interrupted, {kept.name} is written: {goes_on}", flush=True)
         self._obey(self.asked)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
