@@ -5,6 +5,7 @@ from helpers import DATA, SEARCH, TABLE, checkpoint, identical, stopping_before_
 
 from densenas import watch
 from densenas.method.derivation import Lattice
+from densenas.runs.progress import progress, spare
 from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import Computing
@@ -109,6 +110,25 @@ def test_papermill_executes_no_figures_that_follow(priced, place, monkeypatch):
     with watch.watching(priced.name, watch.draw_search):
         search(priced, DATA, TABLE, SEARCH, how=CPU)
     assert place.shown == []
+
+
+@pytest.mark.parametrize(("looked_at", "least", "most"), [(True, 5000, 11_000), (False, 50, 500)])
+def test_a_long_bar_leaves_few_lines_in_an_executed_notebook(
+    monkeypatch, capsys, looked_at, least, most
+):
+    if looked_at:
+        monkeypatch.setenv("JPY_SESSION_NAME", "03-search.ipynb")
+    else:
+        monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    seconds, bar = 20_000, progress(20_000, "search")
+    now = bar.start_t
+    bar._time = lambda: now
+    for _ in range(seconds):
+        now += 1
+        spare(bar)
+        bar.update()
+    assert least < capsys.readouterr().out.count("\r") < most
+    bar.close()
 
 
 @pytest.mark.parametrize("looked_at", [True, False])

@@ -19,7 +19,7 @@ from torch import Tensor
 from densenas.files import writing
 from densenas.images.loading import Batches, seed_of
 from densenas.ranks import rank_and_world
-from densenas.runs.progress import epoch_may_have_ended, progress
+from densenas.runs.progress import epoch_may_have_ended, progress, spare
 from densenas.runs.run import Run
 from densenas.training.checkpoint import Checkpoint, Part, Position, Row
 from densenas.training.device import keep_freed_memory, warn_of_long_spins
@@ -174,6 +174,7 @@ class Display:
         epoch = f"{self.stage}, epoch {len(position.history) + 1} of {self.epochs}"
         self.bar.set_description(epoch, refresh=False)
         self.bar.set_postfix(values, refresh=False)
+        spare(self.bar)
         self.bar.update()
 
     def epoch(self, position: Position) -> None:
