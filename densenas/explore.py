@@ -3,24 +3,78 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import pandas as pd
 import torch
-from ipywidgets import HTML, DOMWidget, Dropdown, FloatSlider, HBox, IntSlider, VBox
+from ipywidgets import (
+    HTML,
+    Box,
+    Button,
+    DOMWidget,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    IntSlider,
+    Layout,
+    VBox,
+)
+from matplotlib.figure import Figure
 
 from densenas import figures
 from densenas.costs import read_costs
 from densenas.files import root
 from densenas.method.cost import CostTable
-from densenas.method.probabilities import Probabilities, best_paths, derive, visit_probabilities
+from densenas.method.derivation import Candidate, Lattice
+from densenas.method.probabilities import Probabilities, best_paths, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
 from densenas.method.supernet import expected_cost
 from densenas.outcome import Search, load_search
+from densenas.runs.progress import looked_at
 from densenas.runs.run import Run
 
 NO_RUN = "none, only sliders"
+SPACE, CLASSES = "digits", 10  # where nothing else is said
+STRONGEST = 15.0  # logit under a slider; e to this power is as good as all
+NO_TEMPERATURE = """<small>The temperature changes nothing yet: it divides β, and
+before a search all β of a block are equal.<br>Move one, or choose a run.</small>"""
+# On a narrow page the picture shrinks, or goes below the controls, which do not shrink.
+PAGE = """
+.controls {flex: 0 0 auto; max-width: 310px}
+.picture {position: relative; min-width: 0; max-width: max-content; align-self: flex-start; overflow: visible}
+.picture .widget-html {margin: 0; max-width: 100%}
+.picture svg {display: block; max-width: 100%; height: auto}
+.picture .widget-button {position: absolute; margin: 0; padding: 0; background: none; box-shadow: none}
+"""
+
+
+def priced(space: str | None, num_classes: int | None, run: str | None = None) -> CostTable:
+    """What a space costs in Mult-Adds: for a run's images and of the run's space, as far as nothing else is given.
+
+    Raises ValueError where a run has another space or number of classes, FileNotFoundError before its 02-cost.
+    """
+    if run is None:
+        chosen = SearchSpace.load(space or SPACE)
+        return CostTable.mult_adds(chosen, chosen.input_size, num_classes or CLASSES)
+    table = read_costs(Run(run))
+    if space is not None:
+        _check_space(run, table, SearchSpace.load(space))
+    if num_classes not in (None, table.num_classes):
+        has = f"run '{run}' tells {table.num_classes} classes apart"
+        raise ValueError(f"num_classes is {num_classes}, but {has}: leave it out")
+    return CostTable.mult_adds(table.space, table.input_size, table.num_classes)
+
+
+def _check_space(run: str, table: CostTable, space: SearchSpace) -> None:
+    if table.space == space:
+        return
+    other = f"space {table.space.name}, not {space.name}"
+    if table.space.name == space.name:
+        other = f"another version of space {space.name}"
+    raise ValueError(f"run '{run}' is of {other}: choose another run or space")
 
 
 def undecided(table: CostTable) -> Probabilities:
@@ -38,22 +92,32 @@ def finished(name: str, space: SearchSpace) -> Search:
     """A run's search; FileNotFoundError before 03-search has run, ValueError where it searched another space."""
     run = Run(name)
     table = read_costs(run)
-    if table.space != space:
-        other = f"space {table.space.name}, not {space.name}"
-        if table.space.name == space.name:
-            other = f"another version of space {space.name}"
-        raise ValueError(f"run '{name}' is of {other}: choose another run or space")
+    _check_space(name, table, space)
     return load_search(run, table, table.num_classes)
 
 
-def searched(space: SearchSpace) -> list[str]:
-    """Names of the runs that searched this space; one whose costs cannot be read is none of them."""
-    names = []
-    for path in sorted(root().glob("runs/*/search.pt")):
+def searched() -> dict[str, CostTable]:
+    """The runs that have been searched, the last one first, with their costs; none whose costs cannot be read."""
+    tables = {}
+    paths = root().glob("runs/*/search.pt")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ValueError, FileNotFoundError):
-            if read_costs(Run(path.parent.name)).space == space:
-                names.append(path.parent.name)
-    return names
+            tables[path.parent.name] = read_costs(Run(path.parent.name))
+    return tables
+
+
+def view(
+    space: str | None, num_classes: int | None, run: str | None, sliders: bool | None
+) -> Explorer | Figure:
+    """What notebook 00 ends with: an `Explorer`, or the graph as a picture where nobody could move its sliders."""
+    if sliders or (sliders is None and looked_at()):
+        return Explorer(space, num_classes, run)
+    table = priced(space, num_classes, run)
+    if run is None:
+        moment = undecided(table)
+        return figures.search_space(table.space, moment.p, Lattice(table, moment).derive().path)
+    search = finished(run, table.space)
+    return figures.search_space(table.space, search.trace[-1].p, search.best.path)
 
 
 def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFrame:
@@ -74,30 +138,88 @@ def candidates(table: CostTable, moment: Probabilities, block: int) -> pd.DataFr
     return pd.concat(parts, ignore_index=True) if parts else none
 
 
-class Explorer(VBox):
-    """Sliders over a space: whatever value changes, by hand or in Python, the rest follows; in million Mult-Adds."""
+def block_places(svg: str, blocks: int) -> dict[int, str]:
+    """Where a picture of `search_space` has its blocks, as CSS in percent of the picture."""
+    width, height = re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0]
+    places = {}
+    for block in range(blocks):
+        outline = re.findall(rf'<g id="node-{block}">\s*<path d="([^"]+)"', svg)[0]
+        numbers = [float(number) for number in re.findall(r"[\d.]+", outline)]
+        xs = [100 * x / float(width) for x in numbers[::2]]
+        ys = [100 * y / float(height) for y in numbers[1::2]]
+        left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+        size = f"width: {right - left:.2f}%; height: {bottom - top:.2f}%"
+        places[block] = f"left: {left:.2f}%; top: {top:.2f}%; {size}"
+    return places
 
-    def __init__(self, space: str, num_classes: int, run: str | None = None) -> None:
+
+class Explorer(VBox):
+    """Sliders over a space: whatever value changes, by hand or in Python, the rest follows.
+
+    It opens on `run`, else on the last run that was searched, of the space and the classes as far as these are given.
+    Costs are in the run's unit, and what is derived is what notebook 04 derives: at the run's target if it has one. A
+    click on a block chooses it: over each one in the picture lies a transparent button.
+    """
+
+    def __init__(
+        self, space: str | None = None, num_classes: int | None = None, run: str | None = None
+    ) -> None:
         self.num_classes, self.following = num_classes, False
-        self.space = Dropdown(
-            options=[*dict.fromkeys((*PRESETS, space))], value=space, description="space"
-        )
+        self.searched = searched()
+        self.spaces = {name: SearchSpace.load(name) for name in PRESETS}
+        opened = self._open(space, run)
+        self.space = Dropdown(options=[*self.spaces], value=opened, description="space")
         self.run, self.block = Dropdown(description="run"), Dropdown(description="block")
         self.epoch = IntSlider(description="epoch")
-        self.temperature = FloatSlider(min=0.1, max=5, description="temp. T")
-        self.beta, self.graph = VBox(), HTML()
-        self.style, self.numbers, self.ops = HTML(), HTML(), HTML()
+        self.temperature = FloatSlider(min=0.1, max=5, step=0.01, description="temp. T")
+        self.note, self.beta = HTML(), VBox()
+        self.graph, self.picture = HTML(), Box()
+        self.places, self.style, self.numbers, self.ops = HTML(), HTML(), HTML(), HTML()
         self._observe(self.space, self._change_space)
         self._observe(self.run, self._change_run)
         self._observe(self.epoch, self._change_epoch)
         self._observe(self.block, self._change_block)
         self._observe(self.temperature, self._show)
-        controls = VBox([self.space, self.run, self.epoch, self.temperature, self.block, self.beta])
-        super().__init__([HBox([controls, self.graph]), self.style, self.numbers, self.ops])
+        knobs = [self.space, self.run, self.epoch, self.temperature, self.note]
+        controls = VBox([*knobs, self.block, self.beta])
+        top = HBox([controls, self.picture], layout=Layout(flex_flow="row wrap"))
+        page = [top, self.places, self.style, self.numbers, self.ops]
+        super().__init__(page)
         self.add_class(f"of-{self.model_id}")
+        controls.add_class("controls")
+        self.picture.add_class("picture")
         self._follow(self._change_space)
-        if run and finished(run, self.table.space):
+        if run is not None:
             self.run.value = run
+
+    def _open(self, space: str | None, run: str | None) -> str:
+        """The name of the space to begin with, after what contradicts a run is refused."""
+        if run is not None:
+            table = priced(space, self.num_classes, run)
+            finished(run, table.space)
+            return self._name(table.space, f"of run '{run}'")
+        if space is not None:
+            self.spaces[space] = SearchSpace.load(space)
+            return space
+        for name in self._runs_of(None):
+            return self._name(self.searched[name].space, f"of run '{name}'")
+        return SPACE
+
+    def _name(self, space: SearchSpace, otherwise: str) -> str:
+        for name, known in self.spaces.items():
+            if known == space:
+                return name
+        self.spaces[otherwise] = space
+        return otherwise
+
+    def _runs_of(self, space: SearchSpace | None) -> list[str]:
+        """The runs that searched a space (None: any) and tell the given number of classes apart."""
+        names = []
+        for name, table in self.searched.items():
+            of_classes = self.num_classes in (None, table.num_classes)
+            if of_classes and space in (None, table.space):
+                names.append(name)
+        return names
 
     def _observe(self, widget: DOMWidget, change: Callable[[], None]) -> None:
         widget.observe(lambda _: self._follow(change), "value")
@@ -113,63 +235,118 @@ class Explorer(VBox):
             self.following = False
 
     def _change_space(self) -> None:
-        space, svg = SearchSpace.load(self.space.value), io.StringIO()
-        self.table = CostTable.mult_adds(space, space.input_size, self.num_classes)
-        # Drawn once: from then on a style sheet changes it, in milliseconds.
-        graph = figures.search_space(space, undecided(self.table).p, [0])
-        graph.savefig(svg, format="svg", bbox_inches="tight")
-        self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
-        self.run.options = [NO_RUN, *searched(space)]
+        space = self.spaces[self.space.value]
+        self._draw(space)
+        runs = self._runs_of(space)
+        self.run.options = [NO_RUN, *runs]
+        self.run.value = runs[0] if runs else NO_RUN
         self.block.options = [(f"{i} ({width} channels)", i) for i, width in enumerate(space.chs)]
-        self.run.value, self.block.value = NO_RUN, 0
+        self.block.value = 0
         self._change_run()
 
+    def _draw(self, space: SearchSpace) -> None:
+        """The graph, drawn once: from then on a style sheet changes it, in milliseconds."""
+        svg, path = io.StringIO(), [0, space.num_blocks]  # of any: the legend shall explain red
+        moment = undecided(CostTable.mult_adds(space, space.input_size, CLASSES))
+        graph = figures.search_space(space, moment.p, path)
+        graph.savefig(svg, format="svg", bbox_inches="tight")
+        self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
+        legible = f".picture {{flex: 1 1 {36 * (space.num_blocks + 1)}px}}"
+        rules, buttons = [PAGE, legible], []
+        for block, place in block_places(self.graph.value, space.num_blocks).items():
+            button = Button(tooltip=f"block {block}, {space.chs[block]} channels")
+            button.add_class(f"block-{block}")
+            button.on_click(partial(self._choose, block))
+            buttons.append(button)
+            rules.append(f".block-{block} {{{place}}}")
+        self.picture.children = [self.graph, *buttons]
+        self.places.value = f"<style>.of-{self.model_id} {{{' '.join(rules)}}}</style>"
+
+    def _choose(self, block: int, _: Button) -> None:
+        self.block.value = block
+
     def _change_run(self) -> None:
-        space, self.trace = self.table.space, [undecided(self.table)]
-        self.temperature.value = space.search.softmax_temp
-        if self.run.value != NO_RUN:
-            search = finished(self.run.value, space)
-            priced = search.table
-            self.table = CostTable.mult_adds(space, priced.input_size, priced.num_classes)
-            self.trace = search.trace
-            self.temperature.value = search.net.temperature
+        space, name = self.spaces[self.space.value], self.run.value
+        temperature, self.target = space.search.softmax_temp, None
+        if name == NO_RUN:
+            classes = self.num_classes or CLASSES
+            self.table = CostTable.mult_adds(space, space.input_size, classes)
+            self.trace = [undecided(self.table)]
+        else:
+            search = finished(name, space)
+            self.table, self.trace, self.target = search.table, search.trace, search.target_cost
+            temperature = search.net.temperature
+        self.temperature.max = max(5, temperature)
+        self.temperature.min = min(0.1, temperature)
+        self.temperature.value = temperature
         self.epoch.max = self.epoch.value = len(self.trace) - 1
         self._change_epoch()
 
     def _change_epoch(self) -> None:
-        log_p = self.trace[self.epoch.value].p.log()
+        log_p = self.trace[self.epoch.value].p.double().log()
         self.logits = self.temperature.value * (log_p - log_p.amax(dim=1, keepdim=True))
         self._change_block()
 
     def _change_block(self) -> None:
-        i = self.block.value
-        self.beta.children = [
-            FloatSlider(float(self.logits[i, j]), min=-15, max=15, description=f"β {i}→{j}")
-            for j in self.table.space.outgoing(i)
-        ]
-        for slider in self.beta.children:
-            self._observe(slider, self._show)
+        i, sliders = self.block.value, []
+        for j in self.table.space.outgoing(i):
+            bounds = {"min": -STRONGEST, "max": STRONGEST}
+            slider = FloatSlider(self._shown(i, j), **bounds, description=f"β {i}→{j}")
+            self._observe(slider, partial(self._move, i, j, slider))
+            sliders.append(slider)
+        self.beta.children = sliders
         frame = candidates(self.table, self.trace[self.epoch.value], i)
         shares = frame["probability"].map("{:.0%}".format)
         costs = frame["cost"].map("{:.3g}".format)
-        frame["text"] = shares + ": " + costs + " M"
+        frame["text"] = shares + ": " + costs + (" ms" if self.table.kind == "latency" else " M")
         table = frame.set_index(["layer", "op"])["text"].unstack(sort=False, fill_value="")
         self.ops.value = table.to_html() if i else ""
         self._show()
 
-    def _show(self) -> None:
-        space, i, moment = self.table.space, self.block.value, self.trace[self.epoch.value]
-        logits = [slider.value for slider in self.beta.children]
-        self.logits[i, space.outgoing(i)] = torch.tensor(logits)
+    def _shown(self, i: int, j: int) -> float:
+        """The logit as a slider shows it, which moves by tenths."""
+        return round(max(-STRONGEST, float(self.logits[i, j])), 1)
+
+    def _move(self, i: int, j: int, slider: FloatSlider) -> None:
+        # A browser answers a new slider with what it shows: only one that is moved may change a logit.
+        if abs(slider.value - self._shown(i, j)) > 0.05:
+            self.logits[i, j] = slider.value
+            self._show()
+
+    @property
+    def moment(self) -> Probabilities:
+        """What the sliders say."""
+        shown = self.trace[self.epoch.value]
         p = (self.logits / self.temperature.value).softmax(dim=1)
-        best, arch = best_paths(space, p, 5), derive(space, p, moment.head, moment.stack)
-        rules = figures.restyled(space, p, best[0][1])
-        self.style.value = f"<style>.of-{self.model_id} {{{rules}}}</style>"
-        paths = [(share, "→".join(str(node) for node in path)) for share, path in best]
-        mult_adds = arch.mult_adds(self.table.input_size, self.table.num_classes)
-        cost = expected_cost(self.table, Probabilities(p, moment.head, moment.stack))
-        words = f"expected cost <b>{cost:.4g}</b>, derived network <b>{mult_adds:.4g}</b> million Mult-Adds"
+        return Probabilities(p.float(), shown.head, shown.stack)
+
+    def _show(self) -> None:
+        table, moment = self.table, self.moment
+        space, found = table.space, Lattice(table, moment).derive(self.target)
+        rules = figures.restyled(space, moment.p, found.path)
+        chosen = f".block-{self.block.value} {{outline: 2px dashed !important}}"
+        self.style.value = f"<style>.of-{self.model_id} {{{rules} {chosen}}}</style>"
+        equal = all(float(self.logits[edge]) == 0 for edge in space.edges)
+        self.note.value = NO_TEMPERATURE if equal else ""
+        paths = []
+        for share, path in best_paths(space, moment.p, 5):
+            paths.append((share, "→".join(str(node) for node in path)))
         ranking = pd.DataFrame(paths, columns=["probability", "most probable paths"])
-        visits = pd.DataFrame({"visited": visit_probabilities(p).tolist()}).T
+        visits = pd.DataFrame({"visited": visit_probabilities(moment.p).tolist()}).T
         tables = ranking.round(4).to_html(index=False) + visits.round(2).to_html()
-        self.numbers.value = f"<p>{words}</p>{tables}"
+        self.numbers.value = f"<p>{self._costs(moment, found)}</p>{tables}"
+
+    def _costs(self, moment: Probabilities, found: Candidate) -> str:
+        """In words, and as precise as the report."""
+        table, arch = self.table, found.architecture
+        mult_adds = arch.mult_adds(table.input_size, table.num_classes)
+        size = f"<b>{mult_adds:.3f} M</b> Mult-Adds"
+        if table.kind == "latency":
+            size = f"<b>{found.cost:.4g} ms</b>, {size}"
+        thousands = 1000 * arch.params(table.num_classes)
+        shape = f"{len(arch.routing_blocks)} routing blocks, {arch.num_layers} layers"
+        target = f" at the target of {self.target:g} {table.unit}" if self.target else ""
+        return (
+            f"expected cost <b>{float(expected_cost(table, moment)):.4g}</b> {table.unit};"
+            f" network derived{target} (red): {size}, {thousands:.1f} k parameters, {shape}"
+        )

@@ -172,7 +172,7 @@ def whole(
     return [min(values) for values in times]
 
 
-def agreement(frame: pd.DataFrame) -> dict[str, float | None]:
+def agreement(frame: pd.DataFrame) -> dict[str, Any]:
     """Spearman's rank correlation, the factor, and the mean absolute percentage errors of what `judge` gave."""
     predictions = frame[["predicted", "corrected"]]
     order = frame.corr("spearman").loc["predicted", "measured"]

@@ -19,6 +19,7 @@ from densenas.method.supernet import SuperNet
 from densenas.published import save_published
 from densenas.runs.run import Run
 from densenas.training.checkpoint import Position, Row, digest, read_checkpoint, restore
+from densenas.weights import read_saved
 
 # Of the last epoch, what metrics.json holds of a search.
 MEASURES = (
@@ -125,6 +126,12 @@ def load_search(run: Run, table: CostTable, num_classes: int) -> Search:
     if other is not None:
         raise ValueError(f"run '{run.name}' has {other} now than it was searched with: {again}")
     return Search(net, table, checkpoint["configuration"], position.history, trace)
+
+
+def last_moment(run: Run) -> Probabilities:
+    """The probabilities after the last epoch of a search, which may still go on; its weights are not read."""
+    path = run.need(run.work / "search.pt", "03-search")
+    return Probabilities(**read_saved(path, mapped=True)["trace"]["entries"][-1])
 
 
 def _changed(checkpoint: Mapping[str, Any], table: CostTable, num_classes: int) -> str | None:

@@ -1,5 +1,6 @@
 """What the sliders of notebook 00 show is what supernet, search and derivation say; driven without a browser."""
 
+import io
 import shutil
 
 import pytest
@@ -21,9 +22,19 @@ from helpers import (
 from hypothesis import given
 
 from densenas import CostTable, figures
-from densenas.explore import NO_RUN, Explorer, candidates, finished, undecided
+from densenas.explore import (
+    NO_RUN,
+    Explorer,
+    block_places,
+    candidates,
+    finished,
+    priced,
+    undecided,
+    view,
+)
 from densenas.method.probabilities import Probabilities, best_paths
 from densenas.method.supernet import expected_cost
+from densenas.outcome import write_architecture
 from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import Computing
@@ -69,6 +80,30 @@ def test_sliders_move_probabilities_costs_and_the_derived_path(name):
     assert "→".join(map(str, best[0][1])) in explorer.numbers.value
 
 
+def test_temperature_says_why_it_does_nothing():
+    explorer = Explorer("digits", 10)
+    shown = explorer.numbers.value
+    explorer.temperature.value = 0.3
+    assert explorer.numbers.value == shown and "changes nothing yet" in explorer.note.value
+    explorer.beta.children[0].value = 2.0
+    assert explorer.note.value == ""
+    shown = explorer.numbers.value
+    explorer.temperature.value = 3.0
+    assert explorer.numbers.value != shown
+
+
+def test_a_click_on_a_block_chooses_it():
+    explorer = Explorer("digits", 10)
+    places = block_places(explorer.graph.value, 7)
+    lefts = [float(place.partition("left: ")[2].partition("%")[0]) for place in places.values()]
+    assert lefts == sorted(lefts) and 0 < lefts[0] < lefts[-1] < 100
+    for block, button in enumerate(explorer.picture.children[1:]):
+        button.click()
+        assert explorer.block.value == block
+        assert f".block-{block} {{outline" in explorer.style.value
+        assert f".block-{block} {{{places[block]}}}" in explorer.places.value
+
+
 def test_a_change_of_space_leaves_nothing_of_the_old_one():
     explorer, fresh = Explorer("resnet", 10), Explorer("digits", 10)
     explorer.block.value, explorer.temperature.value = 20, 3
@@ -97,29 +132,101 @@ def test_candidates_are_those_of_the_block():
 
 
 @pytest.fixture
-def searched(root, run, tmp_path, monkeypatch):
-    monkeypatch.setenv("DENSENAS_ROOT", str(tmp_path))
-    result = search(run, DATA, TABLE, SEARCH, how=Computing(device="cpu"))
-    TABLE.write(run.reports / "cost.json")
+def space_file(tmp_path):
     path = tmp_path / "made up.yml"
     path.write_text(SMALL.model_dump_json())  # JSON is YAML
-    return run.name, str(path), result
+    return str(path)
+
+
+@pytest.fixture(params=[None, 0.04])
+def searched(root, run, space_file, request):
+    result = search(run, DATA, TABLE, SEARCH, request.param, how=Computing(device="cpu"))
+    TABLE.write(run.reports / "cost.json")
+    return run.name, space_file, result
 
 
 def test_an_epoch_of_a_run_is_the_trace_of_that_run(searched):
     name, space, result = searched
-    explorer = Explorer(space, 7, name)
+    explorer = Explorer(space, None, name)
     assert (
         explorer.run.options == (NO_RUN, name) and explorer.epoch.max == len(result.trace) - 1 == 3
     )
     assert explorer.temperature.value == SEARCH.softmax_temp
-    assert explorer.table.conditions["num_classes"] == 3  # the run's, not the notebook's
-    for epoch in (0, 2, 3):
+    assert explorer.table.conditions["num_classes"] == 3  # the run's
+    for epoch, found in enumerate(result.derived()):
         explorer.epoch.value = epoch
-        p = (explorer.logits / explorer.temperature.value).softmax(1)
-        torch.testing.assert_close(p, result.trace[epoch].p)
+        torch.testing.assert_close(explorer.moment.p, result.trace[epoch].p)
         assert f"{expected_cost(TABLE, result.trace[epoch]):.4g}</b>" in explorer.numbers.value
-    assert "→".join(map(str, result.net.best_path())) in explorer.numbers.value
+        assert f"<b>{found.architecture.mult_adds(16, 3):.3f} M</b>" in explorer.numbers.value
+        assert figures.restyled(SMALL, explorer.moment.p, found.path) in explorer.style.value
+
+
+def test_its_numbers_are_those_of_the_report(searched, run):
+    name, _, result = searched
+    record = write_architecture(run, result)
+    explorer = Explorer(run=name)
+    for text in (
+        f"<b>{record['mult_adds_m']:.3f} M</b> Mult-Adds",
+        f"{1000 * record['params_m']:.1f} k parameters",
+        f"{record['blocks']} routing blocks, {record['layers']} layers",
+        f"<b>{result.history[-1]['expected_cost']:.4g}</b>",
+    ):
+        assert text in explorer.numbers.value
+    assert ("at the target of 0.04" in explorer.numbers.value) == (result.target_cost is not None)
+
+
+def test_choosing_a_block_changes_nothing(searched):
+    name, space, _ = searched
+    explorer = Explorer(space, None, name)
+    before = explorer.logits.clone(), explorer.numbers.value
+    for block in range(SMALL.num_blocks):
+        explorer.block.value = block
+        for slider in explorer.beta.children:
+            slider.value += 1e-9  # as a browser does that has drawn it
+        assert torch.equal(explorer.logits, before[0]) and explorer.numbers.value == before[1]
+    moved = explorer.beta.children[0]
+    explorer.block.value = 1
+    j = SMALL.outgoing(1)[0]
+    explorer.beta.children[0].value = 4.2
+    changed = (explorer.logits != before[0]).nonzero().tolist()
+    assert changed == [[1, j]] and moved is not explorer.beta.children[0]
+
+
+def test_it_opens_on_the_last_run_that_was_searched(searched, space_file):
+    name, space, _ = searched
+    for explorer in (Explorer(), Explorer(space), Explorer(space, 3)):
+        assert explorer.run.value == name
+    assert explorer.spaces[explorer.space.value] == SMALL
+    assert Explorer("digits").run.value == Explorer(space, 7).run.value == NO_RUN
+    explorer.space.value = "digits"
+    assert explorer.run.value == NO_RUN
+    explorer.space.value = space
+    assert explorer.run.value == name
+
+
+def test_space_and_classes_are_those_of_the_run(searched):
+    name, space, _ = searched
+    table = priced(None, None, name)
+    assert (table.space, table.input_size, table.num_classes) == (SMALL, 16, 3)
+    assert priced(space, 3, name) == table
+    assert priced("digits", 7).num_classes == 7
+    assert (priced(None, None).space.name, priced(None, None).num_classes) == ("digits", 10)
+    with refused(ValueError, f"num_classes is 7, but run '{name}' tells 3 classes apart"):
+        priced(space, 7, name)
+
+
+def test_without_a_browser_it_is_a_picture(searched, monkeypatch):
+    name, space, result = searched
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    drawn = view(space, None, name, None)
+    expected = figures.search_space(SMALL, result.trace[-1].p, result.best.path)
+    shown, wanted = io.BytesIO(), io.BytesIO()
+    drawn.savefig(shown)
+    expected.savefig(wanted)
+    assert shown.getvalue() == wanted.getvalue()
+    assert isinstance(view(space, None, name, True), Explorer)
+    monkeypatch.setenv("JPY_SESSION_NAME", "a notebook")
+    assert isinstance(view(space, None, name, None), Explorer)
 
 
 def test_wrong_spaces_and_runs_are_refused_in_one_sentence(searched):

@@ -176,20 +176,29 @@ def test_an_architecture_is_a_row_of_bars_with_its_widths():
 
 def test_curves_leave_out_what_a_history_lacks():
     history = pd.DataFrame({"epoch": [0, 1, 2], "a": [1.0, 2.0, 3.0], "target_cost": 2.0})
-    history["val_loss"] = [np.nan, 0.5, 0.4]
     panels = {
         "left (%)": {"a": "first", "b": "second", "target_cost": "target"},
         "right": {"a": ""},
     }
     figure = figures.curves(history, panels)
-    figures.mark_architecture_steps(figure, history)
     left, right = figure.axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("left (%)", "right")
     assert [text.get_text() for text in left.get_legend().texts] == ["first", "target"]
     assert [*left.lines[0].get_ydata()] == [100, 200, 300]
     assert [*right.lines[0].get_ydata()] == [1, 2, 3]
-    assert {*left.lines[2].get_xdata()} == {*right.lines[1].get_xdata()} == {1}
-    assert "from epoch 1 on alpha and beta are trained too" in writing(figure)
+
+
+def test_a_search_is_drawn_from_its_first_epoch_on():
+    history = pd.DataFrame({"epoch": [0], "train_top1": [0.1], "train_loss": [2.3]})
+    history["expected_cost"], history["derived_cost"] = 1.6, 1.2
+    trained_too = "from epoch 1 on alpha and beta are trained too"
+    assert trained_too not in writing(figures.search_history(history, "ms"))
+    later = pd.concat([history, history.assign(epoch=1, val_top1=0.2, val_loss=2.2)])
+    figure = figures.search_history(later.reset_index(drop=True), "ms")
+    assert [*figure.axes[0].lines[0].get_ydata()] == [10, 10]
+    assert figure.axes[2].get_ylabel() == "cost (ms)"
+    assert all({*axes.lines[-1].get_xdata()} == {1} for axes in figure.axes)
+    assert trained_too in writing(figure)
 
 
 def runs(count, **more):

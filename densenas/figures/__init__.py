@@ -5,7 +5,12 @@ path probabilities p (blocks, nodes): entry 0 before the search, entry k after k
 """
 
 from densenas.figures.networks import architectures, block_counts_and_widths, shapes
-from densenas.figures.results import accuracy_against_cost, curves, mark_architecture_steps
+from densenas.figures.results import (
+    accuracy_against_cost,
+    curves,
+    search_history,
+    training_history,
+)
 from densenas.figures.space import candidates, path_probabilities, restyled, search_space
 from densenas.figures.style import (
     COLOURS,

@@ -53,13 +53,35 @@ def curves(history: pd.DataFrame, panels: Mapping[str, Mapping[str, str]]) -> Fi
     return figure
 
 
-def mark_architecture_steps(figure: Figure, history: pd.DataFrame) -> None:
-    """A dotted line through every panel of a search's curves where alpha and beta begin to be trained too."""
-    first = history.loc[history["val_loss"].first_valid_index(), "epoch"]
-    label = f"from epoch {first} on alpha and beta are trained too"
-    for axes in figure.axes:
-        line = axes.axvline(first, color=GREY, linestyle=":", zorder=1, label=label)
-    legend_below(figure, [line])
+def search_history(history: pd.DataFrame, unit: str) -> Figure:
+    """A search so far: accuracy, loss, and costs in `unit`. A dotted line is where alpha and beta are trained too."""
+    panels = {
+        "top-1 accuracy (%)": {"train_top1": "train", "val_top1": "val"},
+        "cross-entropy (nats)": {"train_loss": "train", "val_loss": "val"},
+        f"cost ({unit})": {
+            "expected_cost": "expected",
+            "derived_cost": "derived",
+            "target_cost": "target",
+        },
+    }
+    figure = curves(history, panels)
+    if "val_loss" in history:
+        first = history.loc[history["val_loss"].first_valid_index(), "epoch"]
+        label = f"from epoch {first} on alpha and beta are trained too"
+        for axes in figure.axes:
+            line = axes.axvline(first, color=GREY, linestyle=":", zorder=1, label=label)
+        legend_below(figure, [line])
+    return figure
+
+
+def training_history(history: pd.DataFrame) -> Figure:
+    """The training of one network so far; the learning rate is that at an epoch's end."""
+    panels = {
+        "top-1 accuracy on train (%)": {"train_top1": ""},
+        "cross-entropy on train (nats)": {"train_loss": ""},
+        "learning rate": {"lr": ""},
+    }
+    return curves(history, panels)
 
 
 def pareto(points: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from torch import Tensor
 from densenas.files import writing
 from densenas.images.loading import Batches, seed_of
 from densenas.ranks import rank_and_world
-from densenas.runs.progress import progress
+from densenas.runs.progress import epoch_may_have_ended, progress, spare
 from densenas.runs.run import Run
 from densenas.training.checkpoint import Checkpoint, Part, Position, Row
 from densenas.training.device import keep_freed_memory, warn_of_long_spins
@@ -59,6 +59,9 @@ def resumable(
             yield Training(checkpoint, display, interruption, len(steps))
         except FloatingPointError as error:
             raise checkpoint.not_finite(str(error)) from None
+        finally:
+            # One left open would come back below the bar of the call that goes on.
+            display.bar.close()
         display.close()
 
 
@@ -130,6 +133,7 @@ class Training:
             self.checkpoint.check_finite()
             self.checkpoint.save()
         if stopping:
+            self.display.bar.close()
             self.interruption.obey(self.checkpoint.path)
 
     def end_epoch(self, columns: Row) -> None:
@@ -147,6 +151,7 @@ class Display:
 
         self.run = run
         self.stage = stage
+        self.epochs = len(steps)
         first = rank_and_world()[0] == 0
         done = len(position.history)
         behind = sum(steps[:done])
@@ -166,7 +171,10 @@ class Display:
         values = position.means()
         if position.history and "expected_cost" in position.history[-1]:
             values["cost"] = position.history[-1]["expected_cost"]
+        epoch = f"{self.stage}, epoch {len(position.history) + 1} of {self.epochs}"
+        self.bar.set_description(epoch, refresh=False)
         self.bar.set_postfix(values, refresh=False)
+        spare(self.bar)
         self.bar.update()
 
     def epoch(self, position: Position) -> None:
@@ -175,9 +183,9 @@ class Display:
             with writing(self.run.work / "tensorboard"):
                 for name, value in position.history[-1].items():
                     self.board.add_scalar(name, value, len(position.history) - 1)
+            epoch_may_have_ended()
 
     def close(self) -> None:
-        self.bar.close()
         if self.board:
             with writing(self.run.work / "tensorboard"):
                 self.board.close()

@@ -30,6 +30,7 @@ from torch.multiprocessing.spawn import (
 
 from densenas.files import one_line
 from densenas.ranks import rank_and_world
+from densenas.runs.progress import epoch_may_have_ended
 from densenas.threads import cores
 from densenas.training.device import pick_device
 
@@ -72,8 +73,8 @@ def launch(function: Callable[..., Any], devices: int, device: str, *arguments: 
         call = (devices, device, folder, function, arguments)
         context = start_processes(_member, call, devices, join=False)
         try:
-            while not context.join(grace_period=GRACE_SECONDS):
-                pass
+            while not context.join(timeout=1, grace_period=GRACE_SECONDS):
+                epoch_may_have_ended()
         except KeyboardInterrupt:
             _end(context)
             raise
@@ -233,7 +234,7 @@ class Interruption:
         if self.asked is None:
             return
         goes_on = "the same call goes on from this step"
-        print(f"\n{self.what} was interrupted, {kept.name} is written: {goes_on}", flush=True)
+        print(f"{self.what} was interrupted, {kept.name} is written: {goes_on}", flush=True)
         self._obey(self.asked)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
