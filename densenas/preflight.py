@@ -115,6 +115,10 @@ def _batch_sizes(config: RunConfig, space: SearchSpace) -> dict[str, int]:
     """Images a step of search and retraining; ValueError where a recipe cannot be overridden so."""
     with naming("search"):
         search = override(space.search, **config.search.overrides())
+    ways = config.evidence.searches if config.evidence else {}
+    for way, changed in ways.items():
+        with naming(f"evidence.searches.{way}"):
+            override(search, **changed)
     with naming("retrain"):
         retrain = override(space.retrain, **config.retrain.overrides())
     return {"search": search.batch_size, "retrain": retrain.batch_size}
