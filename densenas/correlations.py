@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 
 RESAMPLES = 1000  # of a bootstrap
 CEILING = "noise ceiling"
-
-Correlation = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # of score, accuracy and target
-
-
-def spearman(score: np.ndarray, accuracy: np.ndarray) -> float:
-    """The correlation of ranks; nan of fewer than 3 networks, and where score or accuracy does not vary."""
-    return spearman_at_equal_cost(score, accuracy, np.zeros(len(score)))
+MEASURES = ("spearman", "kendall", "spearman_at_equal_cost", "kendall_at_equal_cost")
 
 
-def kendall(score: np.ndarray, accuracy: np.ndarray) -> float:
-    """tau-b: the pairs that score and accuracy order alike less those that they order differently, as a share."""
-    return kendall_at_equal_cost(score, accuracy, np.zeros(len(score)))
+def correlations(score: np.ndarray, accuracy: np.ndarray, target: np.ndarray) -> list[float]:
+    """`MEASURES` of how a score orders networks (n,); nan of fewer than 3, and where one of both does not vary.
 
-
-def spearman_at_equal_cost(score: np.ndarray, accuracy: np.ndarray, target: np.ndarray) -> float:
-    """The correlation of ranks among networks of the same target, each rank less the mean of its target's."""
-    # How many of its target a network is above, less how many it is below: twice such a rank.
-    return _cosine(_orders(score, target).sum(axis=1), _orders(accuracy, target).sum(axis=1))
-
-
-def kendall_at_equal_cost(score: np.ndarray, accuracy: np.ndarray, target: np.ndarray) -> float:
-    """tau-b over the pairs of networks of the same target."""
-    return _cosine(_orders(score, target), _orders(accuracy, target))
-
-
-def _orders(values: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """For each pair -1, 0 or 1; 0 where they are of different targets."""
+    Spearman's is the correlation of ranks; at equal cost of ranks among networks of the same target, each less the mean
+    of its target's. Kendall's tau-b is the share of pairs that both order alike less that of those ordered differently;
+    at equal cost, of pairs of the same target.
+    """
+    # For each pair -1, 0 or 1; a row's sum is twice a rank, less the mean one.
+    by_score = np.sign(score[:, None] - score[None, :])
+    by_accuracy = np.sign(accuracy[:, None] - accuracy[None, :])
     same = target[:, None] == target[None, :]
-    return np.sign(values[:, None] - values[None, :]) * same
+    found = []
+    for left, right in ((by_score, by_accuracy), (by_score * same, by_accuracy * same)):
+        found.append(_cosine(left.sum(axis=1), right.sum(axis=1)))
+        found.append(_cosine(left, right))
+    return found
 
 
 def _cosine(left: np.ndarray, right: np.ndarray) -> float:
     length = float(np.sqrt((left**2).sum() * (right**2).sum()))
     return float((left * right).sum()) / length if len(left) > 2 and length else float("nan")
-
-
-MEASURES: dict[str, Correlation] = {
-    "spearman": lambda score, accuracy, _: spearman(score, accuracy),
-    "kendall": lambda score, accuracy, _: kendall(score, accuracy),
-    "spearman_at_equal_cost": spearman_at_equal_cost,
-    "kendall_at_equal_cost": kendall_at_equal_cost,
-}
 
 
 def resampled(target: np.ndarray, dice: np.random.Generator) -> np.ndarray:
@@ -59,39 +39,31 @@ def resampled(target: np.ndarray, dice: np.random.Generator) -> np.ndarray:
     return np.concatenate([dice.choice(group, len(group)) for group in groups])
 
 
-def percentiles(values: list[float]) -> tuple[float, float]:
-    """The middle 95 % of what a bootstrap gave."""
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of what a bootstrap gave; nan where it gave nothing."""
     if np.isnan(values).all():
         return float("nan"), float("nan")
     low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
-def interval(networks: pd.DataFrame, correlation: Correlation) -> tuple[float, float]:
-    """The 95 % interval of a correlation, by drawing the networks of each target anew (percentile bootstrap)."""
-    score, accuracy, target = networks[["score", "accuracy", "target"]].to_numpy(float).T
-    dice = np.random.default_rng(0)
-    values = []
-    for _ in range(RESAMPLES):
-        rows = resampled(target, dice)
-        values.append(correlation(score[rows], accuracy[rows], target[rows]))
-    return percentiles(values)
-
-
 def rankings(networks: pd.DataFrame) -> pd.DataFrame:
-    """A row for each score: Spearman's and Kendall's correlation, over all networks and at equal cost (`MEASURES`).
+    """A row for each score: `correlations` with accuracy, over the n networks that have the score.
 
-    Each has its 95 % interval (`_low`, `_high`), and is over the n networks that have the score.
+    Each has its 95 % interval (`_low`, `_high`), by drawing the networks of each target anew (percentile bootstrap).
     `networks` has a row for each network, with `target`, `accuracy` and the scores, which are all other columns.
     """
     rows = []
     for name in networks.columns.drop(["target", "accuracy"]):
-        scored = networks[["target", "accuracy"]].assign(score=networks[name]).dropna()
-        score, accuracy, target = scored[["score", "accuracy", "target"]].to_numpy(float).T
-        row: dict[str, object] = {"score": name, "n": len(scored)}
-        for measure, correlation in MEASURES.items():
-            row[measure] = correlation(score, accuracy, target)
-            row[f"{measure}_low"], row[f"{measure}_high"] = interval(scored, correlation)
+        columns = networks[[name, "accuracy", "target"]].dropna().to_numpy(float)
+        row: dict[str, object] = {"score": name, "n": len(columns)}
+        row |= zip(MEASURES, correlations(*columns.T), strict=True)
+        dice = np.random.default_rng(0)
+        values = []
+        for _ in range(RESAMPLES):
+            values.append(correlations(*columns[resampled(columns[:, 2], dice)].T))
+        for measure, drawn in zip(MEASURES, np.array(values).T, strict=True):
+            row[f"{measure}_low"], row[f"{measure}_high"] = percentiles(drawn)
         rows.append(row)
     return pd.DataFrame(rows).set_index("score")
 
@@ -161,7 +133,7 @@ def noise_ceiling(networks: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFra
                 some, rows = dice.integers(0, len(groups), len(groups)), resampled(target, dice)
                 noise = squares[some].sum() / freedom[some].sum()
                 values.append(reliability(accuracy[rows], kinds[rows], noise) ** 0.5)
-            row[f"{measure}_low"], row[f"{measure}_high"] = percentiles(values)
+            row[f"{measure}_low"], row[f"{measure}_high"] = percentiles(np.array(values))
     return pd.DataFrame([row]).set_index("score")
 
 

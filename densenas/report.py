@@ -178,17 +178,19 @@ def write_study(run: Run) -> str:
     exporter = HTMLExporter(template_name="basic", exclude_input=True, preprocessors=[tags])
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
     provenance = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
-    metrics = _sections(run, "metrics.json", {"data": "01-data"})
+    stages = {"data": "01-data", "evidence": "09-evidence"}
+    metrics = _sections(run, "metrics.json", stages)
     page = TEMPLATES.get_template("study.html.j2").render(
         run=run.name,
         data=metrics["data"],
+        verdict=metrics["evidence"]["verdict"],
         body=body,
         parameters=yaml.safe_dump(provenance["parameters"]),
         environment=provenance,
     )
     write_text(run.reports / "evidence.html", page)
     quote = TEMPLATES.get_template("study.md.j2").render(
-        metrics, run=run.name, provenance=provenance
+        metrics, run=run.name, provenance=provenance, ways=[*provenance["parameters"]["searches"]]
     )
     readme = root() / "README.md"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart

@@ -102,9 +102,11 @@ class Mean(NamedTuple):
 
 def student(freedom: float) -> float:
     """Within how many standard errors of 0 lies 95 % of Student's t, of so many degrees of freedom."""
-    t = np.linspace(0, 1000, 500_001)
-    mass = np.cumsum((1 + t**2 / freedom) ** (-(freedom + 1) / 2))
-    return float(np.interp(0.95, mass / mass[-1], t))
+    angle = np.linspace(0, np.pi / 2, 4001)[:-1]  # t is its tangent, so that the tail is short
+    mass = np.cumsum(
+        (1 + np.tan(angle) ** 2 / freedom) ** (-(freedom + 1) / 2) / np.cos(angle) ** 2
+    )
+    return float(np.tan(np.interp(0.95, mass / mass[-1], angle)))
 
 
 def mean_of(rows: pd.DataFrame, noise: tuple[float, int]) -> Mean:
@@ -158,19 +160,22 @@ def random_search(networks: pd.DataFrame, seconds: float, noise: float) -> pd.Da
     rows = []
     for epoch in by_epoch(networks.iloc[0].to_dict()):
         seen = networks[f"top1_{epoch}"].to_numpy(float)
-        if np.isnan(seen).any():
-            continue
         n = 1 + int(seconds / (seconds_an_epoch * epoch))
-        worst_first = np.argsort(seen, kind="stable")
-        ranks = np.arange(len(seen) + 1) / len(seen)
-        # The best of n draws is among the k worst with probability (k / all)^n.
-        expected = float((np.diff(ranks**n) * final[worst_first]).sum())
-        if epoch == epochs:
-            share = reliability(final, np.zeros(len(final)), 0.0 if np.isnan(noise) else noise)
-            share = 0.0 if np.isnan(share) else share
-            expected = final.mean() + share * (expected - final.mean())
-        rows.append({"epoch": epoch, "n": n, "top1": 100 * expected})
+        top1 = _best_of(n, seen, final, noise if epoch == epochs else 0.0)
+        rows.append({"epoch": epoch, "n": n, "top1": 100 * top1})
     return pd.DataFrame(rows, columns=["epoch", "n", "top1"])
+
+
+def _best_of(n: int, seen: np.ndarray, final: np.ndarray, noise: float) -> float:
+    """The expected `final` of the best by `seen` of n networks drawn with replacement.
+
+    Of its lead over the mean only what is not `noise` is counted, which is the variance that both have in common.
+    """
+    ranks = np.arange(len(seen) + 1) / len(seen)
+    # The best of n draws is among the k worst with probability (k / all)^n.
+    expected = float((np.diff(ranks**n) * final[np.argsort(seen, kind="stable")]).sum())
+    share = reliability(final, np.zeros(len(final)), noise) if noise > 0 else 1.0
+    return float(final.mean() + share * (expected - final.mean()))
 
 
 def at_equal_seconds(networks: pd.DataFrame, seconds: float, noise: float) -> Mean | None:
@@ -178,12 +183,16 @@ def at_equal_seconds(networks: pd.DataFrame, seconds: float, noise: float) -> Me
     found = random_search(networks, seconds, noise)
     if found.empty:
         return None
+    best = found.loc[found["top1"].idxmax()]
+    columns = networks[[f"top1_{best['epoch']:.0f}", "top1"]].to_numpy(float)
+    seen, final = columns.T
+    common = noise if best["epoch"] == networks["epochs"].iloc[0] else 0.0
     dice = np.random.default_rng(0)
     drawn = []
-    for _ in range(RESAMPLES // 5):
-        again = networks.iloc[dice.integers(0, len(networks), len(networks))]
-        drawn.append(random_search(again, seconds, noise)["top1"].max())
-    return Mean(found["top1"].max(), float(np.var(drawn)), len(networks) - 1)
+    for _ in range(RESAMPLES):
+        rows = dice.integers(0, len(networks), len(networks))
+        drawn.append(100 * _best_of(int(best["n"]), seen[rows], final[rows], common))
+    return Mean(best["top1"], float(np.var(drawn)), len(networks) - 1)
 
 
 def leads(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
@@ -240,16 +249,15 @@ def path_in(way: str) -> str:
     return f"path in the supernet of {way}"
 
 
-def verdict(results: pd.DataFrame, trainings: pd.DataFrame, orders: pd.DataFrame) -> str:
-    """Whether the best way of searching is worth it, and by how much, in a paragraph.
+def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) -> str:
+    """Whether the best way of searching is worth it, in a paragraph, and by how much, in a line for each target.
 
     It is where, at every target, its mean is at least one point above random networks of its depths and above the best
     hand-made design, both clear of zero, and where its supernet orders networks of equal cost at least half as well as
-    the noise of training allows. `orders` are `rankings` with their `noise_ceiling`.
+    the noise of training allows. `leads` are what that function gives, `orders` `rankings` with their `noise_ceiling`.
     """
     way = best_way(results)
-    table = leads(results, trainings)
-    table = table[table["way"] == way]
+    table = leads[leads["way"] == way]
     won, sentences = [], []
     for target, rows in table.groupby("target"):
         found = {row.rival: Lead(row.points, row.low, row.high) for row in rows.itertuples()}
@@ -258,16 +266,16 @@ def verdict(results: pd.DataFrame, trainings: pd.DataFrame, orders: pd.DataFrame
         sentences.append(_at(target, way, results, found))
     ranks, ranked = _ranking(way, orders)
     ways = results.loc[results["method"] == SEARCHED, "way"].nunique()
-    of = f"the best of {ways} ways of searching, " if ways > 1 else ""
-    met = f"{sum(won)} of {len(won)} targets"
+    which = f"{way}, the best of {ways} ways of searching," if ways > 1 else way
     head = "**Shown**" if all(won) and ranked else "**Not shown**"
     asked = (
-        f"{head} is that {of}{way} is worth its search. Asked for were {POINTS:g} point above random"
-        " networks of the same depth and above the best hand-made network, both clear of zero: so"
-        f" it is at {met}; and ranks at least half as good as the noise of training allows: {ranks}."
+        f"{head} that {which} is worth its search."
+        f" Asked for at every target is a mean at least {POINTS:g} point above random networks of the"
+        f" same depth and above the best hand-made design, both clear of zero: so at {sum(won)} of"
+        f" {len(won)} targets. Asked for is also a supernet that orders random networks of equal cost"
+        f" at least half as well as the noise of training allows: {ranks}."
     )
-    note = "In brackets are 95 % intervals."
-    return "\n".join([asked, *sentences, note])
+    return "\n".join([asked, *sentences])
 
 
 def _at(target: float, way: str, results: pd.DataFrame, found: dict[str, Lead]) -> str:
@@ -298,16 +306,18 @@ def _ranking(way: str, orders: pd.DataFrame) -> tuple[str, bool]:
     """How well its supernet orders networks of equal cost, in words, and whether that is half of what noise allows."""
     measure = "spearman_at_equal_cost"
     if path_in(way) not in orders.index or pd.isna(orders.loc[path_in(way), measure]):
-        return "no rank correlation can be said", False
+        return "no rank correlation can be told", False
     row = orders.loc[path_in(way)]
     words = f"{row[measure]:.2f} ({row[f'{measure}_low']:.2f} to {row[f'{measure}_high']:.2f})"
     ceiling = np.nan
     if CEILING in orders.index and measure in orders:
         ceiling = orders.loc[CEILING, measure]
     if pd.isna(ceiling):
-        return f"{words}, and how much noise allows is not known", False
+        return f"it reaches {words}, and what noise allows is not known", False
+    if not ceiling > 0:
+        return f"it reaches {words}, but noise leaves nothing to order, so it does not", False
     met = row[measure] >= ceiling / 2
-    return f"{words} of {ceiling:.2f}, {'so they are' if met else 'they are not'}", bool(met)
+    return f"it reaches {words} of {ceiling:.2f}, so it {'does' if met else 'does not'}", bool(met)
 
 
 def repeats(results: pd.DataFrame) -> str:
@@ -327,9 +337,10 @@ def summary(
 ) -> dict[str, Any]:
     """The study in numbers, as metrics.json holds it."""
     noise, freedom = seed_noise(trainings)
+    table = leads(results, trainings)
     correlation = seed_correlation(trainings)
     return {
-        "verdict": verdict(results, trainings, orders),
+        "verdict": verdict(results, table, orders),
         "left_out": " ".join(left_out),
         "networks": len(results),
         "epochs": int(results["epochs"].max()),
@@ -339,7 +350,7 @@ def summary(
         "search_seconds": results["search_seconds"].sum(),
         "train_seconds": results["train_seconds"].sum(),
         "compared": as_records(compared(results, trainings).reset_index()),
-        "leads": as_records(leads(results, trainings)),
+        "leads": as_records(table),
     }
 
 

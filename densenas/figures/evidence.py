@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .style import GREY, INK, SMALL, WIDTH, Colour, Look, canvas, legend_below, palette
 
-MARKERS = "os^DvP*X"
+MARKERS = "os^DvP*Xp<>"  # more than there are colours: where these repeat, both together do not
 
 
 def _looks(names: list[str]) -> dict[str, tuple[Colour, str]]:
@@ -55,7 +54,9 @@ def accuracies(results: pd.DataFrame, table: pd.DataFrame) -> Figure:
         counts = [_count(table, target, design) for design in designs]
         axes.set_xticks(range(len(designs)), counts, size=SMALL)
         axes.set(title=f"{target:g} M Mult-Adds ± 5 %", xlim=(-0.6, len(designs) - 0.4))
-        axes.set_xlabel("number of trainings; in each column\n95 to 105 % of the Mult-Adds")
+        axes.set_xlabel(
+            "n of each column; within it, from left\nto right, 95 to 105 % of the target"
+        )
         axes.grid(False, axis="x")
     panels[0].set_ylabel("top-1 accuracy on test (%)")
     handles = [_point(design, *looks[design]) for design in designs]
@@ -102,12 +103,16 @@ def accuracy_by_epoch(results: pd.DataFrame) -> Figure:
             colour, marker = looks[design]
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
             lower.plot(epochs, mean - means.get("random", mean), **style)
-        counts = ", ".join(str((here["design"] == design).sum()) for design in designs)
-        upper.set_title(f"{target:g} M Mult-Adds (n = {counts})")
+        upper.set_title(f"{target:g} M Mult-Adds")
         lower.set_xlabel("epoch")
     above[0].set_ylabel("top-1 accuracy on test (%)")
     below[0].set_ylabel("points above the mean\nof random")
-    handles = [Line2D([], [], color=looks[d][0], marker=looks[d][1], label=d) for d in designs]
+    handles = []
+    for design, (colour, marker) in looks.items():
+        counts = results.loc[results["design"] == design].groupby("target").size()
+        n = " to ".join(f"{count}" for count in sorted({counts.min(), counts.max()}))
+        label = f"{design} (n = {n})"
+        handles.append(Line2D([], [], color=colour, marker=marker, markersize=4, label=label))
     handles.append(Line2D([], [], color=GREY, linewidth=0.6, label="one network (thick: means)"))
     legend_below(figure, handles)
     return figure
@@ -120,21 +125,17 @@ def rankings(networks: pd.DataFrame, notes: Mapping[str, str], chance: float) ->
     """
     targets = sorted(networks["target"].unique())
     looks = _looks([f"{target:g} M Mult-Adds" for target in targets])
-    figure, panels = canvas(min(WIDTH, 1.5 + 4.5 * len(notes)), 4.4, len(notes), sharey=True)
+    figure, panels = canvas(1.6 + 3.2 * len(notes), 4.2, len(notes), sharey=True)
     for axes, (score, note) in zip(panels, notes.items(), strict=True):
         for target, (colour, marker) in zip(targets, looks.values(), strict=True):
             rows = networks[networks["target"] == target]
             style: Look = {"color": colour, "marker": marker, "s": 24, "linewidth": 0}
             axes.scatter(100 * rows[score], 100 * rows["accuracy"], **style)
         axes.axvline(100 * chance, color=GREY, linestyle=":", zorder=1)
-        axes.set_xlabel(f"{score}, top-1 on val (%)")
-        _note(axes, note)
+        axes.set_xlabel(f"{score},\ntop-1 on val (%)")
+        axes.set_title(note, size=SMALL, weight="normal", loc="left", color=INK)
     panels[0].set_ylabel("trained alone, top-1 on test (%)")
     handles = [_point(name, *look) for name, look in looks.items()]
     label = f"chance, {100 * chance:g} %"
     legend_below(figure, [*handles, Line2D([], [], color=GREY, linestyle=":", label=label)])
     return figure
-
-
-def _note(axes: Axes, note: str) -> None:
-    axes.set_title(note, size=SMALL, weight="normal", loc="left", color=INK)
