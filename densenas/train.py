@@ -104,7 +104,7 @@ def train_alone(
         "mult_adds_m": arch.mult_adds(data.image_size, classes),
         "params_m": arch.params(classes),
     }
-    row |= {f"top1_{epoch}": history[epoch - 1]["test_top1"] for epoch in moments}
+    row |= {f"top1_{epoch}": round(history[epoch - 1]["test_top1"], 6) for epoch in moments}
     row["seconds"] = sum(float(one["seconds"]) for one in history)
     return row | {"revision": environment()["git"]["revision"]}
 
