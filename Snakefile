@@ -1,6 +1,7 @@
 # One rule a stage, one executed notebook a stage; `make reproduce` calls this with run and configuration.
 import atexit
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -153,20 +154,24 @@ if SETTINGS.derive.budgets:
 
 # The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread.
 if SETTINGS.evidence:
-    from densenas.evidence import Study
+    from densenas.evidence import Job, Study
     from densenas.runs.run import Run
-    from densenas.verdict import SEARCHED
 
     FOLDER = f"runs/{RUN}/evidence/{{job}}"
     STEP = f"{PYTHON} densenas.evidence {shlex.quote(CONFIGURATION)} {RUN}"
-    STUDY = SETTINGS.stages(INPUT_SIZE)["09-evidence"]
-    HOW = [STUDY.precision, STUDY.device]
+    SETTINGS_09 = SETTINGS.stages(INPUT_SIZE)["09-evidence"]
+    STUDY = Study(Run(RUN), SETTINGS_09)
+    HOW = [SETTINGS_09.precision, SETTINGS_09.device]
     HOW += [CONTENTS[stage] for stage in ("03-search", "05-retrain") if CONTENTS.get(stage)]
+
+    def searches(wildcards):
+        """What a job's training waits for besides the costs."""
+        return [f"runs/{RUN}/evidence/{job}/searched.json" for job in STUDY.searches(Job.parse(wildcards.job))]
 
     rule evidence:
         input:
             notebook=f"{NOTEBOOKS}/09-evidence.ipynb",
-            results=expand(f"{FOLDER}/result.json", job=Study(Run(RUN), STUDY).jobs()),
+            results=expand(f"{FOLDER}/result.json", job=STUDY.jobs()),
         output:
             notebook=f"reports/{RUN}/09-evidence.ipynb",
             done=touch(f"runs/{RUN}/09-evidence.done"),
@@ -184,28 +189,27 @@ if SETTINGS.evidence:
         input:
             f"runs/{RUN}/02-cost.done",
         output:
-            f"runs/{RUN}/evidence/{SEARCHED}_{{target}}_{{seed}}/searched.json",
+            f"runs/{RUN}/evidence/{{way}}_{{target}}_{{seed}}/searched.json",
         params:
-            search=STUDY.search,
+            search=lambda wildcards: [SETTINGS_09.search, SETTINGS_09.searches[wildcards.way]],
             how=HOW,
         log:
-            f"{LOGS}/{SEARCHED}_{{target}}_{{seed}}.search.log",
+            f"{LOGS}/{{way}}_{{target}}_{{seed}}.search.log",
+        wildcard_constraints:
+            way="|".join(map(re.escape, SETTINGS_09.searches)),
         message:
-            "search for {wildcards.target} M Mult-Adds, seed {wildcards.seed}"
+            "search by {wildcards.way} for {wildcards.target} M Mult-Adds, seed {wildcards.seed}"
         shell:
-            "{STEP} search {SEARCHED}_{wildcards.target}_{wildcards.seed} 2> {log:q}"
+            "{STEP} search {wildcards.way}_{wildcards.target}_{wildcards.seed} 2> {log:q}"
 
     rule trained:
         input:
             f"runs/{RUN}/02-cost.done",
-            branch(
-                lambda wildcards: wildcards.job.startswith(SEARCHED),
-                then=f"{FOLDER}/searched.json",
-            ),
+            searches,
         output:
             f"{FOLDER}/result.json",
         params:
-            retrain=STUDY.retrain,
+            retrain=SETTINGS_09.retrain,
             how=HOW,
         log:
             f"{LOGS}/{{job}}.train.log",

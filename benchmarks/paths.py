@@ -90,7 +90,7 @@ def judged(name: str, settings: dict[str, Any], seed: int, target: float) -> dic
     networks = known(name, target)
     texts = networks.pop("net_config")
     networks["path"] = [judge.top1(result.net, Architecture.parse(text)) for text in texts]
-    order = rankings(networks).loc["path"]
+    order = rankings(networks).loc["path"].dropna()
     last = result.history[-1]
     return {
         "seed": seed,

@@ -1,15 +1,17 @@
 """Truth for rankings: the networks of a study, and random ones of any depth and of theirs, each trained alone for long.
 
-    python benchmarks/truth.py cifar10                     # 20 epochs each
-    python benchmarks/truth.py cifar10 --worker 0 --of 2   # and --worker 1 --of 2, side by side on two cores
+    python benchmarks/truth.py cifar10                           # 20 epochs each
+    python benchmarks/truth.py cifar10 --worker 0 --of 2         # and --worker 1 --of 2, side by side on two cores
+    python benchmarks/truth.py cifar10 --epochs 40 --first 4     # four of each kind: does the order stay?
+    python benchmarks/truth.py cifar10 --latency                 # trains nothing; wants a quiet machine
 
 RUN is a run with prepared images and costs (01, 02), and with a study in reports/RUN/evidence.csv, from where its
 targets, its searched and its hand-made networks come. For each target there are 12 random networks, uniform over
 architectures, and 12 uniform over those that have as many layers as the searched ones; two more seeds of one network of
 each kind say how much of a difference is the seed's. All train on one thread, 128 images a step, from a rate of 0.1.
 
-Every network is a row of reports/RUN/truth.csv as soon as it is finished, with its accuracy on test after some epochs,
-and is never trained again; one that is stopped goes on from its last checkpoint.
+Every network is a row of reports/RUN/truth.csv (`densenas.truth`) as soon as it is finished, with its accuracy on test
+after some epochs, and is never trained again; one that is stopped goes on from its last checkpoint.
 """
 
 import argparse
@@ -17,44 +19,28 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-import torch
-from torch import nn
 
 from densenas import Architecture, CostTable
+from densenas.baselines import AS_DEEP as MATCHED
 from densenas.costs import read_costs
-from densenas.files import write_text
-from densenas.images.data import ImageData, load
-from densenas.images.loading import Batches
+from densenas.images.data import load
+from densenas.latency import whole
 from densenas.method.derivation import Lattice
-from densenas.recipes import RetrainRecipe, override
-from densenas.runs.locks import locked
+from densenas.recipes import override
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.settings import WITHIN, Computing
-from densenas.train import Trainer
-from densenas.training.device import computing_on
-from densenas.training.engine import resumable
-from densenas.verdict import HAND_MADE, RANDOM, SEARCHED
+from densenas.train import train_alone
+from densenas.truth import Conditions, Truth
+from densenas.verdict import HAND_MADE, RANDOM
 
-MATCHED = "random, as deep as searched"
+FOUND = "DenseNAS"  # what the published way of searching found
 NETWORKS = 12  # random ones of either kind for each target
 BEFORE_SEEDS = 3  # of each kind and target, before any is trained with other seeds
-SHARES = (
-    0.05,
-    0.1,
-    0.15,
-    0.25,
-    0.35,
-    0.5,
-    0.65,
-    0.8,
-    0.9,
-    1.0,
-)  # of the epochs, when to look at test
+ROUNDS = 30  # timings of each network, of which the least counts
 
 
 class Job(NamedTuple):
@@ -87,13 +73,13 @@ def jobs(study: pd.DataFrame, table: CostTable) -> list[Job]:
     lattice = Lattice(table)
     queue = []
     for target, rows in study.groupby("target"):
-        searched = rows.loc[rows["method"] == SEARCHED, "net_config"].tolist()
+        searched = rows.loc[rows["design"] == FOUND, "net_config"].tolist()
         hand_made = rows.loc[rows["method"] == HAND_MADE, "net_config"].unique().tolist()
         depths = [Architecture.parse(text).num_layers for text in searched]
         known = rows.loc[rows["method"] == RANDOM, "net_config"].tolist()
         drawn = [text for text in draw(lattice, target, 1000) if text not in known]
         groups = {
-            SEARCHED: searched,
+            FOUND: searched,
             RANDOM: (known + drawn)[:NETWORKS],
             MATCHED: draw(lattice, target, 5000, depths),
             HAND_MADE: hand_made,
@@ -108,76 +94,12 @@ def jobs(study: pd.DataFrame, table: CostTable) -> list[Job]:
     return start + again + queue[len(start) :]
 
 
-class Accuracies:
-    """Accuracy on test by epoch, as a part of a checkpoint."""
-
-    def __init__(self) -> None:
-        self.by_epoch: dict[int, float] = {}
-
-    def state_dict(self) -> dict[str, dict[int, float]]:
-        return {"by_epoch": dict(self.by_epoch)}
-
-    def load_state_dict(self, state: dict[str, dict[int, float]]) -> None:
-        self.by_epoch = dict(state["by_epoch"])
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, data: ImageData, device: torch.device) -> float:
-    net.eval()
-    hits = 0
-    for images, labels in Batches(data, "test", 500, device).epoch(0):
-        hits += int((net(images).argmax(dim=1) == labels).sum())
-    net.train()
-    return hits / len(data.test)
-
-
-def train(run: Run, data: ImageData, job: Job, recipe: RetrainRecipe) -> dict[str, object]:
-    """A row of truth.csv."""
-    with computing_on(Computing(seed=job.seed)) as device:
-        torch.manual_seed(job.seed)
-        arch = Architecture.parse(job.net_config)
-        net = arch.build(len(data.classes)).to(device).to(memory_format=torch.channels_last)
-        batches = Batches(data, ("train", "val"), recipe.batch_size, device, job.seed)
-        trainer = Trainer(net.train(), recipe, len(batches), "fp32")
-        accuracies = Accuracies()
-        moments = {round(share * recipe.epochs) for share in SHARES}
-        configuration = {
-            **job._asdict(),
-            "recipe": recipe.model_dump(mode="json"),
-            "data": data.digest,
-        }
-        parts = trainer.parts() | {"accuracies": accuracies}
-        steps = [len(batches)] * recipe.epochs
-        with resumable(run, "truth", configuration, parts, steps) as training:
-            for epoch in training.epochs():
-                for images, labels in training.batches("train", batches):
-                    training.record(trainer.step(images, labels))
-                if epoch + 1 in moments:
-                    accuracies.by_epoch[epoch + 1] = accuracy(net, data, device)
-                training.end_epoch({})
-    size, classes = data.image_size, len(data.classes)
-    row: dict[str, object] = {**job._asdict(), "epochs": recipe.epochs}
-    row |= {"layers": arch.num_layers, "blocks": len(arch.routing_blocks)}
-    row |= {"mult_adds_m": arch.mult_adds(size, classes), "params_m": arch.params(classes)}
-    row |= {f"top1_{epoch}": top1 for epoch, top1 in accuracies.by_epoch.items()}
-    row["seconds"] = sum(float(one["seconds"]) for one in training.history)
-    return row | {"revision": environment()["git"]["revision"]}
-
-
-def finished(run: Run, job: Job, epochs: int) -> bool:
-    path = run.reports / "truth.csv"
-    if not path.exists():
-        return False
-    rows = pd.read_csv(path)
-    same = (rows["net_config"] == job.net_config) & (rows["seed"] == job.seed)
-    return bool((same & (rows["epochs"] == epochs)).any())
-
-
-def keep(path: Path, lock: Path, row: dict[str, object]) -> None:
-    with locked(lock):
-        rows = pd.read_csv(path) if path.exists() else pd.DataFrame()
-        rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
-        write_text(path, rows.to_csv(index=False))
+def time_all(truth: Truth, table: CostTable) -> None:
+    """Fills latency_ms: milliseconds of one image on this machine."""
+    texts = [*truth.rows()["net_config"].unique()]
+    times = whole([Architecture.parse(text) for text in texts], table, "cpu", ROUNDS)
+    how = {"rounds": ROUNDS, "batch_size": table.conditions["batch_size"], **environment()}
+    truth.add_latency(dict(zip(texts, times, strict=True)), how)
 
 
 def main() -> None:
@@ -186,19 +108,33 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--worker", type=int, default=0, help="number of this process, from 0")
     parser.add_argument("--of", type=int, default=1, help="processes that share the networks")
+    parser.add_argument("--first", type=int, default=NETWORKS, help="networks of each kind")
+    parser.add_argument("--latency", action="store_true", help="measure latency of all rows")
     options = parser.parse_args()
     run = Run(options.run)
     data, table = load(run), read_costs(run)
+    truth = Truth(run)
+    if options.latency:
+        time_all(truth, table)
+        return
     how = {"epochs": options.epochs, "batch_size": 128, "lr": 0.1}
     recipe = override(table.space.retrain, **how)
+    conditions = Conditions.of(
+        data.digest, data.image_size, len(data.classes), recipe, Computing().precision
+    )
+    if truth.conditions is not None and not truth.serves(conditions):
+        raise SystemExit("one table holds trainings of one kind: move it away first")
     queue = jobs(pd.read_csv(run.reports / "evidence.csv"), table)
     for number, job in enumerate(queue):
-        if number % options.of != options.worker or finished(run, job, options.epochs):
+        if number % options.of != options.worker or job.number >= options.first:
             continue
+        if truth.find(job.net_config, options.epochs, job.seed):
+            continue
+        arch = Architecture.parse(job.net_config)
         place = run.part(f"truth/{options.epochs}-{number}")
-        row = train(place, data, job, recipe)
-        keep(run.reports / "truth.csv", run.work / ".truth.lock", row)
-        print(f"{number + 1} of {len(queue)}: {job.group}, {job.target:g} M, {row}", flush=True)
+        trained = train_alone(place, data, arch, recipe, Computing(seed=job.seed))
+        truth.add({**job._asdict(), **trained}, conditions)
+        print(f"{number + 1} of {len(queue)}: {job.group}, {job.target:g} M, {trained}", flush=True)
 
 
 if __name__ == "__main__":

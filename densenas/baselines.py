@@ -1,13 +1,19 @@
-"""Networks as people drew them before there was a search, of the cost that searched ones are compared at."""
+"""What a search is compared with at equal cost: networks as people drew them before there was one, and random ones."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
+from densenas.images.loading import seed_of
 from densenas.method.architecture import Architecture, Block
+from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
 from densenas.settings import WITHIN
 
+# What benchmarks/truth.py calls those that it drew as deep as the published search's networks.
+AS_DEEP = "random, as deep as searched"
+DRAWS = 50  # of 200 networks each, before random ones count as never of some depth
 # Layers of each stage; widths and strides of the stages are those of the original networks.
 DESIGNS: dict[str, dict[str, tuple[int, ...]]] = {
     "mbconv_k3_t6": {
@@ -80,3 +86,27 @@ def _drawn(
         blocks.append(Block(before, width, head, (op,) * (count - 1), stride))
         before = width
     return Architecture(tuple(blocks), space.last_dim if mobile else None)
+
+
+def draw(lattice: Lattice, target: float, n: int, *seed: object) -> list[Architecture]:
+    """Random networks within 5 % of the target, uniform over architectures; the same ones for the same `seed`."""
+    low, high = (1 - WITHIN) * target, (1 + WITHIN) * target
+    return [one.architecture for one in lattice.sample(n, seed_of(*seed), low, high)]
+
+
+@cache
+def as_deep(
+    lattice: Lattice, target: float, depth: int, known: tuple[Architecture, ...], number: int
+) -> Architecture | None:
+    """The random network of that number (from 0) among different ones with so many layers, `known` being the first.
+
+    None where so many draws give none.
+    """
+    networks = [*known]
+    for attempt in range(DRAWS):
+        if number < len(networks):
+            break
+        for arch in draw(lattice, target, 200, "depth", depth, target, attempt):
+            if arch.num_layers == depth and arch not in networks:
+                networks.append(arch)
+    return networks[number] if number < len(networks) else None

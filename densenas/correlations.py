@@ -1,86 +1,154 @@
-"""How well a score orders networks: rank correlations with their accuracy, and how sure these are."""
+"""How well a score orders networks: rank correlations with their accuracy, how sure they are, what noise allows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 RESAMPLES = 1000  # of a bootstrap
+CEILING = "noise ceiling"
+MEASURES = ("spearman", "kendall", "spearman_at_equal_cost", "kendall_at_equal_cost")
 
 
-def spearman(networks: pd.DataFrame) -> float:
-    """The correlation of the ranks of `score` and `accuracy`; nan where one of both does not vary."""
-    return networks["score"].rank().corr(networks["accuracy"].rank())
+def correlations(score: np.ndarray, accuracy: np.ndarray, target: np.ndarray) -> list[float]:
+    """`MEASURES` of how a score orders networks (n,); nan of fewer than 3, and where one of both does not vary.
+
+    Spearman's is the correlation of ranks; at equal cost of ranks among networks of the same target, each less the mean
+    of its target's. Kendall's tau-b is the share of pairs that both order alike less that of those ordered differently;
+    at equal cost, of pairs of the same target.
+    """
+    # For each pair -1, 0 or 1; a row's sum is twice a rank, less the mean one.
+    by_score = np.sign(score[:, None] - score[None, :])
+    by_accuracy = np.sign(accuracy[:, None] - accuracy[None, :])
+    same = target[:, None] == target[None, :]
+    found = []
+    for left, right in ((by_score, by_accuracy), (by_score * same, by_accuracy * same)):
+        found.append(_cosine(left.sum(axis=1), right.sum(axis=1)))
+        found.append(_cosine(left, right))
+    return found
 
 
-def spearman_at_equal_cost(networks: pd.DataFrame) -> float:
-    """The correlation of ranks among networks of the same `target`, each rank less the mean of its target's."""
-    targets = networks["target"]
-    ranks = networks.groupby(targets)[["score", "accuracy"]].rank()
-    deviations = ranks - ranks.groupby(targets).transform("mean")
-    return float(deviations.corr().iloc[0, 1])
+def _cosine(left: np.ndarray, right: np.ndarray) -> float:
+    length = float(np.sqrt((left**2).sum() * (right**2).sum()))
+    return float((left * right).sum()) / length if len(left) > 2 and length else float("nan")
 
 
-def kendall(networks: pd.DataFrame) -> float:
-    """tau-b: the pairs that score and accuracy order alike less those that they order differently, as a share."""
-    by_score = _order(networks["score"].to_numpy())
-    by_accuracy = _order(networks["accuracy"].to_numpy())
-    untied = np.abs(by_score).sum() * np.abs(by_accuracy).sum()
-    return float((by_score * by_accuracy).sum() / np.sqrt(untied)) if untied else float("nan")
+def resampled(target: np.ndarray, dice: np.random.Generator) -> np.ndarray:
+    """The numbers of networks drawn anew, as many of each target as there are."""
+    groups = [np.flatnonzero(target == one) for one in np.unique(target)]
+    return np.concatenate([dice.choice(group, len(group)) for group in groups])
 
 
-def _order(values: np.ndarray) -> np.ndarray:
-    """-1, 0 or 1 for each pair."""
-    pairs = np.triu_indices(len(values), 1)
-    return np.sign(values[:, None] - values[None, :])[pairs]
-
-
-def interval(
-    networks: pd.DataFrame, correlation: Callable[[pd.DataFrame], float], seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % interval of a correlation, by drawing the networks of each target anew (percentile bootstrap)."""
-    dice = np.random.default_rng(seed)
-    groups = list(networks.groupby("target").indices.values())
-    values = []
-    for _ in range(RESAMPLES):
-        rows = np.concatenate([dice.choice(group, len(group)) for group in groups])
-        values.append(correlation(networks.iloc[rows].reset_index(drop=True)))
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of what a bootstrap gave; nan where it gave nothing."""
     if np.isnan(values).all():
         return float("nan"), float("nan")
     low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
-def rankings(networks: pd.DataFrame, scores: list[str]) -> pd.DataFrame:
-    """A row for each score: Spearman's and Kendall's correlation over all networks and Spearman's at equal cost, each
-    with its 95 % interval (`_low`, `_high`); nan of fewer than three networks, which are always in some order.
+def rankings(networks: pd.DataFrame) -> pd.DataFrame:
+    """A row for each score: `correlations` with accuracy, over the n networks that have the score.
 
-    `networks` has a row for each network, with `target`, `accuracy` and the columns `scores`.
+    Each has its 95 % interval (`_low`, `_high`), by drawing the networks of each target anew (percentile bootstrap).
+    `networks` has a row for each network, with `target`, `accuracy` and the scores, which are all other columns.
     """
     rows = []
-    for name in scores:
-        scored = networks[["target", "accuracy"]].assign(score=networks[name])
-        row: dict[str, object] = {"score": name, "n": len(scored)}
-        for correlation in (spearman, kendall, spearman_at_equal_cost):
-            measure = correlation.__name__
-            found = [float("nan")] * 3
-            if len(scored) > 2:
-                found = [correlation(scored), *interval(scored, correlation)]
-            row[measure], row[f"{measure}_low"], row[f"{measure}_high"] = found
+    for name in networks.columns.drop(["target", "accuracy"]):
+        columns = networks[[name, "accuracy", "target"]].dropna().to_numpy(float)
+        row: dict[str, object] = {"score": name, "n": len(columns)}
+        row |= zip(MEASURES, correlations(*columns.T), strict=True)
+        dice = np.random.default_rng(0)
+        values = []
+        for _ in range(RESAMPLES):
+            values.append(correlations(*columns[resampled(columns[:, 2], dice)].T))
+        for measure, drawn in zip(MEASURES, np.array(values).T, strict=True):
+            row[f"{measure}_low"], row[f"{measure}_high"] = percentiles(drawn)
         rows.append(row)
     return pd.DataFrame(rows).set_index("score")
+
+
+def seed_noise(trainings: pd.DataFrame) -> tuple[float, int]:
+    """The variance of `top1` between trainings of the same network with other seeds, and its degrees of freedom.
+
+    nan and 0 where no network was trained twice.
+    """
+    groups = trainings.groupby("net_config")["top1"]
+    freedom = int((groups.size() - 1).sum())
+    squares = float(((trainings["top1"] - groups.transform("mean")) ** 2).sum())
+    return (squares / freedom if freedom else float("nan")), freedom
+
+
+def seed_correlation(trainings: pd.DataFrame) -> float:
+    """How two trainings of the same networks correlate: ICC(1) of those that were trained with several seeds.
+
+    nan of fewer than two such networks.
+    """
+    repeated = trainings[trainings.duplicated("net_config", keep=False)]
+    sizes = repeated.groupby("net_config").size()
+    if len(sizes) < 2:
+        return float("nan")
+    means = repeated.groupby("net_config")["top1"].mean()
+    within, _ = seed_noise(repeated)
+    squares = (sizes * (means - repeated["top1"].mean()) ** 2).sum()
+    between = squares / (len(sizes) - 1)
+    seeds = (sizes.sum() - (sizes**2).sum() / sizes.sum()) / (len(sizes) - 1)  # a mean, of sorts
+    varying = between + (seeds - 1) * within
+    return float(max(0.0, (between - within) / varying)) if varying else float("nan")
+
+
+def reliability(accuracy: np.ndarray, target: np.ndarray, noise: float) -> float:
+    """The share of the variance of accuracies among networks of the same target that is not the seeds'.
+
+    `noise` is the variance of a training. Another training of these networks would correlate by as much.
+    """
+    squares, freedom = 0.0, 0
+    for one in np.unique(target):
+        group = accuracy[target == one]
+        squares += float(((group - group.mean()) ** 2).sum())
+        freedom += len(group) - 1
+    return max(0.0, 1 - noise * freedom / squares) if squares else float("nan")
+
+
+def noise_ceiling(networks: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
+    """As a row of `rankings`, by how much even a perfect score correlates with the accuracy of one training.
+
+    That is the root of the reliability: a training is the network's worth and the noise of its seed. `networks` are
+    those that are ranked, `trainings` tell the noise (`seed_noise`); the bootstrap draws both anew.
+    """
+    accuracy, target = networks[["accuracy", "target"]].to_numpy(float).T
+    repeated = trainings[trainings.duplicated("net_config", keep=False)]
+    groups = [rows["top1"].to_numpy() for _, rows in repeated.groupby("net_config")]
+    row: dict[str, object] = {"score": CEILING, "n": len(networks)}
+    if groups:
+        squares = np.array([((group - group.mean()) ** 2).sum() for group in groups])
+        freedom = np.array([len(group) - 1 for group in groups])
+        dice = np.random.default_rng(0)
+        for measure in ("spearman", "spearman_at_equal_cost"):
+            kinds = np.zeros(len(target)) if measure == "spearman" else target
+            noise = squares.sum() / freedom.sum()
+            row[measure] = reliability(accuracy, kinds, noise) ** 0.5
+            values = []
+            for _ in range(RESAMPLES):
+                some, rows = dice.integers(0, len(groups), len(groups)), resampled(target, dice)
+                noise = squares[some].sum() / freedom[some].sum()
+                values.append(reliability(accuracy[rows], kinds[rows], noise) ** 0.5)
+            row[f"{measure}_low"], row[f"{measure}_high"] = percentiles(np.array(values))
+    return pd.DataFrame([row]).set_index("score")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """What `rankings` gave as text: each correlation with its interval in brackets."""
     shown = table[["n"]].copy()
-    for measure in ("spearman", "kendall", "spearman_at_equal_cost"):
-        columns = table[[measure, f"{measure}_low", f"{measure}_high"]]
+    for measure in MEASURES:
+        if measure not in table:
+            continue
         cells = []
-        for value, low, high in columns.itertuples(index=False):
+        for value, low, high in zip(
+            table[measure], table[f"{measure}_low"], table[f"{measure}_high"], strict=True
+        ):
             known = f"{value:.2f} ({low:.2f} to {high:.2f})"
             cells.append("none" if pd.isna(value) else known)
         shown[measure.replace("_", " ").capitalize()] = cells

@@ -16,51 +16,44 @@ import pandas as pd
 from tqdm import tqdm
 
 from densenas import own
-from densenas.baselines import designs, hand_made
-from densenas.correlations import rankings
+from densenas.baselines import AS_DEEP, as_deep, designs, draw, hand_made
 from densenas.costs import RECIPES, priced_space, read_costs
 from densenas.files import read_json, write_text
 from densenas.images.data import ImageData, load
-from densenas.images.loading import seed_of
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
+from densenas.method.supernet import SuperNet
+from densenas.orders import ranked
 from densenas.outcome import Search, load_search
-from densenas.ranking import PathOf, synaptic_flow
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.progress import progress, quiet
 from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import WITHIN, Computing, RunConfig, StudySettings
-from densenas.train import evaluate, retrain
+from densenas.train import train_alone
 from densenas.training.checkpoint import digest
 from densenas.training.processes import exiting
-from densenas.verdict import HAND_MADE, METHODS, RANDOM, SEARCHED, Result, summary
+from densenas.truth import DESCRIPTION, Conditions, Truth, by_epoch
+from densenas.verdict import (
+    HAND_MADE,
+    MATCHED,
+    RANDOM,
+    SEARCHED,
+    Job,
+    Result,
+    as_records,
+    summary,
+    trainings,
+)
 
 
-class Job(NamedTuple):
-    """One network to train: the search's with seed `number`, or the random or hand-made one of that number."""
-
-    method: str
-    target: float  # million Mult-Adds
-    number: int
-
-    @classmethod
-    def parse(cls, name: str) -> Job:
-        method, target, number = name.rsplit("_", 2)
-        return cls(method, float(target), int(number))
-
-    def __str__(self) -> str:
-        return f"{self.method}_{self.target:g}_{self.number}"
-
-
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """What a job trains."""
 
-    design: str  # DenseNAS, random, or the name of a hand-made design
-    architecture: Architecture | None  # None: no width of the design costs the target
+    design: str  # the way of searching, random, or the name of a hand-made design
+    architecture: Architecture | None  # None: there is none at the target
     seed: int  # of the training
     search_seconds: float | None = None
 
@@ -69,9 +62,11 @@ class Network:
 class Study:
     """A comparison at equal cost on a run's data and space, as its settings have it.
 
-    For each target there are so many searches, random networks within 5 % of the target, uniform over architectures,
-    and the hand-made ones. Each step keeps its result in runs/<run>/evidence/, goes on from its own checkpoint after a
-    kill, and depends on nothing but its job. Raises ValueError with one sentence where there can be no such study.
+    For each target there are so many searches of each way, random networks within 5 % of the target, uniform over
+    architectures, as many as deep as what each way found, and the hand-made ones. All are trained alike, with seed 0
+    but for the other trainings of a hand-made one. Each step keeps its result in runs/<run>/evidence/, goes on from its
+    own checkpoint after a kill, and depends on its job's `searches` alone. What the run's `truth` knows is not trained
+    again, what it does not know is added. Raises ValueError with one sentence where there can be no such study.
     """
 
     run: Run
@@ -84,18 +79,26 @@ class Study:
         """
         named = self.settings.space
         space = self.table.space if named is None else SearchSpace.load(named)
-        counts = {
-            SEARCHED: self.settings.seeds,
-            RANDOM: self.settings.networks,
-            HAND_MADE: len(designs(space)) * self.settings.seeds,
-        }
+        ways = [*self.settings.searches]
+        kinds = [(SEARCHED, way, self.settings.seeds) for way in ways]
+        kinds += [(MATCHED, way, self.settings.networks) for way in ways]
+        kinds.append((RANDOM, "", self.settings.networks))
+        kinds.append((HAND_MADE, "", len(designs(space)) * self.settings.seeds))
         jobs = []
         for target in self.settings.targets:
-            for method in METHODS:
-                for number in range(counts[method]):
+            for method, way, count in kinds:
+                for number in range(count):
                     # The target as the job's name has it, however many digits were written.
-                    jobs.append(Job.parse(str(Job(method, target, number))))
+                    jobs.append(Job.parse(str(Job(method, target, number, way))))
         return jobs
+
+    def searches(self, job: Job) -> list[Job]:
+        """The searches that must be done before the job's network is known."""
+        if job.method == SEARCHED:
+            return [job]
+        if job.method != MATCHED:
+            return []
+        return [job._replace(method=SEARCHED, number=seed) for seed in range(self.settings.seeds)]
 
     def folder(self, job: Job) -> Run:
         """Where a job keeps its checkpoints and its result."""
@@ -108,8 +111,9 @@ class Study:
             for job in missing:
                 bar.set_postfix_str(str(job), refresh=False)
                 with quiet():
-                    if job.method == SEARCHED and self._found(job) is None:
-                        self.run_search(job)
+                    for wanted in self.searches(job):
+                        if self._found(wanted) is None:
+                            self.run_search(wanted)
                     self.run_training(job)
                 bar.update()
         parameters = self.settings.model_dump(mode="json")
@@ -118,14 +122,18 @@ class Study:
         return self.results()
 
     def results(self) -> pd.DataFrame:
-        """A `Result` for each job that is done and not left out."""
+        """A `Result` for each job that is done and not left out, with its accuracies by epoch."""
         rows = []
-        for job in self.jobs():
-            result = self._result(job)
+        for result in map(self._result, self.jobs()):
             if result is not None and "left_out" not in result:
                 del result["settings"]
                 rows.append(result)
         return pd.DataFrame(rows)
+
+    def left_out(self) -> list[str]:
+        """In words, which networks are not compared at which target."""
+        found = [self._result(job) or {} for job in self.jobs()]
+        return sorted({result["left_out"] for result in found if "left_out" in result})
 
     # What is compared.
 
@@ -146,26 +154,33 @@ class Study:
     def _lattice(self) -> Lattice:
         return Lattice(self.table)
 
+    @cached_property
+    def truth(self) -> Truth | None:
+        """The run's table of trainings, where it is of these images and this recipe."""
+        truth = Truth(self.run)
+        return truth if truth.serves(self._conditions) else None
+
+    @property
+    def _conditions(self) -> Conditions:
+        images = self.data.digest, self.data.image_size, len(self.data.classes)
+        return Conditions.of(*images, self.retrain_recipe, self.settings.precision)
+
     def random(self, job: Job) -> Architecture:
-        """A random network, the same in every process and whatever else is compared."""
-        low = (1 - WITHIN) * job.target
-        high = (1 + WITHIN) * job.target
-        (candidate,) = self._lattice.sample(1, seed_of(str(job)), low, high)
-        return candidate.architecture
+        """A random network, the same in every process and whatever else is compared: the table's, or drawn."""
+        known = self.truth.networks(RANDOM, job.target) if self.truth else {}
+        if job.number in known:
+            return Architecture.parse(known[job.number])
+        return draw(self._lattice, job.target, 1, str(job))[0]
 
-    def hand_made(self, target: float) -> dict[str, Architecture]:
-        """The hand-made designs that some width brings to the target."""
-        return hand_made(self.table.space, target, self.data.image_size, len(self.data.classes))
-
-    def left_out(self) -> str:
-        """In words, which hand-made designs are not compared at which target; empty where all are."""
-        sentences = []
-        for target in self.settings.targets:
-            affordable = self.hand_made(target)
-            for design in designs(self.table.space):
-                if design not in affordable:
-                    sentences.append(_left_out(design, target))
-        return " ".join(sentences)
+    def matched(self, job: Job) -> Architecture | None:
+        """A random network as deep as what its way found, each of the searches in turn; None where none is drawn."""
+        found = [self.network(one).architecture for one in self.searches(job)]
+        depths = [arch.num_layers for arch in found if arch is not None]
+        depth = depths[job.number % len(depths)]
+        taken = [depths[number % len(depths)] for number in range(job.number)].count(depth)
+        known = self.truth.networks(AS_DEEP, job.target).values() if self.truth else ()
+        deep = [arch for arch in map(Architecture.parse, known) if arch.num_layers == depth]
+        return as_deep(self._lattice, job.target, depth, tuple(deep), taken)
 
     def network(self, job: Job) -> Network:
         """The network of a job; FileNotFoundError or ValueError where its search is not done, or of other settings."""
@@ -175,19 +190,23 @@ class Study:
             if found is None:
                 raise ValueError(f"{path} does not serve: run the search of {job} again")
             arch = Architecture.parse(found["net_config"])
-            return Network(SEARCHED, arch, job.number, found["seconds"])
+            return Network(job.way, arch, 0, found["seconds"])
+        if job.method == MATCHED:
+            return Network(f"random, as deep as {job.way}", self.matched(job), 0)
         if job.method == RANDOM:
-            return Network(RANDOM, self.random(job), job.number)
-        family = designs(self.table.space)
+            return Network(RANDOM, self.random(job), 0)
+        space, classes = self.table.space, len(self.data.classes)
+        family = designs(space)
         design = family[job.number % len(family)]
-        return Network(design, self.hand_made(job.target).get(design), job.number // len(family))
+        drawn = hand_made(space, job.target, self.data.image_size, classes)
+        return Network(design, drawn.get(design), job.number // len(family))
 
     # The two steps of a job.
 
-    @cached_property
-    def search_recipe(self) -> SearchRecipe:
+    def search_recipe(self, way: str) -> SearchRecipe:
         space = priced_space(self.table, self.settings.space)
-        return override(space.search, **(self.settings.search or {}))
+        changed = {**(self.settings.search or {}), **self.settings.searches[way]}
+        return override(space.search, **changed)
 
     @cached_property
     def retrain_recipe(self) -> RetrainRecipe:
@@ -209,42 +228,53 @@ class Study:
 
     def _search(self, job: Job) -> Search:
         """The search of a job, gone on with or, where it is done, read."""
-        how = self._computing(job.number)
-        return search(self.folder(job), self.data, self.table, self.search_recipe, job.target, how)
+        how, recipe = self._computing(job.number), self.search_recipe(job.way)
+        return search(self.folder(job), self.data, self.table, recipe, job.target, how)
 
     def run_training(self, job: Job) -> None:
-        """Trains a network from scratch on train and val, tests it once, and keeps the result."""
+        """Trains a network from scratch on train and val, unless the table knows it, and keeps what test says."""
         network = self.network(job)
         result: dict[str, Any] = {"settings": self._training_settings(network)}
         if network.architecture is None:
-            result["left_out"] = _left_out(network.design, job.target)
+            result["left_out"] = _left_out(job, network)
             tqdm.write(result["left_out"])
         else:
-            result |= asdict(self._train(job, network, network.architecture))
+            row = self._trained_already(network) or self._train(job, network, network.architecture)
+            result |= self._described(job, network, row)
         write_text(self._trained(job), json.dumps(result, indent=1))
 
-    def _train(self, job: Job, network: Network, arch: Architecture) -> Result:
+    def _trained_already(self, network: Network) -> dict[str, Any] | None:
+        if self.truth is None:
+            return None
+        epochs = self.retrain_recipe.epochs
+        return self.truth.find(str(network.architecture), epochs, network.seed)
+
+    def _train(self, job: Job, network: Network, arch: Architecture) -> dict[str, Any]:
+        """A row of truth, which is added where the run has such a table."""
         how = self._computing(network.seed)
-        net, history = retrain(self.folder(job), self.data, arch, self.retrain_recipe, how)
-        test = evaluate(net, self.data, device=self.settings.device)
-        classes = len(self.data.classes)
-        return Result(
+        recipe = self.retrain_recipe
+        group = HAND_MADE if job.method == HAND_MADE else network.design
+        row: dict[str, Any] = {"group": group, "target": job.target, "number": job.number}
+        row |= train_alone(self.folder(job), self.data, arch, recipe, how)
+        if self.truth:
+            self.truth.add(row, self._conditions)
+        return row
+
+    def _described(self, job: Job, network: Network, row: dict[str, Any]) -> dict[str, Any]:
+        accuracies = by_epoch(row)
+        result = Result(
             method=job.method,
+            way=job.way,
             target=job.target,
             number=job.number,
             design=network.design,
-            seed=network.seed,
-            top1=test["top1"],
-            loss=test["loss"],
-            images=test["images"],
-            mult_adds_m=arch.mult_adds(self.data.image_size, classes),
-            params_m=arch.params(classes),
-            blocks=len(arch.routing_blocks),
-            layers=arch.num_layers,
+            top1=accuracies[row["epochs"]],
+            images=len(self.data.test),
             search_seconds=network.search_seconds,
-            train_seconds=sum(row["seconds"] for row in history),
-            net_config=str(arch),
+            train_seconds=row["seconds"],
+            **{name: row[name] for name in DESCRIPTION},
         )
+        return asdict(result) | {f"top1_{epoch}": top1 for epoch, top1 in accuracies.items()}
 
     # What the steps have kept, each with a digest of all that decides it.
 
@@ -256,10 +286,10 @@ class Study:
 
     def _search_settings(self, job: Job) -> str:
         costs = [self.table.nested(), self.table.space.model_dump(exclude={*RECIPES})]
-        recipe = self.search_recipe.model_dump()
-        precision = self.settings.precision
-        decisive = [costs, recipe, job.target, job.number, precision, self.data.digest]
-        return digest(decisive + _code([*self.table.space.own_ops, self.search_recipe.loss]))
+        recipe = self.search_recipe(job.way)
+        decisive: list[Any] = [costs, recipe.model_dump(), job.target, job.number]
+        decisive += [self.settings.precision, self.data.digest]
+        return digest(decisive + _code([*self.table.space.own_ops, recipe.loss]))
 
     def _training_settings(self, network: Network) -> str:
         arch = str(network.architecture)
@@ -277,61 +307,40 @@ class Study:
         path = self._trained(job)
         if not path.exists():
             return None
-        if job.method == SEARCHED and self._found(job) is None:
-            return None
+        for wanted in self.searches(job):
+            if self._found(wanted) is None:
+                return None
         return _kept(path, self._training_settings(self.network(job)))
 
-    # Whether the supernet ranks networks as training does.
+    # What is said of all of them.
 
-    def ranking(self, results: pd.DataFrame) -> pd.DataFrame:
-        """The trained random networks by `one_shot`, the accuracy on val of their path in the supernet of the middle
-        target's first search, and `retrained`, the accuracy on test after training alone.
-        """
-        targets = sorted(self.settings.targets)
-        job = Job(SEARCHED, targets[len(targets) // 2], 0)
-        try:
-            net = load_search(self.folder(job), self.table, len(self.data.classes)).net
-        except ValueError:  # its checkpoint is damaged or of other costs
-            net = self._search(job).net
-        drawn = results[results["method"] == RANDOM]
-        shares = []
-        with quiet():
-            for text in drawn["net_config"]:
-                path = PathOf(net, Architecture.parse(text))
-                shares.append(evaluate(path, self.data, "val", device=self.settings.device)["top1"])
-        return pd.DataFrame(
-            {"target": drawn["target"], "one_shot": shares, "retrained": drawn["top1"]}
-        )
+    def supernets(self) -> dict[str, SuperNet]:
+        """For each way the supernet of its first search for the middle target."""
+        targets, nets = sorted(self.settings.targets), {}
+        for way in self.settings.searches:
+            job = Job.parse(str(Job(SEARCHED, targets[len(targets) // 2], 0, way)))
+            try:
+                nets[way] = load_search(self.folder(job), self.table, len(self.data.classes)).net
+            except ValueError:  # its checkpoint is damaged or of other costs
+                nets[way] = self._search(job).net
+        return nets
 
-    def rankings(self, results: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
-        """How well the supernet orders the random networks, beside scores that need no search (see `rankings`)."""
-        drawn = results[results["method"] == RANDOM]
-        size, classes = self.data.image_size, len(self.data.classes)
-        flows = [
-            synaptic_flow(Architecture.parse(text), size, classes) for text in drawn["net_config"]
-        ]
-        scores: dict[str, Any] = {
-            "path in the supernet": ranking["one_shot"].to_numpy(),
-            "layers": drawn["layers"].to_numpy(),
-            "Mult-Adds": drawn["mult_adds_m"].to_numpy(),
-            "parameters": drawn["params_m"].to_numpy(),
-            "synaptic flow": flows,
-        }
-        networks = pd.DataFrame(scores)
-        networks["target"] = drawn["target"].to_numpy()
-        networks["accuracy"] = drawn["top1"].to_numpy()
-        return rankings(networks, [*scores])
+    def ranked(self, results: pd.DataFrame) -> pd.DataFrame:
+        """The random networks with their accuracy and all that may order them (see `orders.ranked`)."""
+        rows = self.truth.rows() if self.truth else None
+        return ranked(self.supernets(), results, self.data, self.settings.device, rows)
+
+    def trainings(self, results: pd.DataFrame) -> pd.DataFrame:
+        """Those of `results` and all others that the table knows (see `verdict.trainings`)."""
+        return trainings(results, self.truth.rows() if self.truth else None)
 
     def record(self, results: pd.DataFrame, ranking: pd.DataFrame, orders: pd.DataFrame) -> None:
-        """Keeps `results` and `ranking` in the run's reports, with what they and the `rankings` say."""
+        """Keeps `results` and what was `ranked` in the run's reports, with what they and the `rankings` say."""
         write_text(self.run.reports / "evidence.csv", results.to_csv(index=False))
         write_text(self.run.reports / "ranking.csv", ranking.to_csv(index=False))
-        found = summary(results, ranking) | {"left_out": self.left_out()}
+        found = summary(results, self.trainings(results), orders, self.left_out())
         self.run.update_json("metrics.json", "evidence", found)
-        kept = json.loads(
-            orders.reset_index().to_json(orient="records")
-        )  # null where there is none
-        self.run.update_json("metrics.json", "rankings", kept)
+        self.run.update_json("metrics.json", "rankings", as_records(orders.reset_index()))
 
 
 def _code(names: list[str | None]) -> list[dict[str, str]]:
@@ -340,9 +349,11 @@ def _code(names: list[str | None]) -> list[dict[str, str]]:
     return [codes] if codes else []
 
 
-def _left_out(design: str, target: float) -> str:
+def _left_out(job: Job, network: Network) -> str:
     why = f"no width of it costs that within {WITHIN:.0%}"
-    return f"{design} is left out at {target:g} M Mult-Adds: {why}."
+    if job.method == MATCHED:
+        why = "no network of that depth is among so many random ones"
+    return f"{network.design} is left out at {job.target:g} M Mult-Adds: {why}."
 
 
 def _kept(path: Path, settings: str) -> dict[str, Any] | None:

@@ -129,6 +129,10 @@ def _recipes(config: RunConfig, space: SearchSpace) -> tuple[SearchRecipe, Retra
     """Those of search and retraining; ValueError where a recipe cannot be overridden so."""
     with naming("search"):
         search = override(space.search, **config.search.overrides())
+    ways = config.evidence.searches if config.evidence else {}
+    for way, changed in ways.items():
+        with naming(f"evidence.searches.{way}"):
+            override(search, **changed)
     with naming("retrain"):
         retrain = override(space.retrain, **config.retrain.overrides())
     return search, retrain

@@ -261,7 +261,7 @@ def write_study(run: Run) -> str:
     )
     write_text(run.reports / "evidence.html", page)
     quote = TEMPLATES.get_template("study.md.j2").render(
-        metrics, run=run.name, provenance=provenance
+        metrics, run=run.name, provenance=provenance, ways=[*provenance["parameters"]["searches"]]
     )
     readme = root() / "README.md"
     if readme.is_file():  # not where DENSENAS_ROOT keeps runs apart

@@ -7,6 +7,7 @@ one model a stage. Each is complete: a stage asks for nothing else.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -73,6 +74,15 @@ def _as_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(map(float, names))  # as folders are called, however many digits were written
 
 
+def _as_searches(searches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for name in searches:
+        taken = name in ("random", "hand-made") or name.startswith("matched")
+        if taken or not re.fullmatch(r"[A-Za-z][\w.+-]{0,40}", name):
+            expected = "a word of letters, digits, '_', '.', '+', '-' that names no other network"
+            raise ValueError(f"a way of searching is called {name!r}, expected {expected}")
+    return searches
+
+
 Dataset = Literal["digits", "cifar10", "fashion_mnist", "imagenette", "folder"]
 Augment = Literal["weak", "random_sized", "rand_scale"]  # the published training transforms
 Precision = Literal["fp32", "tf32", "bf16"]  # bf16: autocast; tf32: on CUDA
@@ -93,6 +103,8 @@ Budgets = Annotated[
     AfterValidator(_as_budgets),
 ]
 Overrides = dict[str, Any]  # fields of a recipe, checked by `recipes.override` against the space's
+# Recipes by the names of ways of searching, which become parts of file names.
+Searches = Annotated[dict[str, Overrides], Field(min_length=1), AfterValidator(_as_searches)]
 
 
 class Settings(Strict):
@@ -232,13 +244,19 @@ class EvaluateSettings(Settings):
 
 
 class StudySettings(Settings):
-    """09: searched, random and hand-made networks of equal cost."""
+    """09: searched, random and hand-made networks of equal cost, trained alone.
+
+    Where the run has a table of such trainings (`truth`) of the same images and recipe, it is used.
+    """
 
     space: str | None = None  # preset or YAML file, for its recipes; None: the one that was priced
     targets: Targets  # millions of Mult-Adds
-    # Searches for each target, and trainings of each hand-made network.
+    # Searches of each way for each target, and trainings of each hand-made network.
     seeds: int = Field(3, ge=1, le=1000)
-    networks: int = Field(8, ge=2, le=1000)  # random networks for each target
+    # Random networks for each target: so many of any depth, and for each way so many of the searched ones' depths.
+    networks: int = Field(8, ge=2, le=1000)
+    # Ways of searching: what in the recipe makes each of them.
+    searches: Searches = Field(default_factory=lambda: {"DenseNAS": {}}, validate_default=True)
     search: Overrides | None = None  # fields of the recipe of every search
     retrain: Overrides | None = None  # and of every training
     precision: Precision = "fp32"

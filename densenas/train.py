@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ from densenas.networks import (
 )
 from densenas.ranks import rank_and_world
 from densenas.recipes import RetrainRecipe, override
-from densenas.runs.progress import progress
+from densenas.runs.progress import progress, quiet
+from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.settings import Computing, EvaluateSettings, Precision, RetrainSettings
 from densenas.training.checkpoint import Part, Row
 from densenas.training.device import computing_on
 from densenas.training.engine import alone, resumable
 from densenas.training.steps import check_batches, check_loss, cosine, descend, fused_sgd, loss_of
+from densenas.truth import looks
 
 
 def retrain(
@@ -47,11 +50,13 @@ def retrain(
     model: str | Architecture,
     recipe: RetrainRecipe,
     how: Computing = Computing(),
+    looks: Collection[int] = (),
 ) -> tuple[nn.Module, list[Row]]:
     """Trains `model` (see `network`) from scratch on all training images; returns it with one history row an epoch.
 
-    A killed training goes on when called again (`resumable`). The test split is looked at once, by `evaluate`. Raises
-    ValueError with one sentence where there can be no such training, see `check_retraining`.
+    A killed training goes on when called again (`resumable`). The test split is looked at once, by `evaluate`, unless
+    `looks` are given: behind these epochs, from 1, its accuracy is `test_top1` of their rows, and decides nothing.
+    Raises ValueError with one sentence where there can be no such training, see `check_retraining`.
     """
     model = str(model)
     with computing_on(how) as device:
@@ -71,12 +76,19 @@ def retrain(
         }
         if code := _codes(model, net, recipe):
             configuration["code"] = code
+        if looks:
+            configuration["looks"] = [*looks]
         steps = [len(batches)] * recipe.epochs
         with resumable(run, "retrain", configuration, trainer.parts(), steps) as training:
-            for _ in training.epochs():
+            for epoch in training.epochs():
                 for images, labels in training.batches("train", batches):
                     training.record(trainer.step(images, labels))
-                training.end_epoch({"lr": trainer.schedule.get_last_lr()[0]})
+                row: Row = {"lr": trainer.schedule.get_last_lr()[0]}
+                if epoch + 1 in looks:
+                    with quiet():
+                        row["test_top1"] = evaluate(net, data, device=how.device)["top1"]
+                    net.train()
+                training.end_epoch(row)
     return net, training.history
 
 
@@ -86,6 +98,26 @@ def _codes(model: str, net: nn.Module, recipe: RetrainRecipe) -> dict[str, str]:
     if is_code(model):
         return codes | {model: code_digest(model, net)}
     return codes | own.codes(own_code(model))
+
+
+def train_alone(
+    run: Run, data: ImageData, arch: Architecture, recipe: RetrainRecipe, how: Computing
+) -> dict[str, Any]:
+    """`retrain`, and what a row of `truth.Truth` says of that."""
+    moments, classes = looks(recipe.epochs), len(data.classes)
+    _, history = retrain(run, data, arch, recipe, how, moments)
+    row: dict[str, Any] = {
+        "seed": how.seed,
+        "net_config": str(arch),
+        "epochs": recipe.epochs,
+        "layers": arch.num_layers,
+        "blocks": len(arch.routing_blocks),
+        "mult_adds_m": arch.mult_adds(data.image_size, classes),
+        "params_m": arch.params(classes),
+    }
+    row |= {f"top1_{epoch}": round(history[epoch - 1]["test_top1"], 6) for epoch in moments}
+    row["seconds"] = sum(float(one["seconds"]) for one in history)
+    return row | {"revision": environment()["git"]["revision"]}
 
 
 class Trainer:

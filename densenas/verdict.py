@@ -1,31 +1,63 @@
-"""What a study says: its results in a table, in a sentence, and what a reader should know beside it."""
+"""What a study says: its results in tables, in prose, and what a reader should know beside it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from densenas.correlations import spearman, spearman_at_equal_cost
+from densenas.correlations import CEILING, RESAMPLES, reliability, seed_correlation, seed_noise
+from densenas.truth import by_epoch
 
-SEARCHED = "DenseNAS"
+SEARCHED = "searched"
+MATCHED = "matched"  # random ones with as many layers as the searched ones
 RANDOM = "random"
 HAND_MADE = "hand-made"
-METHODS = (SEARCHED, RANDOM, HAND_MADE)
+METHODS = (SEARCHED, MATCHED, RANDOM, HAND_MADE)
+POINTS = 1.0  # of accuracy, by which a search that is worth it is ahead
+
+
+class Job(NamedTuple):
+    """One network to train, the `number`-th of its method for a target; a searched one is of the search with that seed.
+
+    Its name is that of its folder: DenseNAS_0.6_0 is of the way of searching called DenseNAS, matched-DenseNAS_0.6_0 a
+    random network as deep as what that way found.
+    """
+
+    method: str
+    target: float  # million Mult-Adds
+    number: int
+    way: str = ""  # of searching
+
+    @classmethod
+    def parse(cls, name: str) -> Job:
+        group, target, number = name.rsplit("_", 2)
+        if group in (RANDOM, HAND_MADE):
+            return cls(group, float(target), int(number))
+        way = group.removeprefix(f"{MATCHED}-")
+        return cls(SEARCHED if way == group else MATCHED, float(target), int(number), way)
+
+    def __str__(self) -> str:
+        groups = {SEARCHED: self.way, MATCHED: f"{MATCHED}-{self.way}"}
+        return f"{groups.get(self.method, self.method)}_{self.target:g}_{self.number}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trained network: a row of a study's results, whose columns these are."""
+    """A trained network: a row of a study's results, whose columns these are, and `top1_<epoch>` (see `by_epoch`)."""
 
     method: str  # one of METHODS
+    way: str  # of searching; empty where no search has to do with it
     target: float  # million Mult-Adds
-    number: int  # of the network, among those of its method and target
-    design: str  # the method, or the name of the hand-made design
-    seed: int  # of the training, and of the search before it
+    number: int  # of the network, among those of its method, way and target
+    design: str  # what it is called in tables: the way, a kind of random, or the name of the hand-made design
+    seed: int  # of the training
+    epochs: int
     top1: float  # share of the test images
-    loss: float  # mean cross-entropy on test
     images: int  # of test
     mult_adds_m: float  # millions
     params_m: float  # millions
@@ -36,92 +68,292 @@ class Result:
     net_config: str
 
 
-def compared(results: pd.DataFrame) -> pd.DataFrame:
-    """Per target and design: n, mean Mult-Adds (millions), and mean, standard deviation and best of top-1 (%)."""
-    percent = results.assign(top1=100 * results["top1"])
-    return percent.groupby(["target", "design"]).agg(
+class Lead(NamedTuple):
+    """By how many points of accuracy one mean is above another, with its 95 % interval; nan where there is none."""
+
+    points: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{self.points:+.1f}"
+        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+class Mean(NamedTuple):
+    """Of an accuracy in percent, with the variance of this mean and the degrees of freedom behind that."""
+
+    value: float
+    variance: float
+    freedom: float
+
+    def above(self, other: Mean) -> Lead:
+        """Welch's interval of a difference."""
+        points = self.value - other.value
+        variances = np.array([self.variance, other.variance])
+        variance = variances.sum()
+        if not variance > 0:
+            return Lead(points, np.nan, np.nan)
+        freedom = variance**2 / (variances**2 / np.array([self.freedom, other.freedom])).sum()
+        half = student(freedom) * variance**0.5
+        return Lead(points, points - half, points + half)
+
+
+def student(freedom: float) -> float:
+    """Within how many standard errors of 0 lies 95 % of Student's t, of so many degrees of freedom."""
+    angle = np.linspace(0, np.pi / 2, 4001)[:-1]  # t is its tangent, so that the tail is short
+    mass = np.cumsum(
+        (1 + np.tan(angle) ** 2 / freedom) ** (-(freedom + 1) / 2) / np.cos(angle) ** 2
+    )
+    return float(np.tan(np.interp(0.95, mass / mass[-1], angle)))
+
+
+def mean_of(rows: pd.DataFrame, noise: tuple[float, int]) -> Mean:
+    """The mean accuracy of networks (%); of one network alone what is known of the noise of a seed is its spread."""
+    top1 = 100 * rows["top1"]
+    if rows["net_config"].nunique() > 1:
+        return Mean(top1.mean(), top1.var() / len(top1), len(top1) - 1)
+    variance, freedom = noise
+    return Mean(top1.mean(), 1e4 * variance / len(top1), freedom)
+
+
+def distinct(results: pd.DataFrame) -> pd.DataFrame:
+    """Each training of a design once: two searches that found the same network tell no more than one."""
+    return results.drop_duplicates(["target", "design", "net_config", "seed"])
+
+
+def compared(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
+    """Per target and design: n networks or trainings, mean Mult-Adds (millions) and layers, mean top-1 (%) with its
+    95 % interval, best and standard deviation of top-1, mean seconds of a search and median ones of a training.
+    """
+    noise = seed_noise(trainings)
+    seconds = results.groupby(["target", "design"])["search_seconds"].mean()
+    percent = distinct(results).assign(top1=lambda rows: 100 * rows["top1"])
+    groups = percent.groupby(["target", "design"])
+    table = groups.agg(
         n=("top1", "size"),
         mult_adds_m=("mult_adds_m", "mean"),
+        layers=("layers", "mean"),
         mean=("top1", "mean"),
         std=("top1", "std"),
         best=("top1", "max"),
+        train_seconds=("train_seconds", "median"),
     )
+    for key, rows in distinct(results).groupby(["target", "design"]):
+        found = mean_of(rows, noise).above(Mean(0.0, 0.0, 1.0))
+        table.loc[key, ["low", "high"]] = found.low, found.high
+    return table.assign(search_seconds=seconds.astype(float))
 
 
-def verdict(results: pd.DataFrame) -> str:
-    """In one sentence, by how many points of accuracy the searched networks beat the others at each target."""
-    sentences = []
-    for target, table in compared(results).groupby(level="target"):
-        designs = table.droplevel("target")
-        searched = designs.loc[SEARCHED]
-        random = designs.loc[RANDOM]
-        hand_made = designs["mean"].drop([SEARCHED, RANDOM])
-        sentence = (
-            f"at {target:g} M Mult-Adds the mean of {searched['n']:.0f} searches"
-            f" is {searched['mean'] - random['mean']:+.1f} points"
-            f" from the mean of {random['n']:.0f} random networks,"
-            f" {searched['mean'] - random['best']:+.1f} from the best of them"
-        )
-        if hand_made.empty:
-            sentence += " (no hand-made design costs that)"
-        else:
-            sentence += f" and {searched['mean'] - hand_made.max():+.1f} from "
-            if len(hand_made) > 1:
-                sentence += "the better hand-made design"
-            else:
-                sentence += f"the only hand-made design, {hand_made.index[0]}"
-        sentences.append(sentence)
-    return ";\n".join(sentences) + "."
+def random_search(networks: pd.DataFrame, seconds: float, noise: float) -> pd.DataFrame:
+    """What random search reaches in so many seconds before its network is trained to the end, as a search does.
+
+    `networks` are different random ones of one target. A row for each epoch after which it may choose: how many
+    networks the seconds train until then, beside the one that goes on, and the expected final accuracy (%) of the best
+    of so many drawn from `networks`. With the last epoch it has trained all to the end and chosen by the very accuracy
+    that counts, of which a new training would confirm only what is not the seed's (`noise` is the variance of a seed).
+    """
+    final = networks["top1"].to_numpy(float)
+    epochs = int(networks["epochs"].iloc[0])
+    seconds_an_epoch = networks["train_seconds"].median() / epochs
+    rows = []
+    for epoch in by_epoch(networks.iloc[0].to_dict()):
+        seen = networks[f"top1_{epoch}"].to_numpy(float)
+        n = 1 + int(seconds / (seconds_an_epoch * epoch))
+        top1 = _best_of(n, seen, final, noise if epoch == epochs else 0.0)
+        rows.append({"epoch": epoch, "n": n, "top1": 100 * top1})
+    return pd.DataFrame(rows, columns=["epoch", "n", "top1"])
+
+
+def _best_of(n: int, seen: np.ndarray, final: np.ndarray, noise: float) -> float:
+    """The expected `final` of the best by `seen` of n networks drawn with replacement.
+
+    Of its lead over the mean only what is not `noise` is counted, which is the variance that both have in common.
+    """
+    ranks = np.arange(len(seen) + 1) / len(seen)
+    # The best of n draws is among the k worst with probability (k / all)^n.
+    expected = float((np.diff(ranks**n) * final[np.argsort(seen, kind="stable")]).sum())
+    share = reliability(final, np.zeros(len(final)), noise) if noise > 0 else 1.0
+    return float(final.mean() + share * (expected - final.mean()))
+
+
+def at_equal_seconds(networks: pd.DataFrame, seconds: float, noise: float) -> Mean | None:
+    """The best that `random_search` can do, choosing behind the epoch that serves it best, which flatters it."""
+    found = random_search(networks, seconds, noise)
+    if found.empty:
+        return None
+    best = found.loc[found["top1"].idxmax()]
+    columns = networks[[f"top1_{best['epoch']:.0f}", "top1"]].to_numpy(float)
+    seen, final = columns.T
+    common = noise if best["epoch"] == networks["epochs"].iloc[0] else 0.0
+    dice = np.random.default_rng(0)
+    drawn = []
+    for _ in range(RESAMPLES):
+        rows = dice.integers(0, len(networks), len(networks))
+        drawn.append(100 * _best_of(int(best["n"]), seen[rows], final[rows], common))
+    return Mean(best["top1"], float(np.var(drawn)), len(networks) - 1)
+
+
+def leads(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
+    """Per target, way and rival how many points the searched networks are ahead, with the 95 % interval of that.
+
+    Rivals are the random networks of their depths (`matched`), all random ones, the best hand-made design, and random
+    search that has as many seconds. `trainings` are all of as many epochs that are known, and tell the noise of a seed.
+    """
+    noise = seed_noise(trainings)
+    rows = []
+    found = distinct(results[results["method"] == SEARCHED])
+    for (target, way), searched in found.groupby(["target", "way"]):
+        ours = mean_of(searched, noise)
+        others = distinct(results[results["target"] == target])
+        matched = others[(others["method"] == MATCHED) & (others["way"] == way)]
+        drawn = others[others["method"] == RANDOM].drop_duplicates("net_config")
+        rivals: dict[str, Mean | None] = {}
+        for method, group in {MATCHED: matched, RANDOM: drawn}.items():
+            rivals[method] = mean_of(group, noise) if len(group) else None
+        designs = others[others["method"] == HAND_MADE].groupby("design")
+        means = [mean_of(group, noise) for _, group in designs]
+        rivals[HAND_MADE] = max(means, default=None)
+        if len(drawn) > 1:
+            seconds = searched["search_seconds"].mean()
+            rivals["random search"] = at_equal_seconds(drawn, seconds, noise[0])
+        for rival, mean in rivals.items():
+            if mean is not None:
+                row = {"target": target, "way": way, "rival": rival, "top1": mean.value}
+                rows.append({**row, **ours.above(mean)._asdict()})
+    columns = ["target", "way", "rival", "top1", "points", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def trainings(results: pd.DataFrame, truth: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Every training as long as those of `results` that these and the rows of `truth` know: net_config, seed, top1."""
+    known = results[["net_config", "seed", "top1"]]
+    if truth is not None:
+        epochs = results["epochs"].max()
+        rows = truth[truth["epochs"] == epochs]
+        if len(rows):
+            rows = rows.assign(top1=rows[f"top1_{epochs}"])
+            known = pd.concat([known, rows[["net_config", "seed", "top1"]]])
+    return known.drop_duplicates(["net_config", "seed"])
+
+
+def best_way(results: pd.DataFrame) -> str:
+    """The way of searching whose networks have the highest mean accuracy over the targets."""
+    searched = results[results["method"] == SEARCHED]
+    return str(searched.groupby(["way", "target"])["top1"].mean().groupby("way").mean().idxmax())
+
+
+def path_in(way: str) -> str:
+    """What the score of a path in the supernet of that way is called."""
+    return f"path in the supernet of {way}"
+
+
+def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) -> str:
+    """Whether the best way of searching is worth it, in a paragraph, and by how much, in a line for each target.
+
+    It is where, at every target, its mean is at least one point above random networks of its depths and above the best
+    hand-made design, both clear of zero, and where its supernet orders networks of equal cost at least half as well as
+    the noise of training allows. `leads` are what that function gives, `orders` `rankings` with their `noise_ceiling`.
+    """
+    way = best_way(results)
+    table = leads[leads["way"] == way]
+    won, sentences = [], []
+    for target, rows in table.groupby("target"):
+        found = {row.rival: Lead(row.points, row.low, row.high) for row in rows.itertuples()}
+        wanted = [found.get(MATCHED), found.get(HAND_MADE)]
+        won.append(all(one is not None and one.points >= POINTS and one.low > 0 for one in wanted))
+        sentences.append(_at(target, way, results, found))
+    ranks, ranked = _ranking(way, orders)
+    ways = results.loc[results["method"] == SEARCHED, "way"].nunique()
+    which = f"{way}, the best of {ways} ways of searching," if ways > 1 else way
+    head = "**Shown**" if all(won) and ranked else "**Not shown**"
+    asked = (
+        f"{head} that {which} is worth its search."
+        f" Asked for at every target is a mean at least {POINTS:g} point above random networks of the"
+        f" same depth and above the best hand-made design, both clear of zero: so at {sum(won)} of"
+        f" {len(won)} targets. Asked for is also a supernet that orders random networks of equal cost"
+        f" at least half as well as the noise of training allows: {ranks}."
+    )
+    return "\n".join([asked, *sentences])
+
+
+def _at(target: float, way: str, results: pd.DataFrame, found: dict[str, Lead]) -> str:
+    """The sentence of one target."""
+    rows = distinct(results[results["target"] == target])
+    count = rows.groupby("method").size().to_dict()
+    ours = rows[(rows["method"] == SEARCHED) & (rows["way"] == way)]
+    top1 = 100 * ours["top1"].mean()
+    names = {
+        MATCHED: "random networks of their depths"
+        f" (n = {((rows['method'] == MATCHED) & (rows['way'] == way)).sum()})",
+        RANDOM: f"random networks of any depth (n = {count.get(RANDOM, 0)})",
+        HAND_MADE: "the best hand-made design",
+        "random search": "what random search reaches in as many seconds",
+    }
+    parts = [f"{found[rival]} from {name}" for rival, name in names.items() if rival in found]
+    if MATCHED not in found:
+        parts.append("random networks of their depths were not trained")
+    if HAND_MADE not in found:
+        parts.append("no hand-made design costs that")
+    reach = (
+        f"networks found reach {top1:.1f} %" if len(ours) > 1 else f"network reaches {top1:.1f} %"
+    )
+    return f"At {target:g} M Mult-Adds the {len(ours)} {reach}: {', '.join(parts)}."
+
+
+def _ranking(way: str, orders: pd.DataFrame) -> tuple[str, bool]:
+    """How well its supernet orders networks of equal cost, in words, and whether that is half of what noise allows."""
+    measure = "spearman_at_equal_cost"
+    if path_in(way) not in orders.index or pd.isna(orders.loc[path_in(way), measure]):
+        return "no rank correlation can be told", False
+    row = orders.loc[path_in(way)]
+    words = f"{row[measure]:.2f} ({row[f'{measure}_low']:.2f} to {row[f'{measure}_high']:.2f})"
+    ceiling = np.nan
+    if CEILING in orders.index and measure in orders:
+        ceiling = orders.loc[CEILING, measure]
+    if pd.isna(ceiling):
+        return f"it reaches {words}, and what noise allows is not known", False
+    if not ceiling > 0:
+        return f"it reaches {words}, but noise leaves nothing to order, so it does not", False
+    met = row[measure] >= ceiling / 2
+    return f"it reaches {words} of {ceiling:.2f}, so it {'does' if met else 'does not'}", bool(met)
 
 
 def repeats(results: pd.DataFrame) -> str:
-    """In words, where several searches or draws came to the same network: each was trained alone, with another seed."""
+    """In words, where several searches or draws came to the same network, which then counts once."""
     sentences = []
     drawn = results[results["method"] != HAND_MADE]
-    for (target, method), rows in drawn.groupby(["target", "method"]):
+    for (target, design), rows in drawn.groupby(["target", "design"]):
         different = rows["net_config"].nunique()
         if different < len(rows):
-            networks = f"{len(rows)} {method} networks are {different} different ones"
+            networks = f"{len(rows)} {design} networks are {different} different ones"
             sentences.append(f"At {target:g} M Mult-Adds {networks}.")
     return " ".join(sentences)
 
 
-def rank_correlations(ranking: pd.DataFrame) -> tuple[float | None, float | None]:
-    """Spearman's, of `one_shot` and `retrained`: over all networks, and among those of equal cost.
-
-    None where there is none: of fewer than 3 networks, or where all of them are equal.
-    """
-    if len(ranking) < 3:
-        return None, None
-    networks = ranking.rename(columns={"one_shot": "score", "retrained": "accuracy"})
-    over_all = spearman(networks)
-    of_equal_cost = spearman_at_equal_cost(networks)
-    return (
-        None if pd.isna(over_all) else float(over_all),
-        None if pd.isna(of_equal_cost) else float(of_equal_cost),
-    )
-
-
-def agreement(ranking: pd.DataFrame) -> str:
-    """In words, how far the supernet ranks networks as training alone does."""
-    over_all, of_equal_cost = rank_correlations(ranking)
-    if over_all is None:
-        return f"no rank correlation of {len(ranking)} networks"
-    words = f"rank correlation {over_all:.2f} over {len(ranking)} networks"
-    if of_equal_cost is None:
-        return words
-    return f"{words}, {of_equal_cost:.2f} among those of equal cost"
-
-
-def summary(results: pd.DataFrame, ranking: pd.DataFrame) -> dict[str, Any]:
+def summary(
+    results: pd.DataFrame, trainings: pd.DataFrame, orders: pd.DataFrame, left_out: Sequence[str]
+) -> dict[str, Any]:
     """The study in numbers, as metrics.json holds it."""
-    spearman, spearman_equal_cost = rank_correlations(ranking)
+    noise, freedom = seed_noise(trainings)
+    table = leads(results, trainings)
+    correlation = seed_correlation(trainings)
     return {
-        "verdict": verdict(results),
+        "verdict": verdict(results, table, orders),
+        "left_out": " ".join(left_out),
         "networks": len(results),
-        "spearman": spearman,
-        "spearman_equal_cost": spearman_equal_cost,
+        "epochs": int(results["epochs"].max()),
+        "seed_std": 100 * noise**0.5 if freedom else None,
+        "seed_freedom": freedom,
+        "seed_correlation": correlation if correlation == correlation else None,
         "search_seconds": results["search_seconds"].sum(),
         "train_seconds": results["train_seconds"].sum(),
-        "compared": compared(results).reset_index().to_dict("records"),
+        "compared": as_records(compared(results, trainings).reset_index()),
+        "leads": as_records(table),
     }
+
+
+def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as JSON knows them: null where there is no number."""
+    return json.loads(table.to_json(orient="records"))

@@ -1,5 +1,6 @@
 """Baselines that cost what they should, a study whose jobs stand alone, and the sweep on a stand-in cluster."""
 
+import json
 import os
 import re
 import shutil
@@ -17,15 +18,18 @@ from torchvision.io import write_png
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
 from densenas.baselines import hand_made
+from densenas.correlations import noise_ceiling, rankings
 from densenas.evidence import Job, Study, main
 from densenas.images.prepare import prepare
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
 from densenas.preflight import checked
 from densenas.ranking import PathOf
+from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import DataSettings, StudySettings
-from densenas.verdict import METHODS, agreement, compared, repeats, summary, verdict
+from densenas.truth import Truth, by_epoch
+from densenas.verdict import METHODS, SEARCHED, leads, repeats, summary, trainings, verdict
 
 TARGET = 0.02  # million Mult-Adds
 EPOCH = {"epochs": 1, "batch_size": 8}
@@ -161,41 +165,136 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     out = capsys.readouterr().out
     assert "study: " in out and "retrain: " not in out, "many trainings have one bar"
     assert "MobileNetV2, one layer a stage is left out at 0.02 M Mult-Adds: no width" in out
-    assert len(study.jobs()) == 2 * (1 + 2 + 2)
-    # Three of the four hand-made networks cannot be so small.
-    assert results.groupby("target").size().to_dict() == {TARGET: 3, 2 * TARGET: 4}
-    assert study.left_out().count("is left out") == 3
-    sentence = verdict(results)
-    assert "random networks" in sentence and "(no hand-made design costs that)" in sentence
-    assert "from the only hand-made design, MobileNetV2, one layer a stage" in sentence
+    assert len(study.jobs()) == 2 * (1 + 2 + 2 + 2)
+    # Three of the four hand-made networks cannot be so small, and there is one network as deep as the cheap one found.
+    assert results.groupby("target").size().to_dict() == {TARGET: 4, 2 * TARGET: 6}
+    assert len(study.left_out()) == 4 and all("is left out" in text for text in study.left_out())
     assert {*results["method"]} == {*METHODS}
     for row in results.itertuples():
         arch = Architecture.parse(row.net_config)
         assert row.mult_adds_m == arch.mult_adds(16, 3)
         assert row.mult_adds_m == pytest.approx(row.target, rel=0.051)
+        assert row.top1 == row.top1_1 and row.epochs == 1
+    for _, rows in results.groupby("target"):
+        layers = {method: {*group["layers"]} for method, group in rows.groupby("method")}
+        assert layers["matched"] == layers["searched"]
+        assert rows.loc[rows["method"] == "matched", "net_config"].is_unique
     same = results.query("method == 'random' and number == 1 and target == @alone.target").iloc[0]
-    assert same["top1"] == first["top1"] and same["loss"] == first["loss"]
+    assert same["top1"] == first["top1"]
     assert study.complete().equals(results) and not capsys.readouterr().out
-    ranking = study.ranking(results)
-    assert len(ranking) == 4 and ranking["one_shot"].between(0, 1).all()
-    orders = study.rankings(results, ranking)
-    assert orders.loc["layers", "n"] == 4 and len(orders) == 5
+    ranking = study.ranked(results)  # two draws at the cheap target are the same network
+    assert len(ranking) == 3 and ranking["path in the supernet of DenseNAS"].between(0, 1).all()
+    orders = pd.concat([rankings(ranking), noise_ceiling(ranking, study.trainings(results))])
+    assert orders.loc["layers", "n"] == 3 and len(orders) == 6
     study.record(results, ranking, orders)
-    assert [row["score"] for row in study.run.read_json("metrics.json")["rankings"]] == [
-        *orders.index
-    ]
-    recorded = study.run.read_json("metrics.json")["evidence"]
-    assert recorded["verdict"] == sentence and recorded["left_out"] == study.left_out()
+    recorded = study.run.read_json("metrics.json")
+    assert [row["score"] for row in recorded["rankings"]] == [*orders.index]
+    ahead = leads(results, study.trainings(results))
+    assert recorded["evidence"]["verdict"] == verdict(results, ahead, orders)
+    assert "no hand-made design costs that" in recorded["evidence"]["verdict"]
     assert pd.read_csv(study.run.reports / "evidence.csv")["top1"].equals(results["top1"])
     provenance = study.run.read_json("provenance.json")["09-evidence"]["parameters"]
     assert provenance == study.settings.model_dump(mode="json") | {"space": study.settings.space}
+
+
+def test_ways_of_searching_have_recipes_jobs_and_rows_of_their_own(study):
+    ways = {"published": {}, "hasty": {"arch_lr": 0.5}}
+    two = changed(study, searches=ways, targets=(2 * TARGET,), networks=2)
+    names = [str(job) for job in two.jobs()]
+    assert {"published_0.04_0", "hasty_0.04_0", "matched-hasty_0.04_1"} < {*names}
+    assert [Job.parse(name) for name in names] == two.jobs()
+    assert two.search_recipe("hasty").arch_lr == 0.5
+    assert two.search_recipe("published") == study.search_recipe("DenseNAS")
+    results = two.complete()
+    searched = results[results["method"] == SEARCHED]
+    assert [*searched["way"]] == [*ways] and (searched["search_seconds"] > 0).all()
+    ahead = leads(results, two.trainings(results))
+    assert {"published", "hasty"} == {*ahead["way"]}
+    columns = two.ranked(results).columns
+    assert {"path in the supernet of published", "path in the supernet of hasty"} < {*columns}
+
+
+@pytest.mark.parametrize("name", ["random", "hand-made", "matched-x", "a/b", "", "two words"])
+def test_a_way_of_searching_has_a_name_for_files(name):
+    with refused(ValueError, r"searches: a way of searching is called .*, expected a word"):
+        StudySettings.of({"targets": (1.0,), "searches": {name: {}}})
+
+
+def tabulated(study, top1=0.5):
+    """The study with a table that knows its first random network, by another name and accuracy."""
+    truth = Truth(study.run)
+    row = {"group": "random", "target": 2 * TARGET, "number": 0, "seconds": 7.0, "layers": 2}
+    row |= {"seed": 0, "epochs": 1, "blocks": 2, "mult_adds_m": 0.04, "params_m": 0.001}
+    arch = study.random(Job("random", 2 * TARGET, 5))
+    truth.add({**row, "net_config": str(arch), "top1_1": top1}, study._conditions)
+    return replace(study), arch
+
+
+def test_a_study_takes_from_the_table_what_that_knows_and_adds_the_rest(study):
+    study, arch = tabulated(study)
+    known, new = Job("random", 2 * TARGET, 0), Job("random", 2 * TARGET, 1)
+    assert study.random(known) == arch, "the table's own networks are those of the study"
+    study.run_training(known)
+    study.run_training(new)
+    first, second = study.results().to_dict("records")
+    assert first["top1"] == 0.5 and first["train_seconds"] == 7
+    assert not (study.folder(known).work / "retrain.pt").exists()
+    rows = Truth(study.run).rows()
+    assert len(rows) == 2 and rows.loc[1, "top1_1"] == second["top1"]
+    study.folder(new).work.joinpath("result.json").unlink()
+    study.run_training(new)
+    assert study.results().to_dict("records")[1] == second
+    assert len(Truth(study.run).rows()) == 2
+
+
+@pytest.mark.parametrize(
+    "other", [{"retrain": {**EPOCH, "lr": 0.2}}, {"precision": "bf16"}, {"images": True}]
+)
+def test_a_table_of_other_images_or_another_recipe_is_left_alone(study, other, capsys, images):
+    study, arch = tabulated(study)
+    if other.pop("images", False):
+        part = DataSettings(dataset="folder", source=str(images), image_size=16, seed=1)
+        prepare(study.run, part)
+    study = changed(study, **other)
+    job = Job("random", 2 * TARGET, 0)
+    assert study.random(job) != arch
+    study.run_training(job)
+    assert "truth.csv is of another" in capsys.readouterr().out
+    assert len(Truth(study.run).rows()) == 1
+
+
+def test_more_epochs_are_another_training(study):
+    study, arch = tabulated(study)
+    longer = changed(study, retrain={**EPOCH, "epochs": 2})
+    job = Job("random", 2 * TARGET, 0)
+    longer.run_training(job)
+    rows = Truth(study.run).rows()
+    assert [*rows["epochs"]] == [1, 2] and {*rows["net_config"]} == {str(arch)}
+    (result,) = longer.results().to_dict("records")
+    assert result["top1"] == rows.loc[1, "top1_2"] == result["top1_2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("truth.csv", "group,target\nrandom,1\n", r"truth\.csv is damaged: a row lacks one of"),
+        ("truth.csv", "", r"truth\.csv is damaged"),
+        ("truth.json", "{", r"truth\.json"),
+        ("truth.json", '{"data": "x"}', r"truth\.json: .*image_size"),
+    ],
+)
+def test_a_damaged_table_is_refused(study, name, content, sentence):
+    study, _ = tabulated(study)
+    (study.run.reports / name).write_text(content)
+    with refused(ValueError, sentence):
+        study.random(Job("random", 2 * TARGET, 0))
 
 
 def test_a_job_needs_its_search(study):
     with refused(
         FileNotFoundError, r"no searched\.json yet: run the search of DenseNAS_0\.02_0 first"
     ):
-        study.run_training(Job("DenseNAS", TARGET, 0))
+        study.run_training(Job.parse(f"DenseNAS_{TARGET}_0"))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +324,7 @@ def test_a_result_of_other_settings_does_not_count(study, capsys):
 
 @pytest.mark.parametrize("content", ["{", '{"top1": 1.0}'])
 def test_a_damaged_result_is_made_anew(study, content):
-    job = Job("DenseNAS", TARGET, 0)
+    job = Job.parse(f"DenseNAS_{TARGET}_0")
     study.run_search(job)
     study.run_training(job)
     before = study.results()
@@ -247,7 +346,7 @@ def test_a_damaged_result_is_made_anew(study, content):
 def test_a_study_without_a_space_is_of_the_runs_costs(study):
     assert changed(study, space=None).jobs() == study.jobs()
     with refused(ValueError, r"space 'digits' is not the one that the run's costs are of"):
-        changed(study, space="digits").run_search(Job("DenseNAS", TARGET, 0))
+        changed(study, space="digits").run_search(Job.parse(f"DenseNAS_{TARGET}_0"))
 
 
 def test_networks_that_came_twice_are_named():
@@ -259,7 +358,10 @@ def test_networks_that_came_twice_are_named():
         ("hand-made", "d"),
     ]
     results = pd.DataFrame(
-        [{"target": 1.0, "method": method, "net_config": text} for method, text in rows]
+        [
+            {"target": 1.0, "method": method, "design": method, "net_config": text}
+            for method, text in rows
+        ]
     )
     assert repeats(results) == "At 1 M Mult-Adds 3 DenseNAS networks are 2 different ones."
 
@@ -304,7 +406,9 @@ def test_a_study_compares_mult_adds_alone(study):
 def test_a_studys_jobs_are_what_their_names_say(run):
     study = Study(run, settings((1, 0.123456789), space="digits"))
     assert [Job.parse(str(job)) for job in study.jobs()] == study.jobs()
-    assert Job.parse("hand-made_0.65_12") == ("hand-made", 0.65, 12)
+    assert Job.parse("hand-made_0.65_12") == ("hand-made", 0.65, 12, "")
+    assert Job.parse("DenseNAS_0.65_2") == ("searched", 0.65, 2, "DenseNAS")
+    assert Job.parse("matched-a_b_1_0") == ("matched", 1.0, 0, "a_b")
 
 
 @pytest.mark.filterwarnings("error")
@@ -321,42 +425,6 @@ def test_shapes_count_the_blocks_of_each_map():
         )
         assert any(list(line.get_ydata()) == [16, 16, 24, 24] for line in right.lines)
         assert [label.get_text() for label in left.get_xticklabels()] == ["1", "2"]
-
-
-def test_the_verdict_is_a_difference_of_means():
-    accuracies = {
-        "DenseNAS": (0.8, 0.9),
-        "random": (0.6, 0.7, 0.83),
-        "wide": (0.5,),
-        "deep": (0.82,),
-    }
-    rows = [
-        {"target": 1.0, "design": design, "top1": top1, "mult_adds_m": 1.0}
-        for design, values in accuracies.items()
-        for top1 in values
-    ]
-    table = compared(pd.DataFrame(rows)).loc[1.0]
-    assert table.loc["random", "mean"] == pytest.approx(71) and table.loc["random", "n"] == 3
-    sentence = verdict(pd.DataFrame(rows))
-    assert "at 1 M Mult-Adds" in sentence
-    assert "+14.0 points from the mean of 3 random" in sentence and "+2.0 from the best" in sentence
-    assert "+3.0 from the better hand-made" in sentence
-
-
-@pytest.mark.parametrize(
-    ("one_shot", "retrained", "sentence"),
-    [
-        # Ranks by target: the cheap ones agree, the dear ones do not; the dear ones are better by both.
-        ((0.1, 0.2, 0.5, 0.6), (0.3, 0.4, 0.9, 0.8), "0.80 over 4 networks, 0.00 among those of"),
-        ((0.1, 0.2, 0.5, 0.5), (0.3, 0.4, 0.9, 0.8), "0.95 over 4 networks, 0.71 among those of"),
-        ((0.1, 0.1, 0.1, 0.1), (0.3, 0.4, 0.9, 0.8), "no rank correlation of 4 networks"),
-        ((0.1, 0.2), (0.3, 0.4), "no rank correlation of 2 networks"),
-    ],
-)
-def test_how_far_the_supernet_ranks_as_training_does(one_shot, retrained, sentence):
-    targets = (1.0, 1.0, 2.0, 2.0)[: len(one_shot)]
-    columns = {"target": targets, "one_shot": one_shot, "retrained": retrained}
-    assert sentence in agreement(pd.DataFrame(columns))
 
 
 CONFIG = """
@@ -399,16 +467,30 @@ def test_the_committed_study_is_what_its_files_say(root):
     page = (root / report.write_study(run)).read_text()
     results = pd.read_csv(run.reports / "evidence.csv")
     ranking = pd.read_csv(run.reports / "ranking.csv")
-    assert run.read_json("metrics.json")["evidence"] == {
-        "left_out": "",
-        **summary(results, ranking),
-    }
-    sentence = verdict(results)
-    assert sentence in page and sentence in (ROOT / "README.md").read_text()
+    known = trainings(results, Truth(run).rows())
+    orders = pd.concat([rankings(ranking), noise_ceiling(ranking, known)])
+    recorded = run.read_json("metrics.json")["evidence"]
+    assert recorded == summary(results, known, orders, [recorded["left_out"]])
+    first, *others = recorded["verdict"].splitlines()
+    assert all(line.replace("**", "") in page for line in (first, *others))
+    assert first in (ROOT / "README.md").read_text()
     assert (root / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert not re.search(r"""(src|href|import\()=?["'](https?:)?//""", page), (
         "it must read without a network"
     )
+
+
+def test_the_committed_table_says_what_it_is_of():
+    truth = Truth(Run("cifar10", ROOT))
+    study = json.loads((ROOT / "reports/cifar10/metrics.json").read_text())["data"]
+    about = truth.conditions
+    assert about.data == study["digest"] and about.image_size == study["image_size"]
+    for row in truth.rows().to_dict("records"):
+        arch = Architecture.parse(row["net_config"])
+        assert arch.mult_adds(16, 10) == pytest.approx(row["mult_adds_m"])
+        assert max(by_epoch(row)) == row["epochs"]
+    recipe = override(SearchSpace.load("digits").retrain, batch_size=128, lr=0.1)
+    assert about.recipe == recipe.model_dump(mode="json", exclude={"epochs"})
 
 
 def test_a_cluster_trains_any_part_of_a_study(root):

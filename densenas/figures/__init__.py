@@ -4,6 +4,7 @@ What only one notebook draws in a few lines of seaborn or pandas is drawn there,
 path probabilities p (blocks, nodes): entry 0 before the search, entry k after k epochs.
 """
 
+from densenas.figures.evidence import accuracies, accuracy_by_epoch, rankings
 from densenas.figures.networks import architectures, block_counts_and_widths, shapes
 from densenas.figures.results import (
     accuracy_against_cost,

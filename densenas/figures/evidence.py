@@ -1,0 +1,141 @@
+"""What a study found: every network's accuracy, how it came about, and what ordered it beforehand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .style import GREY, INK, SMALL, WIDTH, Colour, Look, canvas, legend_below, palette
+
+MARKERS = "os^DvP*Xp<>"  # more than there are colours: where these repeat, both together do not
+
+
+def _looks(names: list[str]) -> dict[str, tuple[Colour, str]]:
+    """A colour and a marker for each design, which tell it apart without the other."""
+    colours = palette(names)
+    return {name: (colours[name], MARKERS[k % len(MARKERS)]) for k, name in enumerate(names)}
+
+
+def accuracies(results: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    """Top-1 accuracy against Mult-Adds: a panel for each target, in it a column of points for each design.
+
+    `results` are rows of a study, `table` has by target and design n, mean (%), and the ends of its interval (low,
+    high). Points stand where their Mult-Adds put them, left to right within their column.
+    """
+    designs = [*dict.fromkeys(results["design"])]
+    looks = _looks(designs)
+    targets = sorted(results["target"].unique())
+    figure, panels = canvas(WIDTH, 4.2, len(targets), sharey=True)
+    for axes, target in zip(panels, targets, strict=True):
+        for place, design in enumerate(designs):
+            rows = results[(results["target"] == target) & (results["design"] == design)]
+            if rows.empty:
+                continue
+            colour, marker = looks[design]
+            # Within 5 % of the target: the column's width.
+            aside = (rows["mult_adds_m"] / target - 1) / 0.05 * 0.26
+            style: Look = {
+                "color": colour,
+                "marker": marker,
+                "s": 22,
+                "alpha": 0.75,
+                "linewidth": 0,
+            }
+            axes.scatter(place - 0.1 + aside, 100 * rows["top1"], zorder=3, **style)
+            mean = table.loc[(target, design)]
+            if mean["low"] == mean["low"]:
+                axes.vlines(place + 0.36, mean["low"], mean["high"], color=INK, linewidth=1.2)
+            axes.hlines(mean["mean"], place + 0.26, place + 0.46, color=INK, linewidth=2)
+        counts = [_count(table, target, design) for design in designs]
+        axes.set_xticks(range(len(designs)), counts, size=SMALL)
+        axes.set(title=f"{target:g} M Mult-Adds ± 5 %", xlim=(-0.6, len(designs) - 0.4))
+        axes.set_xlabel(
+            "n of each column; within it, from left\nto right, 95 to 105 % of the target"
+        )
+        axes.grid(False, axis="x")
+    panels[0].set_ylabel("top-1 accuracy on test (%)")
+    handles = [_point(design, *looks[design]) for design in designs]
+    handles.append(Line2D([], [], color=INK, linewidth=2, label="mean with its 95 % interval"))
+    legend_below(figure, handles)
+    return figure
+
+
+def _count(table: pd.DataFrame, target: float, design: str) -> str:
+    return f"{table.loc[(target, design), 'n']:.0f}" if (target, design) in table.index else "none"
+
+
+def _point(name: str, colour: Colour, marker: str) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, linestyle="none", label=name)
+
+
+def accuracy_by_epoch(results: pd.DataFrame) -> Figure:
+    """Above, accuracy on test over the epochs: a thin line for each network, a thick one for the mean of its design.
+
+    Below, by how many points each design's mean is above that of the random networks. Columns of `results` are
+    target, design and `top1_<epoch>`; a panel for each target.
+    """
+    columns = {int(name[5:]): name for name in results if re.fullmatch(r"top1_\d+", name)}
+    epochs = [epoch for epoch in sorted(columns) if results[columns[epoch]].notna().all()]
+    designs = [*dict.fromkeys(results["design"])]
+    looks = _looks(designs)
+    targets = sorted(results["target"].unique())
+    figure, panels = canvas(WIDTH, 5.2, len(targets), 2, sharex=True, sharey="row")
+    above, below = panels[: len(targets)], panels[len(targets) :]
+    for upper, lower, target in zip(above, below, targets, strict=True):
+        means: dict[str, np.ndarray] = {}
+        here = results[results["target"] == target]
+        for design in designs:
+            rows = here[here["design"] == design]
+            if rows.empty:
+                continue
+            curves = 100 * rows[[columns[epoch] for epoch in epochs]].to_numpy(float)
+            colour, marker = looks[design]
+            upper.plot(epochs, curves.T, color=colour, linewidth=0.6, alpha=0.45)
+            means[design] = curves.mean(axis=0)
+            style: Look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
+            upper.plot(epochs, means[design], **style)
+        for design, mean in means.items():
+            colour, marker = looks[design]
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
+            lower.plot(epochs, mean - means.get("random", mean), **style)
+        upper.set_title(f"{target:g} M Mult-Adds")
+        lower.set_xlabel("epoch")
+    above[0].set_ylabel("top-1 accuracy on test (%)")
+    below[0].set_ylabel("points above the mean\nof random")
+    handles = []
+    for design, (colour, marker) in looks.items():
+        counts = results.loc[results["design"] == design].groupby("target").size()
+        n = " to ".join(f"{count}" for count in sorted({counts.min(), counts.max()}))
+        label = f"{design} (n = {n})"
+        handles.append(Line2D([], [], color=colour, marker=marker, markersize=4, label=label))
+    handles.append(Line2D([], [], color=GREY, linewidth=0.6, label="one network (thick: means)"))
+    legend_below(figure, handles)
+    return figure
+
+
+def rankings(networks: pd.DataFrame, notes: Mapping[str, str], chance: float) -> Figure:
+    """Accuracy after training against a score of each network, a panel for each score of `notes`, which stand above it.
+
+    Columns are target, accuracy (a share) and the scores, which are accuracies, too; dotted, what chance gives.
+    """
+    targets = sorted(networks["target"].unique())
+    looks = _looks([f"{target:g} M Mult-Adds" for target in targets])
+    figure, panels = canvas(1.6 + 3.2 * len(notes), 4.2, len(notes), sharey=True)
+    for axes, (score, note) in zip(panels, notes.items(), strict=True):
+        for target, (colour, marker) in zip(targets, looks.values(), strict=True):
+            rows = networks[networks["target"] == target]
+            style: Look = {"color": colour, "marker": marker, "s": 24, "linewidth": 0}
+            axes.scatter(100 * rows[score], 100 * rows["accuracy"], **style)
+        axes.axvline(100 * chance, color=GREY, linestyle=":", zorder=1)
+        axes.set_xlabel(f"{score},\ntop-1 on val (%)")
+        axes.set_title(note, size=SMALL, weight="normal", loc="left", color=INK)
+    panels[0].set_ylabel("trained alone, top-1 on test (%)")
+    handles = [_point(name, *look) for name, look in looks.items()]
+    label = f"chance, {100 * chance:g} %"
+    legend_below(figure, [*handles, Line2D([], [], color=GREY, linestyle=":", label=label)])
+    return figure
