@@ -115,8 +115,9 @@ def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
 
 
 def space_digest(space: SearchSpace) -> str:
-    """Changes with whatever changes a cost, and not with recipes."""
-    text = json.dumps(space.model_dump(mode="json", exclude={*RECIPES}), sort_keys=True)
+    """Changes with whatever changes a cost, the code of ops of one's own among it, and not with recipes."""
+    decisive = space.model_dump(mode="json", exclude={*RECIPES}) | space.code()
+    text = json.dumps(decisive, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
