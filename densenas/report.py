@@ -164,7 +164,19 @@ def _decision(search: dict[str, Any], found: dict[str, Any]) -> str:
     if found["target_cost"]:
         rule = f"the most probable one within 3 % of {found['target_cost']} {found['cost_unit']}"
     end = f"At its end the search was {' and '.join(how)}, 1 being a uniform choice"
-    return f"{end}; its network is {rule}."
+    return f"{end}; its network is {rule}.{_path(search)}"
+
+
+def _path(search: dict[str, Any]) -> str:
+    """In words, whether the supernet knew the network that was taken from it."""
+    alone, steps = search.get("path_top1"), search["val_top1"]
+    if alone is None:
+        return ""
+    words = (
+        "it was judged as what it is" if alone > steps - 0.05 else "by itself it is unknown to it"
+    )
+    of = "of its val images by the supernet's weights, the last epoch's steps"
+    return f" Alone, that network got {alone:.0%} {of} {steps:.0%}: {words}."
 
 
 def _baseline(run: Run, test: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any] | None:

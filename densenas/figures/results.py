@@ -56,7 +56,11 @@ def curves(history: pd.DataFrame, panels: Mapping[str, Mapping[str, str]]) -> Fi
 def search_history(history: pd.DataFrame, unit: str) -> Figure:
     """A search so far: accuracy, loss, and costs in `unit`. A dotted line is where alpha and beta are trained too."""
     panels = {
-        "top-1 accuracy (%)": {"train_top1": "train", "val_top1": "val"},
+        "top-1 accuracy (%)": {
+            "train_top1": "train",
+            "val_top1": "val",
+            "path_top1": "derived network alone",
+        },
         "cross-entropy (nats)": {"train_loss": "train", "val_loss": "val"},
         f"cost ({unit})": {
             "expected_cost": "expected",
