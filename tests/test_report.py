@@ -120,7 +120,7 @@ def study(run, *results, **recipe):
     run.update_json("provenance.json", "09-evidence", {"parameters": {"retrain": recipe}})
 
 
-SEARCHED, DRAWN = ("DenseNAS", "DenseNAS", 1.0, 0.99), ("random", "random", 1.0, 0.9)
+SEARCHED, DRAWN = ("searched", "DenseNAS", 1.0, 0.99), ("random", "random", 1.0, 0.9)
 
 
 @pytest.mark.parametrize(
