@@ -294,7 +294,7 @@ BROKEN = {
     "one beta": (changed("search", "arch_betas", to=[0.5]), r"search\.arch_betas"),
     "lr_min above lr": (
         changed("search", "lr_min", to=0.3),
-        r"search: lr_min is 0\.3, more than lr = 0\.2, from where the rate falls$",
+        r"search: lr_min is 0\.3, more than lr = 0\.1, from where the rate falls$",
     ),
     "retrain's lr_min above lr": (
         changed("retrain", "lr_min", to=0.2),
