@@ -233,4 +233,4 @@ def test_what_a_run_leaves_is_no_change_of_the_checkout():
     ignored = git("check-ignore", "--no-index", *places)
     assert ignored.stdout.split() == places, ignored.stderr
     kept = {line.split("/")[1] for line in git("ls-files", "reports").stdout.splitlines()}
-    assert kept == {"examples", "cifar10"}
+    assert kept == {"README.md", "examples", "cifar10"}

