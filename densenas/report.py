@@ -173,7 +173,9 @@ def _path(search: dict[str, Any]) -> str:
     if alone is None:
         return ""
     words = (
-        "the supernet knew what it proposed" if alone > steps - 0.05 else "the supernet hardly knew it"
+        "the supernet knew what it proposed"
+        if alone > steps - 0.05
+        else "the supernet hardly knew it"
     )
     of = "of its val images by the supernet's weights, the last epoch's steps"
     return f" Alone, that network got {alone:.0%} {of} {steps:.0%}: {words}."
