@@ -241,7 +241,7 @@ def test_two_machines_train_one_search(tmp_path):
         ]
         outputs = [machine.communicate(timeout=240)[0] for machine in machines]
         assert [machine.returncode for machine in machines] == [0, 0], outputs
-        assert sum("search: 100%" in output for output in outputs) == 1, (
+        assert sum("search, epoch 2 of 2: 100%" in output for output in outputs) == 1, (
             "one process alone shows progress"
         )
         assert len(run.history("search")) == 2
