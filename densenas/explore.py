@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Callable
@@ -44,6 +45,7 @@ before a search all β of a block are equal.<br>Move one, or choose a run.</smal
 # On a narrow page the picture shrinks, or goes below the controls, which do not shrink.
 PAGE = """
 .controls {flex: 0 0 auto; max-width: 310px}
+.controls .widget-html-content {white-space: normal; line-height: 1.4}
 .picture {position: relative; min-width: 0; max-width: max-content; align-self: flex-start; overflow: visible}
 .picture .widget-html {margin: 0; max-width: 100%}
 .picture svg {display: block; max-width: 100%; height: auto}
@@ -58,7 +60,7 @@ def priced(space: str | None, num_classes: int | None, run: str | None = None) -
     """
     if run is None:
         chosen = SearchSpace.load(space or SPACE)
-        return CostTable.mult_adds(chosen, chosen.input_size, num_classes or CLASSES)
+        return _mult_adds(chosen, num_classes)
     table = read_costs(Run(run))
     if space is not None:
         _check_space(run, table, SearchSpace.load(space))
@@ -66,6 +68,13 @@ def priced(space: str | None, num_classes: int | None, run: str | None = None) -
         has = f"run '{run}' tells {table.num_classes} classes apart"
         raise ValueError(f"num_classes is {num_classes}, but {has}: leave it out")
     return CostTable.mult_adds(table.space, table.input_size, table.num_classes)
+
+
+def _mult_adds(space: SearchSpace, num_classes: int | None) -> CostTable:
+    """Of a space without a run."""
+    return CostTable.mult_adds(
+        space, space.input_size, CLASSES if num_classes is None else num_classes
+    )
 
 
 def _check_space(run: str, table: CostTable, space: SearchSpace) -> None:
@@ -247,7 +256,7 @@ class Explorer(VBox):
     def _draw(self, space: SearchSpace) -> None:
         """The graph, drawn once: from then on a style sheet changes it, in milliseconds."""
         svg, path = io.StringIO(), [0, space.num_blocks]  # of any: the legend shall explain red
-        moment = undecided(CostTable.mult_adds(space, space.input_size, CLASSES))
+        moment = undecided(_mult_adds(space, self.num_classes))
         graph = figures.search_space(space, moment.p, path)
         graph.savefig(svg, format="svg", bbox_inches="tight")
         self.graph.value = svg.getvalue()[svg.getvalue().index("<svg") :]
@@ -267,15 +276,16 @@ class Explorer(VBox):
 
     def _change_run(self) -> None:
         space, name = self.spaces[self.space.value], self.run.value
-        temperature, self.target = space.search.softmax_temp, None
-        if name == NO_RUN:
-            classes = self.num_classes or CLASSES
-            self.table = CostTable.mult_adds(space, space.input_size, classes)
-            self.trace = [undecided(self.table)]
-        else:
-            search = finished(name, space)
-            self.table, self.trace, self.target = search.table, search.trace, search.target_cost
-            temperature = search.net.temperature
+        temperature, self.target, self.refused = space.search.softmax_temp, None, ""
+        self.table = _mult_adds(space, self.num_classes)
+        self.trace = [undecided(self.table)]
+        if name != NO_RUN:
+            try:
+                search = finished(name, space)
+                self.table, self.trace, self.target = search.table, search.trace, search.target_cost
+                temperature = search.net.temperature
+            except (ValueError, FileNotFoundError) as error:
+                self.run.value, self.refused = NO_RUN, f"<p>{html.escape(str(error))}</p>"
         self.temperature.max = max(5, temperature)
         self.temperature.min = min(0.1, temperature)
         self.temperature.value = temperature
@@ -318,7 +328,7 @@ class Explorer(VBox):
         """What the sliders say."""
         shown = self.trace[self.epoch.value]
         p = (self.logits / self.temperature.value).softmax(dim=1)
-        return Probabilities(p.float(), shown.head, shown.stack)
+        return Probabilities(p, shown.head.double(), shown.stack.double())
 
     def _show(self) -> None:
         table, moment = self.table, self.moment
@@ -327,7 +337,7 @@ class Explorer(VBox):
         chosen = f".block-{self.block.value} {{outline: 2px dashed !important}}"
         self.style.value = f"<style>.of-{self.model_id} {{{rules} {chosen}}}</style>"
         equal = all(float(self.logits[edge]) == 0 for edge in space.edges)
-        self.note.value = NO_TEMPERATURE if equal else ""
+        self.note.value = self.refused + (NO_TEMPERATURE if equal else "")
         paths = []
         for share, path in best_paths(space, moment.p, 5):
             paths.append((share, "→".join(str(node) for node in path)))

@@ -32,6 +32,7 @@ from densenas.explore import (
     undecided,
     view,
 )
+from densenas.method.derivation import Lattice
 from densenas.method.probabilities import Probabilities, best_paths
 from densenas.method.supernet import expected_cost
 from densenas.outcome import write_architecture
@@ -155,7 +156,7 @@ def test_an_epoch_of_a_run_is_the_trace_of_that_run(searched):
     assert explorer.table.conditions["num_classes"] == 3  # the run's
     for epoch, found in enumerate(result.derived()):
         explorer.epoch.value = epoch
-        torch.testing.assert_close(explorer.moment.p, result.trace[epoch].p)
+        torch.testing.assert_close(explorer.moment.p.float(), result.trace[epoch].p)
         assert f"{expected_cost(TABLE, result.trace[epoch]):.4g}</b>" in explorer.numbers.value
         assert f"<b>{found.architecture.mult_adds(16, 3):.3f} M</b>" in explorer.numbers.value
         assert figures.restyled(SMALL, explorer.moment.p, found.path) in explorer.style.value
@@ -202,6 +203,30 @@ def test_it_opens_on_the_last_run_that_was_searched(searched, space_file):
     assert explorer.run.value == NO_RUN
     explorer.space.value = space
     assert explorer.run.value == name
+
+
+def test_a_run_that_cannot_be_read_is_said_and_not_shown(searched, run):
+    name, space, _ = searched
+    damaged = run.work / "search.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-99])
+    explorer = Explorer()
+    assert explorer.run.value == NO_RUN and "search.pt is damaged" in explorer.note.value
+    assert explorer.numbers.value == Explorer(space, 10).numbers.value
+    with refused(ValueError, "search.pt is damaged"):
+        Explorer(run=name)
+
+
+def test_the_coldest_temperature_still_finds_the_network_at_the_target(searched):
+    explorer = Explorer(run=searched[0])
+    for block in range(SMALL.num_blocks):
+        explorer.block.value = block
+        for slider, logit in zip(explorer.beta.children, (15.0, -15.0), strict=False):
+            slider.value = logit
+    explorer.temperature.value = explorer.temperature.min
+    assert explorer.temperature.value == 0.1
+    found = Lattice(TABLE, explorer.moment).derive(searched[2].target_cost)
+    assert found.log_probability > -torch.inf
+    assert figures.restyled(SMALL, explorer.moment.p, found.path) in explorer.style.value
 
 
 def test_space_and_classes_are_those_of_the_run(searched):

@@ -1,14 +1,17 @@
 """A training is watched while it runs: figures that follow it, and an interrupted cell that goes on."""
 
+import time
+
 import pytest
 from helpers import DATA, SEARCH, TABLE, checkpoint, identical, stopping_before_step
 
 from densenas import watch
 from densenas.method.derivation import Lattice
-from densenas.runs.progress import progress, spare
+from densenas.runs.progress import progress, spare, watched
 from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import Computing
+from densenas.training.processes import launch
 
 CPU = Computing(device="cpu")
 
@@ -110,6 +113,13 @@ def test_papermill_executes_no_figures_that_follow(priced, place, monkeypatch):
     with watch.watching(priced.name, watch.draw_search):
         search(priced, DATA, TABLE, SEARCH, how=CPU)
     assert place.shown == []
+
+
+def test_whoever_waits_for_other_processes_looks_too():
+    looks = []
+    with watched(lambda: looks.append(1)):
+        launch(time.sleep, 2, "cpu", 3)
+    assert looks
 
 
 @pytest.mark.parametrize(("looked_at", "least", "most"), [(True, 5000, 11_000), (False, 50, 500)])
