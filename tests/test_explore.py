@@ -40,6 +40,9 @@ from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import Computing
 
+# No run of the checkout is looked at.
+pytestmark = pytest.mark.usefixtures("root")
+
 
 @given(spaces())
 def test_expected_cost_and_best_paths_are_those_of_the_supernet(space):
