@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 
 from densenas import Architecture
+from densenas.baselines import draw
 from densenas.correlations import rankings
 from densenas.costs import read_costs
 from densenas.files import write_text
@@ -39,8 +40,10 @@ from densenas.runs.progress import quiet
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.search import Judge, search
-from densenas.settings import WITHIN, Computing
-from densenas.train import evaluate, retrain
+from densenas.settings import Computing
+from densenas.train import train_alone
+from densenas.truth import Truth
+from densenas.verdict import HAND_MADE
 
 RESULTS = Path(__file__).parent / "results" / "paths-cpu.json"
 WAYS = [(paths, weights) for paths in ("all", "sampled") for weights in ("own", "shared")]
@@ -50,27 +53,24 @@ RANDOM = 24  # networks
 def known(name: str, target: float) -> pd.DataFrame:
     """Networks by net_config, with the accuracy each reaches trained alone and its target."""
     run = Run(name)
-    path = run.reports / "truth.csv"
-    if path.exists():
-        rows = pd.read_csv(path)
-        rows = rows[(rows["seed"] == 0) & (rows["group"] != "hand-made")]
-        rows["accuracy"] = rows[f"top1_{rows['epochs'].max()}"]
+    truth = Truth(run).rows()
+    if len(truth):
+        rows = truth[(truth["seed"] == 0) & (truth["group"] != HAND_MADE)]
+        rows = rows.assign(accuracy=rows[f"top1_{rows['epochs'].max()}"])
         return rows[["net_config", "target", "accuracy"]].dropna()
-    data, table = load(run), read_costs(run)
     kept = RESULTS.parent / f"paths-{name}-networks.csv"
     if kept.exists():
         return pd.read_csv(kept)
-    rows = []
-    low, high = (1 - WITHIN) * target, (1 + WITHIN) * target
-    with tempfile.TemporaryDirectory() as folder:
-        for number, candidate in enumerate(Lattice(table).sample(RANDOM, 0, low, high)):
-            arch = candidate.architecture
+    data, table = load(run), read_costs(run)
+    trained = []
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        for number, arch in enumerate(draw(Lattice(table), target, RANDOM, name)):
             here = Run(f"alone-{number}", Path(folder))
-            with quiet():
-                net, _ = retrain(here, data, arch, table.space.retrain, Computing(device="cpu"))
-                top1 = evaluate(net, data, device="cpu")["top1"]
-            rows.append({"net_config": str(arch), "target": target, "accuracy": top1})
-    networks = pd.DataFrame(rows)
+            recipe, how = table.space.retrain, Computing(device="cpu")
+            row = train_alone(here, data, arch, recipe, how)
+            top1 = row[f"top1_{recipe.epochs}"]
+            trained.append({"net_config": str(arch), "target": target, "accuracy": top1})
+    networks = pd.DataFrame(trained)
     write_text(kept, networks.to_csv(index=False))
     return networks
 

@@ -12,10 +12,11 @@ from densenas.identity import derived_at
 from densenas.images.data import load
 from densenas.method.architecture import Architecture
 from densenas.outcome import load_search
-from densenas.ranking import PathOf
 from densenas.runs.run import Run
+from densenas.search import Judge
 from densenas.settings import EvaluateSettings, RetrainSettings, RunConfig
-from densenas.train import evaluate, evaluate_run, retrain_run
+from densenas.train import evaluate_run, retrain_run
+from densenas.training.device import computing_on
 from densenas.training.processes import exiting, launch
 
 
@@ -31,9 +32,11 @@ def train_budget(run: Run, settings: RetrainSettings, budget: float) -> None:
     launch(retrain_run, own.devices, own.device, run.name, own, budget)
     evaluate_run(run, EvaluateSettings(device=own.device), budget)
     data = load(run)
-    net = load_search(run, read_costs(run), len(data.classes)).net
-    path = evaluate(PathOf(net, Architecture.parse(network)), data, "val", device=own.device)
-    run.budget(budget).update_json("metrics.json", "supernet", {"path_top1": path["top1"]})
+    result = load_search(run, read_costs(run), len(data.classes))
+    with computing_on(own.computing()) as device:
+        judge = Judge(data, result.configuration["recipe"]["batch_size"], device)
+        top1 = judge.top1(result.net.to(device), Architecture.parse(network))
+    run.budget(budget).update_json("metrics.json", "supernet", {"path_top1": top1})
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from densenas.files import Strict, naming
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 Images = Annotated[int, Field(ge=2, le=1_000_000)]  # of a batch: batch norm needs two
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Weights = Literal["own", "shared"]
 
 
 def _as_loss(loss: str) -> str:
@@ -33,7 +34,7 @@ class SearchRecipe(Strict):
     arch_start_epoch: int = Field(ge=0)  # first epoch (from 0) that also updates alpha and beta
     batch_size: Images  # images a step
     paths: Literal["all", "sampled"] = "all"  # of a step: all, as published, or that of one network
-    weights: Literal["own", "shared"] = "own"  # of a layer's candidates: own, or slices of one bank
+    weights: Weights = "own"  # of a layer's candidates: own, or slices of one bank
     log_base: float = Field(gt=1)  # cost, in the table's unit, of a term equal to sub_loss_factor
     sub_loss_factor: float = Field(ge=0)  # weight of the cost term
     softmax_temp: float = Field(1.0, gt=0)  # divides beta, never alpha

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from densenas.files import Strict, naming, read_text
 from densenas.method import ops
 from densenas.method.cost import CostTable
 from densenas.method.space import RECIPES, Layer, Layers, SearchSpace
+from densenas.training.checkpoint import digest
 
 Count = Annotated[int, Field(ge=1)]
 Milliseconds = Annotated[float, Field(gt=0)]
@@ -117,8 +116,7 @@ def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
 def space_digest(space: SearchSpace) -> str:
     """Changes with whatever changes a cost, the code of ops of one's own among it, and not with recipes."""
     decisive = space.model_dump(mode="json", exclude={*RECIPES}) | space.code()
-    text = json.dumps(decisive, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(decisive)
 
 
 def read_times(

@@ -20,26 +20,19 @@ from densenas.pricing import price
 from densenas.settings import CostSettings
 from densenas.timings import distinct, read_times
 
+SKELETON = {
+    "input_size": 16,
+    "init_dim": 4,
+    "chs": [4, 6, 8],
+    "fm_sizes": [8, 8, 4],
+    "stage": [0, 1, 1, 2],
+    "num_layers": [0, 1, 1],
+}
 MOBILE = make_space(
-    input_size=16,
-    init_dim=4,
-    chs=[4, 6, 8],
-    fm_sizes=[8, 8, 4],
-    stage=[0, 1, 1, 2],
-    num_layers=[0, 1, 1],
-    head_ops=["mbconv_k3_t3", "mbconv_k5_t6"],
-    stack_ops=["mbconv_k3_t3", SKIP],
+    **SKELETON, head_ops=["mbconv_k3_t3", "mbconv_k5_t6"], stack_ops=["mbconv_k3_t3", SKIP]
 )
 RES = make_space(
-    input_size=16,
-    init_dim=4,
-    chs=[4, 6, 8],
-    fm_sizes=[8, 8, 4],
-    stage=[0, 1, 1, 2],
-    num_layers=[0, 1, 1],
-    head_ops=["basic_block"],
-    stack_ops=["basic_block", SKIP],
-    skip_reg=True,
+    **SKELETON, head_ops=["basic_block"], stack_ops=["basic_block", SKIP], skip_reg=True
 )
 # A machine that has neither PyTorch nor this package.
 ALONE = """

@@ -94,14 +94,12 @@ def accuracy_by_epoch(results: pd.DataFrame) -> Figure:
             if rows.empty:
                 continue
             curves = 100 * rows[[columns[epoch] for epoch in epochs]].to_numpy(float)
-            colour, marker = looks[design]
-            upper.plot(epochs, curves.T, color=colour, linewidth=0.6, alpha=0.45)
+            upper.plot(epochs, curves.T, color=looks[design][0], linewidth=0.6, alpha=0.45)
             means[design] = curves.mean(axis=0)
-            style: Look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
-            upper.plot(epochs, means[design], **style)
         for design, mean in means.items():
             colour, marker = looks[design]
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
+            style: Look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
+            upper.plot(epochs, mean, **style)
             lower.plot(epochs, mean - means.get("random", mean), **style)
         upper.set_title(f"{target:g} M Mult-Adds")
         lower.set_xlabel("epoch")

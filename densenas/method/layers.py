@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,8 @@ from torch.func import functional_call
 
 from densenas.method import ops
 from densenas.method.space import Layer
+from densenas.recipes import Weights
 
-Weights = Literal["own", "shared"]
 Term = tuple[int, Tensor]  # an active candidate and its weight
 
 

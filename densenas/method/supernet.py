@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
-from densenas.method.layers import RoutingBlock, Term, Weights
+from densenas.method.layers import RoutingBlock, Term
 from densenas.method.probabilities import (
     Probabilities,
     best_paths,
@@ -22,6 +22,7 @@ from densenas.method.probabilities import (
     visit_probabilities,
 )
 from densenas.method.space import SearchSpace
+from densenas.recipes import Weights
 
 T = TypeVar("T")
 Indices = list[list[list[int]]]  # block → edge or layer → candidates
