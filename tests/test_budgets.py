@@ -150,10 +150,14 @@ CONFIG = {
 
 
 def make(root, configuration, *arguments):
+    """As a user types it: `make test` hands its own flags down, by which an inner make says more."""
+    terminal = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))
+    }
     return subprocess.run(
         ["make", "-o", ".venv/installed", *arguments, f"CONFIG={configuration}"],
         cwd=ROOT,
-        env={**os.environ, "DENSENAS_ROOT": str(root)},
+        env={**terminal, "DENSENAS_ROOT": str(root)},
         text=True,
         capture_output=True,
     )
