@@ -243,7 +243,7 @@ def test_a_study_takes_from_the_table_what_that_knows_and_adds_the_rest(study):
     assert len(rows) == 2 and rows.loc[1, "top1_1"] == second["top1"]
     study.folder(new).work.joinpath("result.json").unlink()
     study.run_training(new)
-    assert study.results().to_dict("records")[1] == second
+    assert study.results().to_dict("records")[1] == pytest.approx(second)
     assert len(Truth(study.run).rows()) == 2
 
 
@@ -460,6 +460,11 @@ def test_a_study_that_cannot_work_is_refused(tmp_path, line, wrong, sentence):
         checked(path)
 
 
+def rounded(content):
+    """With numbers of nine digits: the last ones of a sum are another processor's, or NumPy's."""
+    return json.loads(json.dumps(content), parse_float=lambda number: f"{float(number):.9g}")
+
+
 def test_the_committed_study_is_what_its_files_say(root):
     shutil.copytree(ROOT / "reports/cifar10", root / "reports/cifar10")
     shutil.copy(ROOT / "README.md", root)
@@ -470,7 +475,8 @@ def test_the_committed_study_is_what_its_files_say(root):
     known = trainings(results, Truth(run).rows())
     orders = pd.concat([rankings(ranking), noise_ceiling(ranking, known)])
     recorded = run.read_json("metrics.json")["evidence"]
-    assert recorded == summary(results, known, orders, [recorded["left_out"]])
+    again = summary(results, known, orders, [recorded["left_out"]])
+    assert rounded(recorded) == rounded(again)
     first, *others = recorded["verdict"].splitlines()
     assert all(line.replace("**", "") in page for line in (first, *others))
     assert first in (ROOT / "README.md").read_text()

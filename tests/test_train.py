@@ -365,7 +365,7 @@ def half_frozen(num_classes):
 
 def test_layers_that_the_user_froze_stay_as_they_were(run):
     torch.manual_seed(0)
-    net, _ = retrain(run, DATA, f"{__name__}:half_frozen", RETRAIN)
+    net = retrain(run, DATA, f"{__name__}:half_frozen", RETRAIN)[0].cpu()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         before = half_frozen(3)
@@ -375,7 +375,7 @@ def test_layers_that_the_user_froze_stay_as_they_were(run):
 
 def test_a_gradient_is_clipped(run):
     retrain(run, DATA, ARCH, RETRAIN.model_copy(update={"grad_clip": 1e-12, "weight_decay": 0.0}))
-    after = torch.load(run.work / "retrain.pt")["net"]
+    after = torch.load(run.work / "retrain.pt", map_location="cpu")["net"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         before = network(str(ARCH), 3).state_dict()

@@ -71,9 +71,10 @@ class _NormActConv(torch.autograd.Function):
         aten.hardtanh_backward.grad_input(grad_y, y, 0.0, 6.0, grad_input=grad_y)
         del y  # the memory is needed
         statistics = None, None, mean, invstd, True, ctx.eps
-        grads = aten.native_batch_norm_backward.default(
-            grad_y, x, scale, *statistics, ctx.needs_input_grad[:3]
-        )
+        asked = ctx.needs_input_grad[:3]
+        found = aten.native_batch_norm_backward.default(grad_y, x, scale, *statistics, asked)
+        # A GPU's kernel also returns those that nobody asked for, which autograd refuses.
+        grads = [grad if wanted else None for grad, wanted in zip(found, asked, strict=True)]
         return *grads, grad_weight, None, None
 
 
