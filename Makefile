@@ -1,5 +1,5 @@
 # make reproduce            the default run: digits, from data to report
-# make reproduce RUN=cifar10                    of data/configs/cifar10.yml
+# make reproduce RUN=cifar10-mbv2               of data/configs/cifar10-mbv2.yml
 # make reproduce CONFIG=path/to/mine.yml        as run `mine`, or as RUN= says
 # make evidence             searched, random and hand-made networks of equal cost: digits in miniature, or RUN=, CONFIG=
 # make test                 every test, notebooks included, after make lint

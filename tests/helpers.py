@@ -311,7 +311,7 @@ def checkpoint(run, stage):
 
 
 def identical(ours, theirs):
-    """The same values bit by bit, times aside."""
+    """The same values bit by bit, times and devices aside."""
     if isinstance(ours, dict):
         compared = ours.keys() - {"seconds"}
         return ours.keys() == theirs.keys() and all(
@@ -320,7 +320,7 @@ def identical(ours, theirs):
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(identical, ours, theirs))
     if isinstance(ours, torch.Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        return ours.dtype == theirs.dtype and torch.equal(ours.cpu(), theirs.cpu())
     return ours == theirs
 
 

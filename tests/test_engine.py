@@ -41,6 +41,10 @@ from densenas.train import retrain
 from densenas.training.processes import check_devices, launch
 from densenas.training.steps import fused_sgd
 
+two_devices = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="takes two GPUs, or a machine without one"
+)
+
 RECIPES = {"search": SEARCH, "retrain": RETRAIN}
 
 
@@ -123,6 +127,7 @@ def in_shares(forward):
     return wrapper
 
 
+@two_devices
 @pytest.mark.parametrize(("stage", "net"), [("search", SuperNet), ("retrain", DerivedNet)])
 def test_two_processes_do_what_one_does(stage, net, root):
     (root / "one").mkdir()
@@ -143,6 +148,7 @@ def test_two_processes_do_what_one_does(stage, net, root):
         )
 
 
+@two_devices
 def test_a_lost_process_ends_the_run_and_any_number_goes_on(root):
     with refused(
         RuntimeError,
@@ -155,6 +161,7 @@ def test_a_lost_process_ends_the_run_and_any_number_goes_on(root):
         assert len(checkpoint(Run("made-up"), "search")["position"]["history"]) == 6
 
 
+@two_devices
 def test_a_mistake_in_a_process_is_told_as_it_is(root):
     with refused(RuntimeError, r"process \d of 2 ended \(.*KeyError: 'nonsense'.*\)"):
         launch(train, 2, "auto", str(root), "nonsense")
@@ -170,6 +177,7 @@ def train_unlike(root):
     train(root, "search", epochs=6 + rank_and_world()[0])
 
 
+@two_devices
 def test_machines_that_do_not_share_their_checkpoints_are_told(tmp_path):
     roots = [str(tmp_path / name) for name in ("first", "second")]
     for root in roots:
@@ -210,6 +218,7 @@ def test_a_number_of_devices_that_cannot_be(devices):
         launch(print, devices, "auto")
 
 
+@two_devices
 def test_two_machines_train_one_search(tmp_path):
     """torchrun on two rendezvous endpoints, as a user starts it on two machines."""
     name, config = f"test-{os.getpid()}", tmp_path / "tiny.yml"
@@ -280,6 +289,7 @@ def test_fused_sgd_does_what_sgd_does_when_parameters_take_turns(momentum):
     torch.testing.assert_close(ours, theirs)
 
 
+@two_devices
 def test_a_mistake_of_the_user_is_told_as_it_is_from_several_processes(root):
     with refused(
         ValueError,
@@ -326,6 +336,7 @@ def meet(path):
     Path(path, f"{rank_and_world()[0]}").write_text(str(total.item()))
 
 
+@two_devices
 def test_processes_meet_on_a_machine_whose_own_name_nobody_knows(tmp_path):
     """As in a container; PyTorch's own way never ends there."""
     alone = ["unshare", "--user", "--map-root-user", "--uts"]

@@ -36,6 +36,7 @@ from densenas.method.space import Layer
 from densenas.outcome import load_search
 from densenas.recipes import override
 from densenas.search import Judge, SearchTrainer, search
+from densenas.training.device import pick_device
 
 SAMPLED = override(SEARCH, paths="sampled", weights="shared", arch_lr=0.2)
 NORM = ops.batch_norm(affine=False, eps=1e-3)
@@ -285,7 +286,7 @@ def test_every_epoch_says_what_the_derived_network_reaches_by_the_supernets_weig
     result = search(run, DATA, TABLE, override(SAMPLED, paths=paths))
     history = run.history("search")
     assert history["path_top1"].between(0, 1).all() and len(history) == SEARCH.epochs
-    judge = Judge(DATA, SEARCH.batch_size, torch.device("cpu"))
+    judge = Judge(DATA, SEARCH.batch_size, pick_device())
     assert history["path_top1"].iloc[-1] == pytest.approx(
         judge.top1(result.net, result.best.architecture)
     )

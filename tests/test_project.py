@@ -331,7 +331,7 @@ def test_a_run_is_named_by_its_file_unless_by_the_user(tmp_path, monkeypatch):
     assert identify("", "mine.yml") == ("mine", Path("mine.yml"))
     assert identify("", "007.yml")[0] == "007"
     assert identify("1_0", "a b.yml") == ("1_0", Path("a b.yml"))
-    assert identify("cifar10") == ("cifar10", ROOT / "data/configs/cifar10.yml")
+    assert identify("cifar10-mbv2") == ("cifar10-mbv2", ROOT / "data/configs/cifar10-mbv2.yml")
     assert identify(usual="evidence-digits")[0] == "evidence-digits"
     with refused(
         ValueError, r"'a b' is not usable as a folder name: .*name the run yourself with RUN="
