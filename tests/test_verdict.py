@@ -13,6 +13,7 @@ from densenas.verdict import (
     Mean,
     compared,
     leads,
+    overall,
     path_in,
     random_search,
     student,
@@ -41,6 +42,26 @@ def test_the_interval_of_a_difference_holds_it_as_often_as_it_says():
     assert 0.92 < np.mean(held) < 0.98
 
 
+def test_the_lead_over_all_targets_is_held_at_least_as_often_as_it_says():
+    held, wide = [], []
+    for seed in range(30):
+        results = study_results(lead=0.0, noise=0.02, seed=seed)
+        found = leads(results, trainings(results))
+        row = overall(found).set_index("rival").loc["matched"]
+        held.append(row.low < 0 < row.high)
+        one = found[found["rival"] == "matched"]
+        assert row.points == pytest.approx(one["points"].mean())
+        wide.append((row.high - row.low) / (one["high"] - one["low"]).mean())
+    assert np.mean(held) > 0.9 and np.mean(wide) < 0.75
+
+
+def test_a_target_without_a_rival_has_no_lead_over_all():
+    results = study_results()
+    gone = (results["method"] == "matched") & (results["target"] == results["target"].max())
+    found = overall(leads(results[~gone], trainings(results)))
+    assert [*found["rival"]] == ["random", "hand-made", "random search"]
+
+
 def orders_of(results, skill):
     """Rankings of the random networks by paths that know their accuracies more (1) or less (0)."""
     dice = np.random.default_rng(1)
@@ -60,7 +81,7 @@ def test_a_search_that_is_worth_it_is_said_to_be():
     text = said(study_results(lead=0.06), skill=0.9)
     assert text.startswith("**Shown** that DenseNAS is worth its search")
     assert "so at 3 of 3 targets" in text and "so it does." in text
-    assert text.count("M Mult-Adds") == 3
+    assert text.count("M Mult-Adds") == 3 and "Over all 3 targets: +" in text
 
 
 @pytest.mark.parametrize(
