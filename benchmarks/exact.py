@@ -1,12 +1,12 @@
 """A case small enough to know the truth: does a search choose the best of a few dozen networks of equal cost?
 
-    python benchmarks/exact.py            # half an hour on one thread
+    python benchmarks/exact.py            # twenty minutes on one thread
 
 The space is cut out of the digits' one: four routing blocks, two ops a layer, 16 pixels. Every network of it within 3 %
-of the target is trained alone to the end with three seeds; its mean accuracy on test is the truth. Then each way of
+of the target is trained alone to the end with two seeds; its mean accuracy on test is the truth. Then each way of
 searching, published and sampled, searches for that target with five seeds. What counts is the rank of the network
 that it chose among all of them, beside 1/2 by chance, and how many points it lies below the best. The best of
-many means is too high by chance: beside it stands how well the three seeds agree.
+many means is too high by chance: beside it stands how well the two seeds agree.
 
 Results go to benchmarks/results/exact-cpu.json.
 """
@@ -37,7 +37,7 @@ from densenas.train import train_alone
 RESULTS = Path(__file__).parent / "results" / "exact-cpu.json"
 SIZE = 16  # pixels
 WITHIN = 0.03  # of the target, as far as a search may miss it
-TRAININGS = 3  # seeds of each network
+TRAININGS = 2  # seeds of each network
 SEARCHES = 5  # seeds of each way
 WAYS: dict[str, dict[str, Any]] = {
     "published": {"paths": "all", "weights": "own"},
