@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from densenas import own
-from densenas.files import atomic, naming, read_text, shown, write_text
+from densenas.files import atomic, read_text, shown, write_text
 from densenas.method.architecture import Architecture, DerivedNet
 from densenas.published import load_published, read_net_config, save_published
 from densenas.runs.run import Run
@@ -36,7 +36,7 @@ def network(model: str, num_classes: int) -> nn.Module:
     sentence where there is no such network.
     """
     if is_code(model):
-        return _network_of_function(model, num_classes)
+        return own.module("model", model, f"num_classes={num_classes}", num_classes=num_classes)
     if model in CLASSIFIERS:
         return torchvision.models.get_model(model, num_classes=num_classes)
     if model in torchvision.models.list_models():
@@ -68,20 +68,6 @@ def own_code(model: str) -> list[str]:
     if is_code(model):
         return [model]
     return Architecture.parse(model).own_ops if model.lstrip().startswith("[") else []
-
-
-def _network_of_function(model: str, num_classes: int) -> nn.Module:
-    with naming("model", " "):
-        function = own.function(model)
-    try:
-        net = function(num_classes=num_classes)
-    except (Exception, SystemExit) as error:
-        call = f"model {shown(model)} called with num_classes={num_classes}"
-        raise ValueError(f"{call}: {own.reason(error)}") from None
-    if not isinstance(net, nn.Module):
-        kind = type(net).__name__
-        raise ValueError(f"model {shown(model)} returns a {kind}, expected a torch.nn.Module")
-    return net
 
 
 def code_digest(model: str, net: nn.Module) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 SEEN: dict[Path, str] = {}  # digests of code as this process imported it
 
@@ -98,6 +100,25 @@ def function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{name!r:.100} is a {type(found).__name__}, expected a function")
     return found
+
+
+def module(kind: str, name: str, call: str, *arguments: Any, **named: Any) -> nn.Module:
+    """What the function makes of these arguments, which a sentence shows as `call`.
+
+    ValueError with one sentence, which begins with the kind of thing that was named, where that is no module.
+    """
+    called = f"{kind} {name!r:.100}"
+    try:
+        make = function(name)
+    except ValueError as error:
+        raise ValueError(f"{kind} {error}") from None
+    try:
+        made = make(*arguments, **named)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{called} called with {call}: {reason(error)}") from None
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{called} returns a {type(made).__name__}, expected a torch.nn.Module")
+    return made
 
 
 def reason(error: BaseException) -> str:

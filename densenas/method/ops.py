@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import own
-from densenas.files import naming
 from densenas.method.kernels import norm_act_conv
 
 MBCONV = re.compile(r"mbconv_k([357])_t([136])")  # kernel, expansion
@@ -109,18 +108,8 @@ def _own_mult_adds(op: str, in_channels: int, width: int, size: int, stride: int
 
 
 def _build_own(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
-    """What the user's function returns; ValueError with one sentence where that is no module."""
-    with naming("op", " "):
-        function = own.function(op)
-    try:
-        module = function(in_channels, width, stride, norm)
-    except Exception as error:
-        call = f"op '{op}' called with ({in_channels}, {width}, {stride}, norm)"
-        raise ValueError(f"{call}: {own.reason(error)}") from None
-    if not isinstance(module, nn.Module):
-        kind = type(module).__name__
-        raise ValueError(f"op '{op}' returns a {kind}, expected a torch.nn.Module")
-    return module
+    call = f"({in_channels}, {width}, {stride}, norm)"
+    return own.module("op", op, call, in_channels, width, stride, norm)
 
 
 def batch_norm(affine: bool, eps: float = 1e-5, momentum: float = 0.1) -> Norm:
