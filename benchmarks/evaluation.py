@@ -5,7 +5,7 @@
 RUN is a run with a study (`make evidence`) and with networks that were trained for long (reports/RUN/truth.csv). For
 each search of the way, all networks of that table within 3.5 % of its target are evaluated on val as paths of its
 supernet. The best of them by that is what an evaluation would have derived from so many candidates; it is set beside
-what the search derived, both by their accuracy on test when trained alone. Also printed: how the paths order the candidates.
+what the search derived, both by their accuracy on test when trained alone. Also printed: how the paths order them.
 
 Results go to benchmarks/results/evaluation-cpu.json, a row for each search.
 """
