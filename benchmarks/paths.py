@@ -146,12 +146,12 @@ def main() -> None:
 
 def table(rows: pd.DataFrame) -> str:
     """Means over seeds, as README shows them."""
-    head = "| Run | Paths | Weights | Derived | Random | Ranking | At equal cost | Seconds | GiB |"
+    head = "| Run (n) | Paths | Weights | Derived, % | Random, % | Ranking | Equal cost | s | GiB |"
     lines = [head, "|---" * 3 + "|---:" * 6 + "|"]
     for (run, paths, weights), group in rows.groupby(["run", "paths", "weights"], sort=False):
         mean = group.mean(numeric_only=True)
-        cells = [f"{run}, n = {len(group)}", paths, weights]
-        cells += [f"{100 * mean[name]:.0f} %" for name in ("path_top1", "random_path_top1")]
+        cells = [f"{run} ({len(group)})", paths, weights]
+        cells += [f"{100 * mean[name]:.0f}" for name in ("path_top1", "random_path_top1")]
         cells += [f"{mean[name]:.2f}" for name in ("spearman", "spearman_at_equal_cost")]
         cells += [f"{mean['seconds']:.0f}", f"{mean['memory_gib']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")

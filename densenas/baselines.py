@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 from densenas.images.loading import seed_of
 from densenas.method.architecture import Architecture, Block
 from densenas.method.derivation import Lattice
+from densenas.method.ops import SKIP
 from densenas.method.space import SearchSpace
 from densenas.settings import WITHIN
 
 # What benchmarks/truth.py calls those that it drew as deep as the published search's networks.
 AS_DEEP = "random, as deep as searched"
-DRAWS = 50  # of 200 networks each, before random ones count as never of some depth
+DRAWS = 50  # of 200 networks each, before there count as no more of some depth
 # Layers of each stage; widths and strides of the stages are those of the original networks.
 DESIGNS: dict[str, dict[str, tuple[int, ...]]] = {
     "mbconv_k3_t6": {
@@ -95,18 +97,36 @@ def draw(lattice: Lattice, target: float, n: int, *seed: object) -> list[Archite
 
 
 @cache
+def _apart_by_depth(lattice: Lattice) -> tuple[Lattice, float]:
+    """The same networks where a layer costs so much more that a cost also tells how many layers there are."""
+    table, more = lattice.table, lattice.reach[1]
+    extra = [0.0 if op == SKIP else more for op in table.space.stack_ops]
+    head = [[cost + more for cost in row] for row in table.head]
+    stack = [[cost + one for cost, one in zip(row, extra, strict=True)] for row in table.stack]
+    return Lattice(replace(table, head=head, stack=stack)), more
+
+
+@cache
 def as_deep(
     lattice: Lattice, target: float, depth: int, known: tuple[Architecture, ...], number: int
 ) -> Architecture | None:
-    """The random network of that number (from 0) among different ones with so many layers, `known` being the first.
+    """The random network of that number (from 0) among different ones with so many layers within 5 % of the target.
 
-    None where so many draws give none.
+    Uniform over these; `known` are the first. None where there are not so many, or not in so many draws.
     """
+    apart, more = _apart_by_depth(lattice)
+    low, high = ((1 + sign * WITHIN) * target for sign in (-1, 1))
     networks = [*known]
     for attempt in range(DRAWS):
         if number < len(networks):
             break
-        for arch in draw(lattice, target, 200, "depth", depth, target, attempt):
-            if arch.num_layers == depth and arch not in networks:
-                networks.append(arch)
+        seed = seed_of("depth", depth, target, attempt)
+        try:
+            drawn = apart.sample(200, seed, low + depth * more, high + depth * more)
+        except ValueError:  # no network is so deep at this cost
+            break
+        for one in drawn:
+            inside = low <= one.cost - depth * more <= high  # costs are drawn up to rounding
+            if inside and one.architecture not in networks:
+                networks.append(one.architecture)
     return networks[number] if number < len(networks) else None

@@ -12,12 +12,12 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from helpers import LATENCY, SMALL, make_space, random_table, refused
+from helpers import LATENCY, SKIP, SMALL, make_space, random_table, refused
 from helpers import REPOSITORY as ROOT
 from torchvision.io import write_png
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
-from densenas.baselines import hand_made
+from densenas.baselines import as_deep, hand_made
 from densenas.correlations import noise_ceiling, rankings
 from densenas.evidence import Job, Study, main
 from densenas.images.prepare import prepare
@@ -27,7 +27,7 @@ from densenas.preflight import checked
 from densenas.ranking import PathOf
 from densenas.recipes import override
 from densenas.runs.run import Run
-from densenas.settings import DataSettings, StudySettings
+from densenas.settings import WITHIN, DataSettings, StudySettings
 from densenas.truth import Truth, by_epoch
 from densenas.verdict import METHODS, SEARCHED, leads, repeats, summary, trainings, verdict
 
@@ -154,6 +154,20 @@ def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_s
     assert len({*map(str, drawn)}) > 1
     larger = changed(study, targets=(TARGET, 3 * TARGET, 2 * TARGET), networks=9)
     assert [larger.random(Job.parse(str(job))) for job in jobs] == drawn
+
+
+def test_networks_of_a_depth_are_all_those_of_the_space():
+    few = {"head_ops": ["mbconv_k3_t1", "mbconv_k3_t3"], "stack_ops": ["mbconv_k3_t1", SKIP]}
+    lattice = Lattice(CostTable.mult_adds(SearchSpace(**SMALL.model_dump() | few), 16, 3))
+    every = {one.architecture: one.cost for one in lattice.sample(20_000)}
+    target = lattice.quantile(0.5)
+    near = [arch for arch, cost in every.items() if abs(cost / target - 1) <= WITHIN]
+    depths = {arch.num_layers for arch in every}
+    assert len(near) > 9 and len({arch.num_layers for arch in near}) > 1
+    for depth in (*depths, max(depths) + 1):
+        expected = [arch for arch in near if arch.num_layers == depth]
+        found = [as_deep(lattice, target, depth, (), number) for number in range(len(expected) + 1)]
+        assert {*found[:-1]} == {*expected} and found[-1] is None
 
 
 def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):

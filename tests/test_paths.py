@@ -1,14 +1,18 @@
 """Whole networks as paths of a supernet, and weights that candidates share."""
 
+import json
 import math
 from collections import Counter
 from itertools import pairwise, product
 
+import pandas as pd
+import paths
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
     DATA,
+    REPOSITORY,
     SEARCH,
     SKIP,
     SMALL,
@@ -301,3 +305,10 @@ def test_a_network_is_judged_on_whole_batches_of_val():
     for images, labels in judge.batches.epoch(0):
         hits += int((net(images, choice).argmax(dim=1) == labels).sum())
     assert judge.top1(net, candidate.architecture) == pytest.approx(hits / len(DATA.val))
+
+
+def test_readme_shows_what_each_way_knows():
+    rows = pd.DataFrame(json.loads(paths.RESULTS.read_text())["searches"])
+    readme = (REPOSITORY / "README.md").read_text()
+    shown = readme.split("<!-- paths -->\n")[1].split("\n<!-- /paths -->")[0]
+    assert shown == paths.table(rows), "python benchmarks/paths.py --table"
