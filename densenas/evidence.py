@@ -73,7 +73,7 @@ class Study:
     settings: StudySettings
 
     def jobs(self) -> list[Job]:
-        """Every network to train. Hand-made ones are trained with as many seeds as there are searches.
+        """Every network to train. Hand-made ones are trained with several seeds.
 
         Known before there are data: a design that no width brings to a target has its jobs, and they say so.
         """
@@ -83,7 +83,8 @@ class Study:
         kinds = [(SEARCHED, way, self.settings.seeds) for way in ways]
         kinds += [(MATCHED, way, self.settings.networks) for way in ways]
         kinds.append((RANDOM, "", self.settings.networks))
-        kinds.append((HAND_MADE, "", len(designs(space)) * self.settings.seeds))
+        trainings = self.settings.trainings or self.settings.seeds
+        kinds.append((HAND_MADE, "", len(designs(space)) * trainings))
         jobs = []
         for target in self.settings.targets:
             for method, way, count in kinds:

@@ -147,6 +147,15 @@ def changed(study, **others):
     return replace(study, settings=study.settings.model_copy(update=others))
 
 
+def test_hand_made_networks_are_trained_as_often_as_asked(study):
+    def seeds(trainings):
+        jobs = changed(study, seeds=3, trainings=trainings).jobs()
+        drawn = [study.network(job) for job in jobs if job.method == "hand-made"]
+        return {network.seed for network in drawn}
+
+    assert (seeds(None), seeds(2)) == ({0, 1, 2}, {0, 1})
+
+
 def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_study(study):
     jobs = [Job("random", 2 * TARGET, number) for number in range(4)]
     drawn = [study.random(job) for job in jobs]
