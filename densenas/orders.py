@@ -12,7 +12,7 @@ from densenas.method.supernet import SuperNet
 from densenas.ranking import PathOf, synaptic_flow
 from densenas.runs.progress import quiet
 from densenas.train import evaluate
-from densenas.verdict import RANDOM, path_in
+from densenas.verdict import MATCHED, RANDOM, path_in
 
 EARLY = (2, 5, 10, 20)  # epochs after which the order is looked at
 
@@ -26,10 +26,10 @@ def ranked(
 ) -> pd.DataFrame:
     """The random networks of a study by `target`, `accuracy` on test, and a column for each score that may order them.
 
-    Scores are the accuracy on val as a path of each way's supernet, those that need none (`scores`), and accuracies of
+    They are of any depth and of the searched ones' depths. Scores are the accuracy on val as a path of each way's supernet, those that need none (`scores`), and accuracies of
     longer trainings where the rows of `truth` have them, which are nan where they do not.
     """
-    drawn = results[results["method"] == RANDOM].drop_duplicates("net_config")
+    drawn = results[results["method"].isin([RANDOM, MATCHED])].drop_duplicates("net_config")
     table = pd.DataFrame({"target": drawn["target"], "accuracy": drawn["top1"]})
     for way, net in supernets.items():
         with quiet():
