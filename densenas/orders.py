@@ -26,8 +26,9 @@ def ranked(
 ) -> pd.DataFrame:
     """The random networks of a study by `target`, `accuracy` on test, and a column for each score that may order them.
 
-    They are of any depth and of the searched ones' depths. Scores are the accuracy on val as a path of each way's supernet, those that need none (`scores`), and accuracies of
-    longer trainings where the rows of `truth` have them, which are nan where they do not.
+    They are of any depth and of the searched ones' depths. Scores are the accuracy on val as a path of each way's
+    supernet, those that need none (`scores`), and accuracies of longer trainings where the rows of `truth` have them,
+    which are nan where they do not.
     """
     drawn = results[results["method"].isin([RANDOM, MATCHED])].drop_duplicates("net_config")
     table = pd.DataFrame({"target": drawn["target"], "accuracy": drawn["top1"]})
