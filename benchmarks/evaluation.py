@@ -22,14 +22,11 @@ import torch
 from tqdm import tqdm
 
 from densenas import Architecture
-from densenas.evidence import Study
+from densenas.evidence import configured
 from densenas.files import write_text
-from densenas.method.space import SearchSpace
 from densenas.outcome import load_search
 from densenas.runs.provenance import environment
-from densenas.runs.run import Run
 from densenas.search import Judge
-from densenas.settings import RunConfig
 from densenas.truth import Truth
 from densenas.verdict import HAND_MADE, SEARCHED
 
@@ -45,15 +42,12 @@ def main() -> None:
     parser.add_argument("configuration", help="the study's YAML file")
     parser.add_argument("way", help="of searching, as the study calls it")
     options = parser.parse_args()
-    config = RunConfig.load(options.configuration)
-    stages = config.stages(SearchSpace.load(config.space).input_size)
-    study = Study(Run(options.run), stages["09-evidence"])
+    study = configured(options.configuration, options.run)
     truth = Truth(study.run).rows()
-    truth = truth[(truth["seed"] == 0) & (truth["group"] != HAND_MADE)].drop_duplicates(
-        "net_config"
-    )
-    truth = truth.set_index("net_config")
-    alone = truth[f"top1_{truth['epochs'].max()}"]
+    epochs = truth["epochs"].max()
+    whole = (truth["epochs"] == epochs) & (truth["seed"] == 0) & (truth["group"] != HAND_MADE)
+    truth = truth[whole].drop_duplicates("net_config").set_index("net_config")
+    alone = truth[f"top1_{epochs}"]
     judge = Judge(study.data, 256, torch.device("cpu"))
     jobs = [job for job in study.jobs() if job.method == SEARCHED and job.way == options.way]
     rows = []

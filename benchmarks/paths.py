@@ -16,7 +16,6 @@ Results are added to benchmarks/results/paths-cpu.json, a row for each search; a
 import argparse
 import json
 import os
-import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pandas as pd
 import torch
+from memory import peak_gib
 
 from densenas import Architecture
 from densenas.baselines import draw
@@ -73,12 +73,6 @@ def known(name: str, target: float) -> pd.DataFrame:
     networks = pd.DataFrame(trained)
     write_text(kept, networks.to_csv(index=False))
     return networks
-
-
-def peak_gib() -> float:
-    """The most memory that this process had. (`ru_maxrss` also knows the one that started it.)"""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
 
 
 def judged(name: str, settings: dict[str, Any], seed: int, target: float) -> dict[str, Any]:

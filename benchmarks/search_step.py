@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
+from memory import peak_gib
 from plain import Plain
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -135,8 +136,8 @@ def serve(pipe: Connection, which: str, *arguments: Any) -> None:
         step = stepper(which, *arguments, device)
         while choice := pipe.recv():
             pipe.send(step(choice))
-        cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        pipe.send(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else cpu)
+        on_gpu = device.type == "cuda"
+        pipe.send(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_gib())
 
 
 def speeds(precision: str) -> tuple[float, float]:

@@ -25,6 +25,7 @@ import pandas as pd
 
 from densenas import Architecture, CostTable
 from densenas.baselines import AS_DEEP as MATCHED
+from densenas.baselines import as_deep_in_turn, draw
 from densenas.costs import read_costs
 from densenas.images.data import load
 from densenas.latency import whole
@@ -32,7 +33,7 @@ from densenas.method.derivation import Lattice
 from densenas.recipes import override
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
-from densenas.settings import WITHIN, Computing
+from densenas.settings import Computing
 from densenas.train import train_alone
 from densenas.truth import Conditions, Truth
 from densenas.verdict import HAND_MADE, RANDOM
@@ -53,23 +54,11 @@ class Job(NamedTuple):
     net_config: str
 
 
-def draw(lattice: Lattice, target: float, seed: int, depths: list[int] | None = None) -> list[str]:
-    """Different random networks within 5 % of the target, with these numbers of layers in turn where they are given."""
-    low, high = (1 - WITHIN) * target, (1 + WITHIN) * target
-    networks: list[str] = []
-    while len(networks) < NETWORKS:
-        wanted = None if depths is None else depths[len(networks) % len(depths)]
-        for candidate in lattice.sample(200, seed, low, high):
-            arch = candidate.architecture
-            if str(arch) not in networks and wanted in (None, arch.num_layers):
-                networks.append(str(arch))
-                break
-        seed += 1
-    return networks
+def jobs(study: pd.DataFrame, table: CostTable, truth: Truth) -> list[Job]:
+    """Every network in the order of training: a bit of each group and target first, then the other seeds.
 
-
-def jobs(study: pd.DataFrame, table: CostTable) -> list[Job]:
-    """Every network in the order of training: a bit of each group and target first, then the other seeds."""
+    Random ones that `truth` has are the first of their kind.
+    """
     lattice = Lattice(table)
     queue = []
     for target, rows in study.groupby("target"):
@@ -77,11 +66,15 @@ def jobs(study: pd.DataFrame, table: CostTable) -> list[Job]:
         hand_made = rows.loc[rows["method"] == HAND_MADE, "net_config"].unique().tolist()
         depths = [Architecture.parse(text).num_layers for text in searched]
         known = rows.loc[rows["method"] == RANDOM, "net_config"].tolist()
-        drawn = [text for text in draw(lattice, target, 1000) if text not in known]
+        drawn = [str(arch) for arch in draw(lattice, target, 2 * NETWORKS, "truth", target)]
+        deep = [Architecture.parse(text) for text in truth.networks(MATCHED, target).values()]
+        matched = [
+            as_deep_in_turn(lattice, target, depths, deep, number) for number in range(NETWORKS)
+        ]
         groups = {
             FOUND: searched,
-            RANDOM: (known + drawn)[:NETWORKS],
-            MATCHED: draw(lattice, target, 5000, depths),
+            RANDOM: [*dict.fromkeys(known + drawn)][:NETWORKS],
+            MATCHED: [str(arch) for arch in matched if arch is not None],
             HAND_MADE: hand_made,
         }
         for group, networks in groups.items():
@@ -124,7 +117,7 @@ def main() -> None:
     )
     if truth.conditions is not None and not truth.serves(conditions):
         raise SystemExit("one table holds trainings of one kind: move it away first")
-    queue = jobs(pd.read_csv(run.reports / "evidence.csv"), table)
+    queue = jobs(pd.read_csv(run.reports / "evidence.csv"), table, truth)
     for number, job in enumerate(queue):
         if number % options.of != options.worker or job.number >= options.first:
             continue

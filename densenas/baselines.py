@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -13,8 +14,7 @@ from densenas.method.ops import SKIP
 from densenas.method.space import SearchSpace
 from densenas.settings import WITHIN
 
-# What benchmarks/truth.py calls those that it drew as deep as the published search's networks.
-AS_DEEP = "random, as deep as searched"
+AS_DEEP = "random, as deep as searched"  # what benchmarks/truth.py calls those that it drew
 DRAWS = 50  # of 200 networks each, before there count as no more of some depth
 # Layers of each stage; widths and strides of the stages are those of the original networks.
 DESIGNS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -106,13 +106,26 @@ def _apart_by_depth(lattice: Lattice) -> tuple[Lattice, float]:
     return Lattice(replace(table, head=head, stack=stack)), more
 
 
+def as_deep_in_turn(
+    lattice: Lattice,
+    target: float,
+    depths: Sequence[int],
+    known: Sequence[Architecture],
+    number: int,
+) -> Architecture | None:
+    """The random network of that number among those that have each of the depths in turn (see `as_deep`)."""
+    turns = [depths[turn % len(depths)] for turn in range(number + 1)]
+    depth = turns.pop()
+    deep = tuple(arch for arch in known if arch.num_layers == depth)
+    return as_deep(lattice, target, depth, deep, turns.count(depth))
+
+
 @cache
 def as_deep(
     lattice: Lattice, target: float, depth: int, known: tuple[Architecture, ...], number: int
 ) -> Architecture | None:
-    """The random network of that number (from 0) among different ones with so many layers within 5 % of the target.
-
-    Uniform over these; `known` are the first. None where there are not so many, or not in so many draws.
+    """The random network of that number (from 0) among different ones with so many layers within 5 % of the target,
+    uniform over these, `known` being the first. None where there are not so many, or not in so many draws.
     """
     apart, more = _apart_by_depth(lattice)
     low, high = ((1 + sign * WITHIN) * target for sign in (-1, 1))
@@ -120,13 +133,13 @@ def as_deep(
     for attempt in range(DRAWS):
         if number < len(networks):
             break
-        seed = seed_of("depth", depth, target, attempt)
         try:
+            seed = seed_of("depth", depth, target, attempt)
             drawn = apart.sample(200, seed, low + depth * more, high + depth * more)
         except ValueError:  # no network is so deep at this cost
             break
         for one in drawn:
-            inside = low <= one.cost - depth * more <= high  # costs are drawn up to rounding
-            if inside and one.architecture not in networks:
+            # Costs are drawn up to rounding.
+            if low <= one.cost - depth * more <= high and one.architecture not in networks:
                 networks.append(one.architecture)
     return networks[number] if number < len(networks) else None

@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from densenas import own
-from densenas.baselines import AS_DEEP, as_deep, designs, draw, hand_made
+from densenas.baselines import AS_DEEP, as_deep_in_turn, designs, draw, hand_made
 from densenas.costs import RECIPES, priced_space, read_costs
 from densenas.files import read_json, write_text
 from densenas.images.data import ImageData, load
@@ -177,11 +177,9 @@ class Study:
         """A random network as deep as what its way found, each of the searches in turn; None where none is drawn."""
         found = [self.network(one).architecture for one in self.searches(job)]
         depths = [arch.num_layers for arch in found if arch is not None]
-        depth = depths[job.number % len(depths)]
-        taken = [depths[number % len(depths)] for number in range(job.number)].count(depth)
-        known = self.truth.networks(AS_DEEP, job.target).values() if self.truth else ()
-        deep = [arch for arch in map(Architecture.parse, known) if arch.num_layers == depth]
-        return as_deep(self._lattice, job.target, depth, tuple(deep), taken)
+        texts = self.truth.networks(AS_DEEP, job.target).values() if self.truth else ()
+        known = [Architecture.parse(text) for text in texts]
+        return as_deep_in_turn(self._lattice, job.target, depths, known, job.number)
 
     def network(self, job: Job) -> Network:
         """The network of a job; FileNotFoundError or ValueError where its search is not done, or of other settings."""
@@ -372,7 +370,7 @@ def _kept(path: Path, settings: str) -> dict[str, Any] | None:
     return content
 
 
-def _configured(configuration: str, run: str) -> Study:
+def configured(configuration: str, run: str) -> Study:
     """The study of a run's file."""
     config = RunConfig.load(configuration)
     stages = config.stages(SearchSpace.load(config.space).input_size)
@@ -405,7 +403,7 @@ def main() -> None:
     )
     asked = parser.parse_args()
     with exiting():
-        _do(_configured(asked.configuration, asked.run), asked.step, asked.job)
+        _do(configured(asked.configuration, asked.run), asked.step, asked.job)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ def ranked(
     device: str = "auto",
     truth: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """The random networks of a study by `target`, `accuracy` on test, and a column for each score that may order them.
+    """The random networks of a study, of any depth and of the searched ones', by `target` and `accuracy` on test.
 
-    They are of any depth and of the searched ones' depths. Scores are the accuracy on val as a path of each way's
-    supernet, those that need none (`scores`), and accuracies of longer trainings where the rows of `truth` have them,
-    which are nan where they do not.
+    A column for each score that may order them: accuracy on val as a path of each way's supernet, those that need none
+    (`scores`), and accuracies of longer trainings where the rows of `truth` have them, nan where they do not.
     """
     drawn = results[results["method"].isin([RANDOM, MATCHED])].drop_duplicates("net_config")
     table = pd.DataFrame({"target": drawn["target"], "accuracy": drawn["top1"]})

@@ -103,9 +103,8 @@ def function(name: str) -> Callable[..., Any]:
 
 
 def module(kind: str, name: str, call: str, *arguments: Any, **named: Any) -> nn.Module:
-    """What the function makes of these arguments, which a sentence shows as `call`.
-
-    ValueError with one sentence, which begins with the kind of thing that was named, where that is no module.
+    """What the function makes of these arguments, which a sentence shows as `call`; ValueError with one sentence, which
+    begins with the kind of thing that was named, where that is no module.
     """
     called = f"{kind} {name!r:.100}"
     try:

@@ -252,8 +252,7 @@ class StudySettings(Settings):
     space: str | None = None  # preset or YAML file, for its recipes; None: the one that was priced
     targets: Targets  # millions of Mult-Adds
     seeds: int = Field(3, ge=1, le=1000)  # searches of each way for each target
-    # Trainings of each hand-made network, which tell what a seed changes; None: as many.
-    trainings: int | None = Field(None, ge=1, le=1000)
+    trainings: int | None = Field(None, ge=1, le=1000)  # of each hand-made network; None: as many
     # Random networks for each target: so many of any depth, and for each way so many of the searched ones' depths.
     networks: int = Field(8, ge=2, le=1000)
     # Ways of searching: what in the recipe makes each of them.

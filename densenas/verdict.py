@@ -234,19 +234,17 @@ def leads(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
 
 
 def overall(leads: pd.DataFrame) -> pd.DataFrame:
-    """The mean lead over the targets for each way and rival that every target has, with its interval.
-
-    The targets' 95 % intervals are independent; added in squares they hold the mean more often than they say, because
-    each allows for the few networks of its own target.
+    """The mean lead over the targets for each way and rival that every target has, with the interval that follows from
+    those of the targets: a cautious one, as each of these allows for the few networks of its own target.
     """
     targets = leads["target"].nunique()
     rows = []
     for (way, rival), group in leads.groupby(["way", "rival"], sort=False):
         if len(group) == targets:
-            half = (group["high"] - group["low"]) / 2
-            half = float((half**2).sum(skipna=False)) ** 0.5 / targets
-            points = group["points"].mean()
-            rows.append((way, rival, points, points - half, points + half))
+            mean = group["points"].mean()
+            squares = (group["high"] - group["low"]) ** 2
+            half = float(squares.sum(skipna=False)) ** 0.5 / 2 / targets
+            rows.append((way, rival, mean, mean - half, mean + half))
     return pd.DataFrame(rows, columns=["way", "rival", "points", "low", "high"])
 
 
@@ -289,10 +287,8 @@ def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) ->
         won.append(all(one is not None and one.points >= POINTS and one.low > 0 for one in wanted))
         sentences.append(_at(target, way, results, found))
     if len(won) > 1:
-        pooled = overall(table).itertuples()
-        parts = [
-            f"{Lead(row.points, row.low, row.high)} from {RIVALS[row.rival]}" for row in pooled
-        ]
+        pooled = overall(table).itertuples(index=False)
+        parts = [f"{Lead(*lead)} from {RIVALS[rival]}" for _, rival, *lead in pooled]
         sentences.append(f"Over all {len(won)} targets: {', '.join(parts)}.")
     ranks, ranked = _ranking(way, orders)
     ways = results.loc[results["method"] == SEARCHED, "way"].nunique()
@@ -316,11 +312,8 @@ def _at(target: float, way: str, results: pd.DataFrame, found: dict[str, Lead]) 
     top1 = 100 * ours["top1"].mean()
     matched = ((rows["method"] == MATCHED) & (rows["way"] == way)).sum()
     numbers = {MATCHED: f" (n = {matched})", RANDOM: f" (n = {count.get(RANDOM, 0)})"}
-    parts = [
-        f"{found[rival]} from {name}{numbers.get(rival, '')}"
-        for rival, name in RIVALS.items()
-        if rival in found
-    ]
+    rivals = [rival for rival in RIVALS if rival in found]
+    parts = [f"{found[one]} from {RIVALS[one]}{numbers.get(one, '')}" for one in rivals]
     if MATCHED not in found:
         parts.append("random networks of their depths were not trained")
     if HAND_MADE not in found:
