@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pandas as pd
 import torch
 from tqdm import tqdm
+from truth import alone
 
 from densenas import Architecture
 from densenas.evidence import configured
@@ -28,7 +29,7 @@ from densenas.outcome import load_search
 from densenas.runs.provenance import environment
 from densenas.search import Judge
 from densenas.truth import Truth
-from densenas.verdict import HAND_MADE, SEARCHED
+from densenas.verdict import SEARCHED
 
 RESULTS = Path(__file__).parent / "results" / "evaluation-cpu.json"
 NEAR = 0.035  # of the target, a little more than a search may miss it
@@ -43,17 +44,13 @@ def main() -> None:
     parser.add_argument("way", help="of searching, as the study calls it")
     options = parser.parse_args()
     study = configured(options.configuration, options.run)
-    truth = Truth(study.run).rows()
-    epochs = truth["epochs"].max()
-    whole = (truth["epochs"] == epochs) & (truth["seed"] == 0) & (truth["group"] != HAND_MADE)
-    truth = truth[whole].drop_duplicates("net_config").set_index("net_config")
-    alone = truth[f"top1_{epochs}"]
+    truth = alone(Truth(study.run).rows()).set_index("net_config")
     judge = Judge(study.data, 256, torch.device("cpu"))
     jobs = [job for job in study.jobs() if job.method == SEARCHED and job.way == options.way]
     rows = []
     for job in tqdm(jobs, "searches"):
         found = load_search(study.folder(job), study.table, len(study.data.classes))
-        near = alone[(truth["mult_adds_m"] / job.target - 1).abs() <= NEAR]
+        near = truth["accuracy"][(truth["mult_adds_m"] / job.target - 1).abs() <= NEAR]
         paths = [judge.top1(found.net, Architecture.parse(text)) for text in near.index]
         table = pd.DataFrame({"path": paths, "alone": near})
         derived, picked = str(found.best.architecture), table["path"].idxmax()
@@ -63,8 +60,8 @@ def main() -> None:
                 "seed": job.number,
                 "candidates": len(table),
                 "spearman": table["path"].rank().corr(table["alone"].rank()),
-                "derived_top1": alone.get(derived),
-                "evaluated_top1": alone[picked],
+                "derived_top1": truth["accuracy"].get(derived),
+                "evaluated_top1": near[picked],
                 "same": derived == picked,
                 "best_top1": near.max(),
             }

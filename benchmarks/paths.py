@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pandas as pd
 import torch
 from memory import peak_gib
+from truth import alone
 
 from densenas import Architecture
 from densenas.baselines import draw
@@ -43,7 +44,6 @@ from densenas.search import Judge, search
 from densenas.settings import Computing
 from densenas.train import train_alone
 from densenas.truth import Truth
-from densenas.verdict import HAND_MADE
 
 RESULTS = Path(__file__).parent / "results" / "paths-cpu.json"
 WAYS = [(paths, weights) for paths in ("all", "sampled") for weights in ("own", "shared")]
@@ -55,9 +55,7 @@ def known(name: str, target: float) -> pd.DataFrame:
     run = Run(name)
     truth = Truth(run).rows()
     if len(truth):
-        rows = truth[(truth["seed"] == 0) & (truth["group"] != HAND_MADE)]
-        rows = rows.assign(accuracy=rows[f"top1_{rows['epochs'].max()}"])
-        return rows[["net_config", "target", "accuracy"]].dropna()
+        return alone(truth)[["net_config", "target", "accuracy"]]
     kept = RESULTS.parent / f"paths-{name}-networks.csv"
     if kept.exists():
         return pd.read_csv(kept)

@@ -87,6 +87,17 @@ def jobs(study: pd.DataFrame, table: CostTable, truth: Truth) -> list[Job]:
     return start + again + queue[len(start) :]
 
 
+def alone(rows: pd.DataFrame) -> pd.DataFrame:
+    """The networks of such a table, hand-made ones left out, each with its `accuracy` on test when trained alone.
+
+    That is the first training (seed 0), for as many epochs as most.
+    """
+    epochs = rows["epochs"].mode().max()
+    same = (rows["seed"] == 0) & (rows["epochs"] == epochs) & (rows["group"] != HAND_MADE)
+    found = rows[same].drop_duplicates("net_config")
+    return found.assign(accuracy=found[f"top1_{epochs}"])
+
+
 def time_all(truth: Truth, table: CostTable) -> None:
     """Fills latency_ms: milliseconds of one image on this machine."""
     texts = [*truth.rows()["net_config"].unique()]
