@@ -303,13 +303,9 @@ class Study:
 
     def _result(self, job: Job) -> dict[str, Any] | None:
         """What a job has found out, if it is done, whole, and of the data and recipes of today."""
-        path = self._trained(job)
-        if not path.exists():
+        if any(self._found(wanted) is None for wanted in self.searches(job)):
             return None
-        for wanted in self.searches(job):
-            if self._found(wanted) is None:
-                return None
-        return _kept(path, self._training_settings(self.network(job)))
+        return _kept(self._trained(job), self._training_settings(self.network(job)))
 
     # What is said of all of them.
 

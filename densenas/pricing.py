@@ -48,6 +48,11 @@ def price(run: Run, settings: CostSettings) -> Prices:
     elif settings.networks or settings.kind == "latency":
         with run.alone():  # beside another stage of this run all would be timed wrong
             prices = _timed(run, prices, settings)
+    # What an earlier pricing measured may be of another space or device.
+    if prices.measured is None:
+        (run.reports / "latency.json").unlink(missing_ok=True)
+    if prices.agreement is None:
+        run.update_json("metrics.json", "latency", None)
     prices.table.write(run.reports / "cost.json")
     parameters = settings.model_dump(mode="json") | {"image_size": image_size}
     run.record_provenance("02-cost", **parameters)

@@ -191,8 +191,7 @@ def at_equal_seconds(networks: pd.DataFrame, seconds: float, noise: float) -> Me
     if found.empty:
         return None
     best = found.loc[found["top1"].idxmax()]
-    columns = networks[[f"top1_{best['epoch']:.0f}", "top1"]].to_numpy(float)
-    seen, final = columns.T
+    seen, final = networks[[f"top1_{best['epoch']:.0f}", "top1"]].to_numpy(float).T
     common = noise if best["epoch"] == networks["epochs"].iloc[0] else 0.0
     dice = np.random.default_rng(0)
     drawn = []

@@ -192,7 +192,7 @@ def test_a_run_is_priced_in_one_call(kind, networks, quick, run):
     parameters = run.read_json("provenance.json")["02-cost"]["parameters"]
     assert parameters == settings.model_dump() | {"image_size": 16}
     assert (prices.measured is None) == (not networks and kind == "mult_adds")
-    assert ("latency" in run.read_json("metrics.json")) == bool(networks)
+    assert bool(run.read_json("metrics.json")["latency"]) == bool(networks)
     if networks:
         assert len(prices.networks) == networks
         assert run.read_json("metrics.json")["latency"]["factor"] == prices.agreement["factor"]
@@ -200,3 +200,7 @@ def test_a_run_is_priced_in_one_call(kind, networks, quick, run):
     if networks and kind == "latency":
         factor = prices.agreement["factor"]
         assert prices.table.stem == pytest.approx(factor * prices.measured.stem)
+    # Priced anew without a clock: nothing is left of what was measured.
+    price(run, CostSettings(space=str(path), networks=0))
+    assert not (run.reports / "latency.json").exists()
+    assert run.read_json("metrics.json")["latency"] is None
