@@ -63,7 +63,7 @@ class Study:
     """A comparison at equal cost on a run's data and space, as its settings have it.
 
     For each target there are so many searches of each way, random networks within 5 % of the target, uniform over
-    architectures, as many as deep as what each way found, and the hand-made ones. All are trained alike, with seed 0
+    architectures, others as deep as what each way found, and the hand-made ones. All are trained alike, with seed 0
     but for the other trainings of a hand-made one. Each step keeps its result in runs/<run>/evidence/, goes on from its
     own checkpoint after a kill, and depends on its job's `searches` alone. What the run's `truth` knows is not trained
     again, what it does not know is added. Raises ValueError with one sentence where there can be no such study.
@@ -81,7 +81,7 @@ class Study:
         space = self.table.space if named is None else SearchSpace.load(named)
         ways = [*self.settings.searches]
         kinds = [(SEARCHED, way, self.settings.seeds) for way in ways]
-        kinds += [(MATCHED, way, self.settings.networks) for way in ways]
+        kinds += [(MATCHED, way, self.settings.matched or self.settings.networks) for way in ways]
         kinds.append((RANDOM, "", self.settings.networks))
         trainings = self.settings.trainings or self.settings.seeds
         kinds.append((HAND_MADE, "", len(designs(space)) * trainings))

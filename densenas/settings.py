@@ -253,8 +253,8 @@ class StudySettings(Settings):
     targets: Targets  # millions of Mult-Adds
     seeds: int = Field(3, ge=1, le=1000)  # searches of each way for each target
     trainings: int | None = Field(None, ge=1, le=1000)  # of each hand-made network; None: as many
-    # Random networks for each target: so many of any depth, and for each way so many of the searched ones' depths.
-    networks: int = Field(8, ge=2, le=1000)
+    networks: int = Field(8, ge=2, le=1000)  # random ones for each target
+    matched: int | None = Field(None, ge=1, le=1000)  # and as deep as each way's; None: as many
     # Ways of searching: what in the recipe makes each of them.
     searches: Searches = Field(default_factory=lambda: {"DenseNAS": {}}, validate_default=True)
     search: Overrides | None = None  # fields of the recipe of every search

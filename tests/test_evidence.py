@@ -156,6 +156,14 @@ def test_hand_made_networks_are_trained_as_often_as_asked(study):
     assert (seeds(None), seeds(2)) == ({0, 1, 2}, {0, 1})
 
 
+def test_networks_of_the_searched_depths_are_as_many_as_asked(study):
+    def count(**asked):
+        jobs = changed(study, networks=5, searches={"a": {}, "b": {}}, **asked).jobs()
+        return [sum(job.method == method for job in jobs) for method in ("random", "matched")]
+
+    assert (count(), count(matched=2)) == ([10, 20], [10, 8]), "at two targets"
+
+
 def test_random_networks_cost_the_target_and_are_the_same_in_every_process_and_study(study):
     jobs = [Job("random", 2 * TARGET, number) for number in range(4)]
     drawn = [study.random(job) for job in jobs]
