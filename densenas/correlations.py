@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 RESAMPLES = 1000  # of a bootstrap
+FEWEST = 10  # networks whose bootstrap tells an interval: of fewer it is too narrow
 CEILING = "noise ceiling"
 MEASURES = ("spearman", "kendall", "spearman_at_equal_cost", "kendall_at_equal_cost")
 
@@ -52,7 +53,8 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
 def rankings(networks: pd.DataFrame) -> pd.DataFrame:
     """A row for each score: `correlations` with accuracy, over the n networks that have the score.
 
-    Each has its 95 % interval (`_low`, `_high`), by drawing the networks of each target anew (percentile bootstrap).
+    Each has its 95 % interval (`_low`, `_high`), by drawing the networks of each target anew (percentile bootstrap);
+    nan of fewer than `FEWEST`.
     `networks` has a row for each network, with `target`, `accuracy` and the scores, which are all other columns.
     """
     rows = []
@@ -61,10 +63,11 @@ def rankings(networks: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, object] = {"score": name, "n": len(columns)}
         row |= zip(MEASURES, correlations(*columns.T), strict=True)
         dice = np.random.default_rng(0)
-        values = []
-        for _ in range(RESAMPLES):
-            values.append(correlations(*columns[resampled(columns[:, 2], dice)].T))
-        for measure, drawn in zip(MEASURES, np.array(values).T, strict=True):
+        values = np.full((RESAMPLES, len(MEASURES)), np.nan)
+        if len(columns) >= FEWEST:
+            for drawn in values:
+                drawn[:] = correlations(*columns[resampled(columns[:, 2], dice)].T)
+        for measure, drawn in zip(MEASURES, values.T, strict=True):
             row[f"{measure}_low"], row[f"{measure}_high"] = percentiles(drawn)
         rows.append(row)
     return pd.DataFrame(rows).set_index("score")
@@ -139,19 +142,20 @@ def noise_ceiling(networks: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFra
     return pd.DataFrame([row]).set_index("score")
 
 
+def in_words(row: pd.Series, measure: str) -> str:
+    """A correlation of `rankings`, in brackets its interval where there is one."""
+    value, low, high = row[measure], row[f"{measure}_low"], row[f"{measure}_high"]
+    interval = "" if pd.isna(low) else f" ({low:.2f} to {high:.2f})"
+    return "none" if pd.isna(value) else f"{value:.2f}{interval}"
+
+
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """What `rankings` gave as text: each correlation with its interval in brackets."""
+    """What `rankings` gave as text: each correlation with its interval."""
     shown = table[["n"]].copy()
     for measure in MEASURES:
-        if measure not in table:
-            continue
-        cells = []
-        for value, low, high in zip(
-            table[measure], table[f"{measure}_low"], table[f"{measure}_high"], strict=True
-        ):
-            known = f"{value:.2f} ({low:.2f} to {high:.2f})"
-            cells.append("none" if pd.isna(value) else known)
-        shown[measure.replace("_", " ").capitalize()] = cells
+        if measure in table:
+            name = measure.replace("_", " ").capitalize()
+            shown[name] = [in_words(row, measure) for _, row in table.iterrows()]
     return shown
 
 

@@ -64,9 +64,10 @@ class Study:
 
     For each target there are so many searches of each way, random networks within 5 % of the target, uniform over
     architectures, others as deep as what each way found, and the hand-made ones. All are trained alike, with seed 0
-    but for the other trainings of a hand-made one. Each step keeps its result in runs/<run>/evidence/, goes on from its
-    own checkpoint after a kill, and depends on its job's `searches` alone. What the run's `truth` knows is not trained
-    again, what it does not know is added. Raises ValueError with one sentence where there can be no such study.
+    but for the other trainings of a hand-made one and of what a way found before. Each step keeps its result in
+    runs/<run>/evidence/, goes on from its own checkpoint after a kill, and depends on its job's `searches` alone. What
+    the run's `truth` knows is not trained again, what it does not know is added. Raises ValueError with
+    one sentence where there can be no such study.
     """
 
     run: Run
@@ -96,7 +97,7 @@ class Study:
     def searches(self, job: Job) -> list[Job]:
         """The searches that must be done before the job's network is known."""
         if job.method == SEARCHED:
-            return [job]
+            return [job._replace(number=seed) for seed in range(job.number + 1)]
         if job.method != MATCHED:
             return []
         return [job._replace(method=SEARCHED, number=seed) for seed in range(self.settings.seeds)]
@@ -184,12 +185,10 @@ class Study:
     def network(self, job: Job) -> Network:
         """The network of a job; FileNotFoundError or ValueError where its search is not done, or of other settings."""
         if job.method == SEARCHED:
-            path = self.run.need(self._searched(job), f"the search of {job}")
-            found = self._found(job)
-            if found is None:
-                raise ValueError(f"{path} does not serve: run the search of {job} again")
-            arch = Architecture.parse(found["net_config"])
-            return Network(job.way, arch, 0, found["seconds"])
+            *before, found = map(self._need, self.searches(job))
+            text = found["net_config"]
+            seed = [one["net_config"] for one in before].count(text)
+            return Network(job.way, Architecture.parse(text), seed, found["seconds"])
         if job.method == MATCHED:
             return Network(f"random, as deep as {job.way}", self.matched(job), 0)
         if job.method == RANDOM:
@@ -301,6 +300,13 @@ class Study:
         """What the search of a job has found, if it is done."""
         return _kept(self._searched(job), self._search_settings(job))
 
+    def _need(self, job: Job) -> dict[str, Any]:
+        path = self.run.need(self._searched(job), f"the search of {job}")
+        found = self._found(job)
+        if found is None:
+            raise ValueError(f"{path} does not serve: run the search of {job} again")
+        return found
+
     def _result(self, job: Job) -> dict[str, Any] | None:
         """What a job has found out, if it is done, whole, and of the data and recipes of today."""
         if any(self._found(wanted) is None for wanted in self.searches(job)):
@@ -322,8 +328,7 @@ class Study:
 
     def ranked(self, results: pd.DataFrame) -> pd.DataFrame:
         """The random networks with their accuracy and all that may order them (see `orders.ranked`)."""
-        rows = self.truth.rows() if self.truth else None
-        return ranked(self.supernets(), results, self.data, self.settings.device, rows)
+        return ranked(self.supernets(), results, self.data, self.settings.device)
 
     def trainings(self, results: pd.DataFrame) -> pd.DataFrame:
         """Those of `results` and all others that the table knows (see `verdict.trainings`)."""

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from densenas.correlations import noise_ceiling, rankings
 from densenas.images.data import ImageData
 from densenas.method.architecture import Architecture
 from densenas.method.supernet import SuperNet
 from densenas.ranking import PathOf, synaptic_flow
 from densenas.runs.progress import quiet
 from densenas.train import evaluate
-from densenas.verdict import MATCHED, RANDOM, path_in
+from densenas.verdict import ANY_DEPTH, BOTH, MATCHED, RANDOM, path_in
 
 EARLY = (2, 5, 10, 20)  # epochs after which the order is looked at
 
@@ -22,27 +23,50 @@ def ranked(
     results: pd.DataFrame,
     data: ImageData,
     device: str = "auto",
-    truth: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """The random networks of a study, of any depth and of the searched ones', by `target` and `accuracy` on test.
+    """The random networks of a study by `kind` (`RANDOM`, `MATCHED`), `target` and `accuracy` on test.
 
-    A column for each score that may order them: accuracy on val as a path of each way's supernet, those that need none
-    (`scores`), and accuracies of longer trainings where the rows of `truth` have them, nan where they do not.
+    A column for each score that may order them: accuracy on val as a path of each way's supernet, and those that need
+    none (`scores`).
     """
     drawn = results[results["method"].isin([RANDOM, MATCHED])].drop_duplicates("net_config")
-    table = pd.DataFrame({"target": drawn["target"], "accuracy": drawn["top1"]})
+    known = {"kind": "method", "target": "target", "accuracy": "top1"}
+    table = pd.DataFrame({name: drawn[column] for name, column in known.items()})
     for way, net in supernets.items():
         with quiet():
             paths = [PathOf(net, Architecture.parse(text)) for text in drawn["net_config"]]
             judged = [evaluate(path, data, "val", device=device)["top1"] for path in paths]
         table[path_in(way)] = judged
-    table = table.join(scores(drawn, data.image_size, len(data.classes)))
-    if truth is not None:
-        longer = truth[(truth["epochs"] > drawn["epochs"].max()) & (truth["seed"] == 0)]
-        for epochs, rows in longer.groupby("epochs"):
-            top1 = rows.drop_duplicates("net_config").set_index("net_config")[f"top1_{epochs}"]
-            table[f"trained for {epochs} epochs"] = drawn["net_config"].map(top1)
-    return table
+    return table.join(scores(drawn, data.image_size, len(data.classes)))
+
+
+def orders(networks: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
+    """`rankings` of what was `ranked`, with their `noise_ceiling`: of networks of any depth, of those as deep as the
+    searched ones, and of both kinds, which a score may order by telling the kinds apart.
+    """
+    kinds = {ANY_DEPTH: [RANDOM], "as deep as searched": [MATCHED], BOTH: [RANDOM, MATCHED]}
+    found = {}
+    for name, kind in kinds.items():
+        rows = networks[networks["kind"].isin(kind)].drop(columns="kind")
+        if len(rows):
+            found[name] = pd.concat([rankings(rows), noise_ceiling(rows, trainings)])
+    return pd.concat(found, names=["networks"])
+
+
+def longer(truth: pd.DataFrame, epochs: int) -> pd.DataFrame:
+    """`rankings` of accuracies during a training of so many epochs, with those of the longest one in the table.
+
+    Of the networks that both trained with seed 0, searched ones among them.
+    """
+    rows = truth[truth["seed"] == 0].drop_duplicates(["net_config", "epochs"])
+    longest = rows["epochs"].max()
+    final = rows[rows["epochs"] == longest].set_index("net_config")
+    table = pd.DataFrame({"target": final["target"], "accuracy": final[f"top1_{longest}"]})
+    short = rows[rows["epochs"] == epochs].set_index("net_config")
+    for epoch in EARLY:
+        if f"top1_{epoch}" in short:
+            table[f"after {epoch} of {epochs} epochs"] = short[f"top1_{epoch}"]
+    return rankings(table)
 
 
 def scores(networks: pd.DataFrame, input_size: int, num_classes: int) -> pd.DataFrame:

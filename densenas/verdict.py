@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from densenas.correlations import CEILING, RESAMPLES, reliability, seed_correlation, seed_noise
+from densenas.correlations import (
+    CEILING,
+    RESAMPLES,
+    in_words,
+    reliability,
+    seed_correlation,
+    seed_noise,
+)
 from densenas.truth import by_epoch
 
 SEARCHED = "searched"
@@ -25,6 +32,8 @@ RIVALS = {
     HAND_MADE: "the best hand-made design",
     RANDOM_SEARCH: "what random search reaches in as many seconds",
 }
+ANY_DEPTH = "of any depth"  # random networks that a supernet is asked to order
+BOTH = "of both kinds"  # and those as deep as the searched ones
 POINTS = 1.0  # of accuracy, by which a search that is worth it is ahead
 
 
@@ -81,6 +90,7 @@ class Lead(NamedTuple):
     points: float
     low: float
     high: float
+    freedom: float  # degrees of it behind the interval
 
     def __str__(self) -> str:
         if np.isnan(self.low):
@@ -99,12 +109,17 @@ class Mean(NamedTuple):
         """Welch's interval of a difference."""
         points = self.value - other.value
         variances = np.array([self.variance, other.variance])
-        variance = variances.sum()
-        if not variance > 0:
-            return Lead(points, np.nan, np.nan)
-        freedom = variance**2 / (variances**2 / np.array([self.freedom, other.freedom])).sum()
+        if not variances.sum() > 0:
+            return Lead(points, np.nan, np.nan, np.nan)
+        variance, freedom = pooled(variances, np.array([self.freedom, other.freedom]))
         half = student(freedom) * variance**0.5
-        return Lead(points, points - half, points + half)
+        return Lead(points, points - half, points + half, freedom)
+
+
+def pooled(variances: np.ndarray, freedom: np.ndarray) -> tuple[float, float]:
+    """The variance of a sum and the degrees of freedom behind it (Satterthwaite, 1946)."""
+    variance = variances.sum()
+    return variance, variance**2 / (variances**2 / freedom).sum()
 
 
 def student(freedom: float) -> float:
@@ -150,7 +165,29 @@ def compared(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
     for key, rows in distinct(results).groupby(["target", "design"]):
         found = mean_of(rows, noise).above(Mean(0.0, 0.0, 1.0))
         table.loc[key, ["low", "high"]] = found.low, found.high
-    return table.assign(search_seconds=seconds.astype(float))
+    interval = ["mean", "low", "high"]
+    order = [
+        "n",
+        "mult_adds_m",
+        "layers",
+        *interval,
+        "std",
+        "best",
+        "search_seconds",
+        "train_seconds",
+    ]
+    return table.assign(search_seconds=seconds.astype(float))[order]
+
+
+def not_compared(results: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """Per target and group of the table n networks, trained as `results` with seed 0, that are not among these, like
+    those of earlier searches; their mean layers and mean top-1 (%).
+    """
+    epochs = results["epochs"].max()
+    rows = truth[(truth["epochs"] == epochs) & (truth["seed"] == 0)]
+    rows = rows[~rows["net_config"].isin(results["net_config"])].drop_duplicates("net_config")
+    groups = rows.assign(top1=100 * rows[f"top1_{epochs}"]).groupby(["target", "group"])
+    return groups.agg(n=("top1", "size"), layers=("layers", "mean"), mean=("top1", "mean"))
 
 
 def random_search(networks: pd.DataFrame, seconds: float, noise: float) -> pd.DataFrame:
@@ -228,23 +265,23 @@ def leads(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
             if mean is not None:
                 row = {"target": target, "way": way, "rival": rival, "top1": mean.value}
                 rows.append({**row, **ours.above(mean)._asdict()})
-    columns = ["target", "way", "rival", "top1", "points", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["target", "way", "rival", "top1", *Lead._fields])
 
 
 def overall(leads: pd.DataFrame) -> pd.DataFrame:
-    """The mean lead over the targets for each way and rival that every target has, with the interval that follows from
-    those of the targets: a cautious one, as each of these allows for the few networks of its own target.
+    """The mean lead over the targets for each way and rival that every target has, with its 95 % interval: as the
+    targets' own, by the sum of their variances (Welch, Satterthwaite).
     """
     targets = leads["target"].nunique()
     rows = []
     for (way, rival), group in leads.groupby(["way", "rival"], sort=False):
         if len(group) == targets:
-            mean = group["points"].mean()
-            squares = (group["high"] - group["low"]) ** 2
-            half = float(squares.sum(skipna=False)) ** 0.5 / 2 / targets
-            rows.append((way, rival, mean, mean - half, mean + half))
-    return pd.DataFrame(rows, columns=["way", "rival", "points", "low", "high"])
+            freedom = group["freedom"].to_numpy(float)
+            errors = (group["high"] - group["points"]) / [student(one) for one in freedom]
+            variances = (errors / targets) ** 2
+            of_mean = Mean(group["points"].mean(), *pooled(variances.to_numpy(), freedom))
+            rows.append((way, rival, *of_mean.above(Mean(0.0, 0.0, 1.0))))
+    return pd.DataFrame(rows, columns=["way", "rival", *Lead._fields])
 
 
 def trainings(results: pd.DataFrame, truth: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -281,24 +318,26 @@ def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) ->
     table = leads[leads["way"] == way]
     won, sentences = [], []
     for target, rows in table.groupby("target"):
-        found = {row.rival: Lead(row.points, row.low, row.high) for row in rows.itertuples()}
+        found = {
+            row.rival: Lead(row.points, row.low, row.high, row.freedom) for row in rows.itertuples()
+        }
         wanted = [found.get(MATCHED), found.get(HAND_MADE)]
         won.append(all(one is not None and one.points >= POINTS and one.low > 0 for one in wanted))
         sentences.append(_at(target, way, results, found))
     if len(won) > 1:
         pooled = overall(table).itertuples(index=False)
-        parts = [f"{Lead(*lead)} from {RIVALS[rival]}" for _, rival, *lead in pooled]
+        parts = [f"{Lead(*lead)} above {RIVALS[rival]}" for _, rival, *lead in pooled]
         sentences.append(f"Over all {len(won)} targets: {', '.join(parts)}.")
     ranks, ranked = _ranking(way, orders)
     ways = results.loc[results["method"] == SEARCHED, "way"].nunique()
     which = f"{way}, the best of {ways} ways of searching," if ways > 1 else way
     head = "**Shown**" if all(won) and ranked else "**Not shown**"
     asked = (
-        f"{head} that {which} is worth its search."
-        f" Asked for at every target is a mean at least {POINTS:g} point above random networks of the"
-        f" same depth and above the best hand-made design, both clear of zero: so at {sum(won)} of"
-        f" {len(won)} targets. Asked for is also a supernet that orders random networks of equal cost"
-        f" at least half as well as the noise of training allows: {ranks}."
+        f"{head} that {which} is worth its search. At {sum(won)} of {len(won)} targets its mean is at"
+        f" least {POINTS:g} point above random networks of the same depth and above the best hand-made"
+        f" design, both clear of zero. Random networks of equal cost, of any depth and with those as"
+        f" deep as the searched ones, its supernet should order at least half as well as the noise of"
+        f" training allows: {ranks}."
     )
     return "\n".join([asked, *sentences])
 
@@ -312,7 +351,7 @@ def _at(target: float, way: str, results: pd.DataFrame, found: dict[str, Lead]) 
     matched = ((rows["method"] == MATCHED) & (rows["way"] == way)).sum()
     numbers = {MATCHED: f" (n = {matched})", RANDOM: f" (n = {count.get(RANDOM, 0)})"}
     rivals = [rival for rival in RIVALS if rival in found]
-    parts = [f"{found[one]} from {RIVALS[one]}{numbers.get(one, '')}" for one in rivals]
+    parts = [f"{found[one]} above {RIVALS[one]}{numbers.get(one, '')}" for one in rivals]
     if MATCHED not in found:
         parts.append("random networks of their depths were not trained")
     if HAND_MADE not in found:
@@ -326,19 +365,17 @@ def _at(target: float, way: str, results: pd.DataFrame, found: dict[str, Lead]) 
 def _ranking(way: str, orders: pd.DataFrame) -> tuple[str, bool]:
     """How well its supernet orders networks of equal cost, in words, and whether that is half of what noise allows."""
     measure = "spearman_at_equal_cost"
-    if path_in(way) not in orders.index or pd.isna(orders.loc[path_in(way), measure]):
-        return "no rank correlation can be told", False
-    row = orders.loc[path_in(way)]
-    words = f"{row[measure]:.2f} ({row[f'{measure}_low']:.2f} to {row[f'{measure}_high']:.2f})"
-    ceiling = np.nan
-    if CEILING in orders.index and measure in orders:
-        ceiling = orders.loc[CEILING, measure]
-    if pd.isna(ceiling):
-        return f"it reaches {words}, and what noise allows is not known", False
-    if not ceiling > 0:
-        return f"it reaches {words}, but noise leaves nothing to order, so it does not", False
-    met = row[measure] >= ceiling / 2
-    return f"it reaches {words} of {ceiling:.2f}, so it {'does' if met else 'does not'}", bool(met)
+    words, met = [], True
+    for kind in (ANY_DEPTH, BOTH):
+        ranks, most = orders.loc[(kind, path_in(way))], orders.loc[(kind, CEILING)]
+        if pd.isna(ranks[measure]):
+            return "no rank correlation can be told", False
+        allowed = (
+            "a ceiling that is not known" if pd.isna(most[measure]) else in_words(most, measure)
+        )
+        words.append(f"{in_words(ranks, measure)} of {allowed}")
+        met = met and most[measure] > 0 and ranks[measure] >= most[measure] / 2
+    return f"it {'does' if met else 'does not'}, by {' and '.join(words)}", bool(met)
 
 
 def repeats(results: pd.DataFrame) -> str:
@@ -360,16 +397,17 @@ def summary(
     noise, freedom = seed_noise(trainings)
     table = leads(results, trainings)
     correlation = seed_correlation(trainings)
+    once = results.drop_duplicates(["net_config", "seed"])
     return {
         "verdict": verdict(results, table, orders),
         "left_out": " ".join(left_out),
-        "networks": len(results),
+        "trainings": len(once),
         "epochs": int(results["epochs"].max()),
         "seed_std": 100 * noise**0.5 if freedom else None,
         "seed_freedom": freedom,
         "seed_correlation": correlation if correlation == correlation else None,
         "search_seconds": results["search_seconds"].sum(),
-        "train_seconds": results["train_seconds"].sum(),
+        "train_seconds": once["train_seconds"].sum(),
         "compared": as_records(compared(results, trainings).reset_index()),
         "leads": as_records(table),
         "overall": as_records(overall(table)),

@@ -93,10 +93,10 @@ def test_every_score_has_its_row_of_the_networks_that_have_it():
     assert table.loc["layers", ["n", "spearman", "kendall"]].tolist() == [4, -1, -1]
     assert table.loc["path", "spearman_at_equal_cost"] == 0
     assert table.loc["longer", ["n", "spearman"]].tolist() == [3, 1]
-    assert (table["spearman_low"] <= table["spearman"]).loc["layers":"longer"].all()
+    assert table["spearman_low"].isna().all(), "an interval of so few would be too narrow"
     shown = readable(table)
     assert [*shown.columns][:3] == ["n", "Spearman", "Kendall"] and len(shown.columns) == 5
-    assert shown.loc["layers", "Kendall"].startswith("-1.00 (")
+    assert shown.loc["layers", "Kendall"] == "-1.00"
     assert shown.loc["same", "Spearman"] == "none"
 
 

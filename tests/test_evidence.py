@@ -18,11 +18,11 @@ from torchvision.io import write_png
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
 from densenas.baselines import as_deep, hand_made
-from densenas.correlations import noise_ceiling, rankings
 from densenas.evidence import Job, Study, main
 from densenas.images.prepare import prepare
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
+from densenas.orders import orders as orders_of
 from densenas.preflight import checked
 from densenas.ranking import PathOf
 from densenas.recipes import override
@@ -219,11 +219,11 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
         len(ranking) == drawn > 3
         and ranking["path in the supernet of DenseNAS"].between(0, 1).all()
     )
-    orders = pd.concat([rankings(ranking), noise_ceiling(ranking, study.trainings(results))])
-    assert orders.loc["layers", "n"] == drawn and len(orders) == 6
+    orders = orders_of(ranking, study.trainings(results))
+    assert orders.loc[("of both kinds", "layers"), "n"] == drawn and len(orders) == 3 * 6
     study.record(results, ranking, orders)
     recorded = study.run.read_json("metrics.json")
-    assert [row["score"] for row in recorded["rankings"]] == [*orders.index]
+    assert [(row["networks"], row["score"]) for row in recorded["rankings"]] == [*orders.index]
     ahead = leads(results, study.trainings(results))
     assert recorded["evidence"]["verdict"] == verdict(results, ahead, orders)
     assert "no hand-made design costs that" in recorded["evidence"]["verdict"]
@@ -384,6 +384,30 @@ def test_a_study_without_a_space_is_of_the_runs_costs(study):
         changed(study, space="digits").run_search(Job.parse(f"DenseNAS_{TARGET}_0"))
 
 
+def test_a_network_that_is_found_again_is_trained_with_another_seed(study):
+    """So that each search is a draw of its own, and none counts for nothing."""
+    often = changed(study, seeds=3)
+    jobs = [Job.parse(f"DenseNAS_{2 * TARGET}_{number}") for number in range(3)]
+    for job in jobs:
+        often.run_search(job)
+    path = often.folder(jobs[2]).work / "searched.json"
+    first, last = (
+        json.loads((often.folder(job).work / "searched.json").read_text()) for job in jobs[::2]
+    )
+    path.write_text(json.dumps({**last, "net_config": first["net_config"]}))
+    networks = [often.network(job) for job in jobs]
+    again = 1 + (networks[1].architecture == networks[0].architecture)
+    assert networks[2].architecture == networks[0].architecture
+    assert (networks[0].seed, networks[2].seed) == (0, again)
+    for job in (jobs[0], jobs[2]):
+        often.run_training(job)
+    first, last = often.results().to_dict("records")
+    assert first["net_config"] == last["net_config"] and first["top1"] != last["top1"]
+    for job in jobs[:1]:
+        (often.folder(job).work / "searched.json").unlink()
+    assert not len(often.results()), "without the earlier searches nobody knows the seed"
+
+
 def test_networks_that_came_twice_are_named():
     rows = [
         ("DenseNAS", "a"),
@@ -508,7 +532,7 @@ def test_the_committed_study_is_what_its_files_say(root):
     results = pd.read_csv(run.reports / "evidence.csv")
     ranking = pd.read_csv(run.reports / "ranking.csv")
     known = trainings(results, Truth(run).rows())
-    orders = pd.concat([rankings(ranking), noise_ceiling(ranking, known)])
+    orders = orders_of(ranking, known)
     recorded = run.read_json("metrics.json")["evidence"]
     again = summary(results, known, orders, [recorded["left_out"]])
     assert rounded(recorded) == rounded(again)

@@ -8,11 +8,13 @@ import pytest
 from helpers import study_results
 
 from densenas import figures
-from densenas.correlations import noise_ceiling, rankings
+from densenas.correlations import FEWEST, in_words
+from densenas.orders import longer, orders
 from densenas.verdict import (
     Mean,
     compared,
     leads,
+    not_compared,
     overall,
     path_in,
     random_search,
@@ -65,12 +67,12 @@ def test_a_target_without_a_rival_has_no_lead_over_all():
 def orders_of(results, skill):
     """Rankings of the random networks by paths that know their accuracies more (1) or less (0)."""
     dice = np.random.default_rng(1)
-    drawn = results[results["method"] == "random"]
-    ranked = pd.DataFrame({"target": drawn["target"], "accuracy": drawn["top1"]})
+    drawn = results[results["method"].isin(["random", "matched"])]
+    ranked = drawn[["method", "target", "top1"]].set_axis(["kind", "target", "accuracy"], axis=1)
     for way in results.loc[results["method"] == "searched", "way"].unique():
         chance = 0.01 * dice.normal(size=len(drawn))
         ranked[path_in(way)] = skill * drawn["top1"] + (1 - skill) * chance
-    return pd.concat([rankings(ranked), noise_ceiling(ranked, trainings(results))])
+    return orders(ranked, trainings(results))
 
 
 def said(results, skill):
@@ -80,21 +82,65 @@ def said(results, skill):
 def test_a_search_that_is_worth_it_is_said_to_be():
     text = said(study_results(lead=0.06), skill=0.9)
     assert text.startswith("**Shown** that DenseNAS is worth its search")
-    assert "so at 3 of 3 targets" in text and "so it does." in text
+    assert "At 3 of 3 targets" in text and "allows: it does, by" in text
     assert text.count("M Mult-Adds") == 3 and "Over all 3 targets: +" in text
 
 
 @pytest.mark.parametrize(
     ("lead", "skill", "sentence"),
     [
-        (0.0, 0.9, "so at 0 of 3 targets"),  # no better than what is as deep
-        (0.005, 0.9, "so at 0 of 3 targets"),  # less than a point
-        (0.06, 0.0, "so it does not."),  # its supernet knows nothing
+        (0.0, 0.9, "At 0 of 3 targets"),  # no better than what is as deep
+        (0.005, 0.9, "At 0 of 3 targets"),  # less than a point
+        (0.06, 0.0, "allows: it does not, by"),  # its supernet knows nothing
     ],
 )
 def test_a_search_that_is_not_worth_it_is_said_not_to_be(lead, skill, sentence):
     text = said(study_results(lead, noise=0.001), skill)
     assert text.startswith("**Not shown** that DenseNAS is worth its search") and sentence in text
+
+
+def test_telling_deep_from_shallow_is_no_order_of_networks():
+    """Of both kinds together a score does well that only knows which of them is the better kind."""
+    results = study_results(lead=0.06, noise=0.001)
+    drawn = results["method"] == "random"
+    results.loc[drawn, "top1"] -= 0.05
+    networks = results[results["method"].isin(["random", "matched"])]
+    ranked = networks[["method", "target", "top1"]].set_axis(["kind", "target", "accuracy"], axis=1)
+    dice = np.random.default_rng(1)
+    ranked[path_in("DenseNAS")] = (ranked["kind"] == "matched") + 0.1 * dice.normal(
+        size=len(ranked)
+    )
+    table = orders(ranked, trainings(results))["spearman_at_equal_cost"].unstack(0)
+    path = table.loc[path_in("DenseNAS")]
+    assert path["of both kinds"] > table.loc["noise ceiling", "of both kinds"] / 2
+    assert path["of any depth"] < table.loc["noise ceiling", "of any depth"] / 2
+    found = leads(results, trainings(results))
+    text = verdict(results, found, orders(ranked, trainings(results)))
+    assert text.startswith("**Not shown**") and "At 3 of 3 targets" in text
+
+
+def test_a_bootstrap_of_few_networks_tells_no_interval():
+    truth = study_results(noise=0.02).query("method == 'random'").assign(epochs=20, seed=0)
+    again = truth.head(FEWEST - 1).assign(epochs=40, top1_40=truth["top1"])
+    known = longer(pd.concat([truth, again]), 20)
+    last = known.loc["after 20 of 20 epochs"]
+    assert last["n"] == FEWEST - 1 and last["spearman"] == pytest.approx(1)
+    assert in_words(last, "spearman") == "1.00"
+    more = longer(pd.concat([truth, truth.assign(epochs=40, top1_40=truth["top1"])]), 20)
+    assert in_words(more.loc["after 20 of 20 epochs"], "spearman") == "1.00 (1.00 to 1.00)"
+
+
+def test_networks_that_are_not_compared_are_told():
+    results = study_results()
+    earlier = results.query("method == 'searched'").assign(group="DenseNAS", net_config="another")
+    earlier["net_config"] += earlier["number"].astype(str) + earlier["target"].astype(str)
+    second = earlier.assign(seed=1)
+    truth = pd.concat([results.assign(group="random"), earlier, second])
+    table = not_compared(results, truth)
+    assert [*table.index] == [(target, "DenseNAS") for target in (0.4, 0.6, 0.8)]
+    assert (table["n"] == 3).all()
+    mean = 100 * earlier.groupby("target")["top1"].mean()
+    assert table["mean"].to_numpy() == pytest.approx(mean.to_numpy())
 
 
 def test_what_was_not_trained_shows_nothing():
@@ -106,7 +152,7 @@ def test_what_was_not_trained_shows_nothing():
     )
     text = said(results[results["method"] != "hand-made"], skill=0.9)
     assert text.startswith("**Not shown**") and "no hand-made design costs that" in text
-    assert "what noise allows is not known" in text
+    assert "of a ceiling that is not known" in text
 
 
 def test_the_best_of_several_ways_is_judged():

@@ -59,6 +59,8 @@ def accuracies(results: pd.DataFrame, table: pd.DataFrame) -> Figure:
         )
         axes.grid(False, axis="x")
     panels[0].set_ylabel("top-1 accuracy on test (%)")
+    low, high = 100 * results["top1"].min(), 100 * results["top1"].max()
+    panels[0].set_ylim(low - 0.2 * (high - low) - 0.1, high + 0.2 * (high - low) + 0.1)
     handles = [_point(design, *looks[design]) for design in designs]
     handles.append(Line2D([], [], color=INK, linewidth=2, label="mean with its 95 % interval"))
     legend_below(figure, handles)
@@ -119,15 +121,16 @@ def accuracy_by_epoch(results: pd.DataFrame) -> Figure:
 def rankings(networks: pd.DataFrame, notes: Mapping[str, str], chance: float) -> Figure:
     """Accuracy after training against a score of each network, a panel for each score of `notes`, which stand above it.
 
-    Columns are target, accuracy (a share) and the scores, which are accuracies, too; dotted, what chance gives.
+    Columns are kind, target, accuracy (a share) and the scores, which are accuracies, too; dotted, what chance gives.
     """
     targets = sorted(networks["target"].unique())
     looks = _looks([f"{target:g} M Mult-Adds" for target in targets])
     figure, panels = canvas(1.6 + 3.2 * len(notes), 4.2, len(notes), sharey=True)
     for axes, (score, note) in zip(panels, notes.items(), strict=True):
-        for target, (colour, marker) in zip(targets, looks.values(), strict=True):
-            rows = networks[networks["target"] == target]
-            style: Look = {"color": colour, "marker": marker, "s": 24, "linewidth": 0}
+        for (kind, target), rows in networks.groupby(["kind", "target"]):
+            colour, marker = looks[f"{target:g} M Mult-Adds"]
+            face = colour if kind == "random" else "none"
+            style: Look = {"edgecolor": colour, "facecolor": face, "marker": marker, "s": 24}
             axes.scatter(100 * rows[score], 100 * rows["accuracy"], **style)
         axes.axvline(100 * chance, color=GREY, linestyle=":", zorder=1)
         axes.set_xlabel(f"{score},\ntop-1 on val (%)")
@@ -135,5 +138,8 @@ def rankings(networks: pd.DataFrame, notes: Mapping[str, str], chance: float) ->
     panels[0].set_ylabel("trained alone, top-1 on test (%)")
     handles = [_point(name, *look) for name, look in looks.items()]
     label = f"chance, {100 * chance:g} %"
-    legend_below(figure, [*handles, Line2D([], [], color=GREY, linestyle=":", label=label)])
+    handles.append(Line2D([], [], color=GREY, linestyle=":", label=label))
+    hollow: Look = {"color": INK, "marker": "o", "markerfacecolor": "none", "linestyle": "none"}
+    handles.append(Line2D([], [], label="hollow: as deep as searched", **hollow))
+    legend_below(figure, handles)
     return figure
