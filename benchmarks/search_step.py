@@ -60,7 +60,9 @@ COLUMNS = [
     "Batch",
     "Images/s",
     "Of plain",
+    "n",
     "Peak memory, GiB",
+    "plain",
 ]
 
 
@@ -270,10 +272,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * 2 + "|---:" * (len(COLUMNS) - 2) + "|"]
     for row in rows:
         ours, plain = row["ours"], row["plain"]
-        ratio = f"**{row['ratio_median']:.2f}** ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}, n = {row['n']})"
+        ratio = f"**{row['ratio_median']:.2f}** ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
         cells = [f"`{row['space']}` at {row['input_size']}", row["step"], str(row["batch_size"])]
-        cells += [f"{ours['images_per_second']:.1f}", ratio]
-        cells += [f"{ours['peak_memory_gib']:.1f}, plain {plain['peak_memory_gib']:.1f}"]
+        cells += [f"{ours['images_per_second']:.1f}", ratio, str(row["n"])]
+        cells += [f"{side['peak_memory_gib']:.1f}" for side in (ours, plain)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
