@@ -78,7 +78,7 @@ def _drawn(
     else:
         stem_width, widths, halving = 64, [64, 128, 256, 512], [0, 1, 2, 3]
     halvings = round(math.log2(space.fm_sizes[0] / space.fm_sizes[-1]))
-    halving = halving[len(halving) - halvings :]  # stages whose first layer halves the map
+    halving = halving[max(0, len(halving) - halvings) :]  # stages whose first layer halves the map
     blocks = []
     before = rounded(stem_width)
     for stage, count in enumerate(layers):

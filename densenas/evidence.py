@@ -339,7 +339,7 @@ class Study:
         write_text(self.run.reports / "evidence.csv", results.to_csv(index=False))
         write_text(self.run.reports / "ranking.csv", ranking.to_csv(index=False))
         found = summary(results, self.trainings(results), orders, self.left_out())
-        self.run.update_json("metrics.json", "evidence", found)
+        self.run.update_json("metrics.json", "evidence", {**found, "data": self.data.digest})
         self.run.update_json("metrics.json", "rankings", as_records(orders.reset_index()))
 
 

@@ -21,14 +21,7 @@ from densenas.runs.run import Run
 from densenas.training.checkpoint import digest, read_configuration
 
 DERIVED = "the derived network"
-PUBLISHED = (
-    "DenseNAS-A",
-    "DenseNAS-B",
-    "DenseNAS-C",
-    "DenseNAS-A (arXiv v1)",
-    "DenseNAS-B (arXiv v1)",
-    "DenseNAS-C (arXiv v1)",
-)
+PUBLISHED = [f"DenseNAS-{kind}{of}" for of in ("", " (arXiv v1)") for kind in "ABC"]
 ENTRIES = (  # of architecture.json, which reports rely on
     "net_config",
     "mult_adds_m",

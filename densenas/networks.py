@@ -179,7 +179,7 @@ def load_network(
     folder = Path(folder)
     if not (folder / "model").is_file():
         if model:
-            own_ops = [*own_ops, *own_code(model)]
+            own_ops = [*own_ops, *own_code(as_model(model))]
         _, published = load_published(folder, own_ops)
         known = len(published.state_dict()["classifier.weight"])
         if known != num_classes:

@@ -197,20 +197,17 @@ def _entry(found: Candidate, table: CostTable, num_classes: int) -> dict[str, An
 
 def record_search(run: Run, result: Search) -> None:
     """Keeps in metrics.json how a search went, as the section "search"."""
-    table = result.table
-    history = run.history("search")
-    last = history.iloc[-1].to_dict()
+    table, history = result.table, result.history
     metrics: dict[str, Any] = {
         "epochs": len(history),
-        "seconds": history["seconds"].sum(),
+        "seconds": sum(row["seconds"] for row in history),
         "cost_unit": table.unit,
         "n": 1,
         "warning": collapsed(result.history),
         "edges": len(table.space.edges),
         "paths": table.space.count_paths(),
     }
-    for name in MEASURES:
-        metrics[name] = last.get(name)
+    metrics |= {name: history[-1].get(name) for name in MEASURES}
     run.update_json("metrics.json", "search", metrics)
 
 

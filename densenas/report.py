@@ -7,6 +7,7 @@ import base64
 import math
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,20 +16,15 @@ import yaml
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
+from densenas import card
 from densenas.correlations import wilson
-from densenas.files import PACKAGE, read_text, root, write_text
+from densenas.files import read_text, root, write_text
 from densenas.identity import credit, derived
 from densenas.runs.run import Run
 from densenas.settings import WITHIN
 from densenas.verdict import RANDOM, SEARCHED
 
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(PACKAGE / "templates"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
+TEMPLATES = card.TEMPLATES.overlay(autoescape=True)
 
 
 # Columns of `all_runs`: what every evaluated run has, what only some have, what only a derived network has.
@@ -73,7 +69,7 @@ def _overview_row(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     low, high = wilson(test["top1"], test["images"])
     row = {
         "name": run.name,
-        "dataset": metrics["data"]["dataset"],
+        "dataset": _images(run, metrics["data"]),
         "network": tested.network,
         "group": tested.network,
         "top1": 100 * test["top1"],
@@ -94,6 +90,14 @@ def _overview_row(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         row["seconds"] = metrics["search"]["seconds"]
         row["seed"] = found["seed"]
     return row
+
+
+def _images(run: Run, data: dict[str, Any]) -> str:
+    """What tells a run's images from those of others: the data set, or the name of the folder that they came from."""
+    if data["dataset"] != "folder":
+        return str(data["dataset"])
+    source = run.read_json("provenance.json")["01-data"]["parameters"]["source"]
+    return f"folder {Path(source).name}"
 
 
 def curve(run: Run) -> pd.DataFrame:
@@ -192,9 +196,11 @@ def _baseline(run: Run, test: dict[str, Any], recipe: dict[str, Any]) -> dict[st
         return None
     study = run.read_json("provenance.json").get("09-evidence", {}).get("parameters", {})
     alike = all(recipe.get(name) == value for name, value in (study.get("retrain") or {}).items())
+    metrics = run.read_json("metrics.json")
+    alike = alike and metrics["evidence"].get("data") == metrics["data"]["digest"]
     rows = pd.read_csv(path)
     apart = (rows["mult_adds_m"] / test["mult_adds_m"] - 1).abs()
-    rows = rows[(apart <= WITHIN) & (rows["images"] == test["images"])]
+    rows = rows[(apart <= WITHIN) & (rows["epochs"] == recipe.get("epochs"))]
     rows = rows[rows["method"] != SEARCHED]
     if rows.empty or not alike:
         return None

@@ -201,12 +201,8 @@ class SearchTrainer:
 
     def parts(self) -> dict[str, Part]:
         """All that the steps change, for a checkpoint."""
-        parts: dict[str, Part] = {
-            "net": self.net,
-            "sgd": self.sgd,
-            "adam": self.adam,
-            "schedule": self.schedule,
-        }
+        parts: dict[str, Part] = {"net": self.net, "sgd": self.sgd, "adam": self.adam}
+        parts["schedule"] = self.schedule
         if self.target:
             parts["target"] = self.target
         return parts
@@ -236,7 +232,7 @@ class Judge:
 
     def __init__(self, data: ImageData, batch_size: int, device: torch.device) -> None:
         _, world = rank_and_world()
-        size = min(batch_size // world, len(data.val))
+        size = min(batch_size // world, len(data.val), JUDGED)
         self.batches = Batches(data, "val", size, device, rank=0, world=1)
         self.steps = min(len(data.val), JUDGED) // size
 

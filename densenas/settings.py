@@ -98,9 +98,7 @@ Targets = Annotated[
     AfterValidator(_as_targets),
 ]
 Budgets = Annotated[
-    tuple[PositiveFloat, ...],
-    Field(max_length=100, strict=False),
-    AfterValidator(_as_budgets),
+    tuple[PositiveFloat, ...], Field(max_length=100, strict=False), AfterValidator(_as_budgets)
 ]
 Overrides = dict[str, Any]  # fields of a recipe, checked by `recipes.override` against the space's
 # Recipes by the names of ways of searching, which become parts of file names.
@@ -134,6 +132,8 @@ class SourceSettings(Settings):
     pack: Pack = None
     quality: int = Field(90, ge=1, le=100)  # JPEG quality of what is resized
     augment: Augment | None = None  # None: weak in memory, random_sized from the pack
+    # Whether training mirrors images, which letters and signs do not bear; None: not digits and clothes.
+    mirror: bool | None = None
     skip_broken: bool = False  # leave out images that cannot be read
     seed: Seed = 0  # decides which training images are val
 
@@ -358,11 +358,8 @@ class RunConfig(Strict):
             "06-evaluate": self.evaluate.model_copy(update={"net_config": self.retrain.net_config}),
         }
         if self.evidence:
-            trained = {
-                "search": self.search.overrides(),
-                "retrain": self.retrain.overrides(),
-                "precision": self.retrain.precision,
-            }
+            sections = {"search": self.search.overrides(), "retrain": self.retrain.overrides()}
+            trained = {**sections, "precision": self.retrain.precision}
             stages["09-evidence"] = self.evidence.model_copy(update=trained)
         return stages
 

@@ -15,10 +15,7 @@ from densenas.settings import RunConfig
 from densenas.train import retrain_run
 from densenas.training.processes import exiting, join
 
-STAGES: dict[str, Callable[[str, Any], None]] = {
-    "03-search": search_run,
-    "05-retrain": retrain_run,
-}
+STAGES: dict[str, Callable[[str, Any], None]] = {"03-search": search_run, "05-retrain": retrain_run}
 
 
 def main() -> None:

@@ -66,11 +66,8 @@ class Distinct:
     @property
     def timed(self) -> list[Layer]:
         """Each op once, however often the space uses it; a skip is none, since a derived network drops it."""
-        found = {self.stem}
-        if self.classifier:
-            found.add(self.classifier)
-        for row in [*self.layers.head, *self.layers.stack, self.layers.final]:
-            found.update(row)
+        ends = [self.stem, self.classifier] if self.classifier else [self.stem]
+        found = set().union(ends, *self.layers.head, *self.layers.stack, self.layers.final)
         return sorted(layer for layer in found if layer.op != ops.SKIP)
 
 

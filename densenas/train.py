@@ -17,6 +17,7 @@ from densenas import identity, own
 from densenas.card import write_card
 from densenas.costs import read_costs
 from densenas.export import export
+from densenas.files import write_text
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches
 from densenas.method.architecture import Architecture
@@ -133,7 +134,8 @@ class Trainer:
         self.weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.sgd = fused_sgd(self.weights, recipe)
         steps = recipe.epochs * steps_per_epoch
-        warmup = round(recipe.warmup_epochs * steps_per_epoch)
+        # Of a recipe that was cut short at most half, or the rate would never fall.
+        warmup = min(round(recipe.warmup_epochs * steps_per_epoch), steps // 2)
         self.schedule = cosine(self.sgd, steps, recipe.lr_min, warmup)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -211,13 +213,14 @@ def evaluate(
     """Accuracy of a network in evaluation mode.
 
     Returns top1 and top5 in [0, 1], the mean cross-entropy, images, and the confusion matrix (truth × prediction);
-    top5 is None where there are no more than five classes, of which any guess is right.
+    top5 is None where there are no more than five classes, of which any guess is right. Of several processes each tests
+    all images.
     """
     classes = len(data.classes)
     scores, truth = [], []
     with computing_on(Computing(device=device)) as where:
         net = net.to(where).eval()
-        batches = Batches(data, split, batch_size, where)
+        batches = Batches(data, split, batch_size, where, rank=0, world=1)
         for images, labels in progress(len(batches), "evaluate", batches.epoch(0)):
             logits = net(images).float()
             if logits.shape[1] != classes:
@@ -265,6 +268,7 @@ class Tested:
     folder: Path
     image_size: int
     result: dict[str, Any]
+    confusion: pd.DataFrame  # images by true class (rows) and predicted one
 
 
 def evaluate_run(run: Run, settings: EvaluateSettings, budget: float | None = None) -> Tested:
@@ -281,10 +285,13 @@ def evaluate_run(run: Run, settings: EvaluateSettings, budget: float | None = No
     net = load_network(folder, len(data.classes), settings.net_config, own_ops)
     described = identity.describe(run, net, folder) | size(net, data.image_size)
     tested = evaluate(net, data, device=settings.device)
+    # Not in metrics.json: of a thousand classes it is a million numbers.
+    confusion = pd.DataFrame(tested.pop("confusion"), data.classes, data.classes)
+    write_text(place.reports / "confusion.csv", confusion.to_csv())
     result = {**tested, **described, "n": 1}
     place.update_json("metrics.json", "evaluate", {**result, "ms": {}})
     place.record_provenance("06-evaluate", **settings.model_dump(mode="json"))
-    return Tested(net, folder, data.image_size, result)
+    return Tested(net, folder, data.image_size, result, confusion)
 
 
 def export_run(run: Run, tested: Tested) -> pd.DataFrame:

@@ -124,7 +124,7 @@ def pooled(variances: np.ndarray, freedom: np.ndarray) -> tuple[float, float]:
 
 def student(freedom: float) -> float:
     """Within how many standard errors of 0 lies 95 % of Student's t, of so many degrees of freedom."""
-    angle = np.linspace(0, np.pi / 2, 4001)[:-1]  # t is its tangent, so that the tail is short
+    angle = np.linspace(0, np.pi / 2, 100_001)[:-1]  # t is its tangent, so that the tail is short
     mass = np.cumsum(
         (1 + np.tan(angle) ** 2 / freedom) ** (-(freedom + 1) / 2) / np.cos(angle) ** 2
     )

@@ -77,6 +77,18 @@ def test_of_16_bits_the_upper_8_stay(kind, order):
     assert torch.equal(image, torch.from_numpy((values >> 8).astype(np.uint8)).repeat(3, 1, 1))
 
 
+def test_where_0_is_white_16_bits_are_turned_round():
+    values = np.arange(0, 65536, 321).astype(np.uint16)[None]
+    image = decode(saved(Image.fromarray(values), "TIFF", tiffinfo={262: 0}))
+    assert torch.equal(image[0], 255 - torch.from_numpy((values >> 8).astype(np.uint8)))
+
+
+def test_signed_pixels_of_16_bits_are_refused():
+    """As scanners in hospitals write them, from -1024 on: their upper 8 bits are no grey."""
+    with refused(ValueError, "has signed pixels, range unknown: convert it to 8 bits"):
+        decode(saved(Image.fromarray(np.ones((4, 4), dtype=np.uint16)), "TIFF", tiffinfo={339: 2}))
+
+
 @pytest.mark.parametrize(("kind", "said"), [(np.float32, "floating-point"), (np.int32, "32 bits")])
 def test_pixels_without_a_range_are_refused(kind, said):
     with refused(ValueError, said):

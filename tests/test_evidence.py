@@ -56,6 +56,20 @@ def test_hand_made_networks_cost_the_target_and_see_the_spaces_maps(space, size,
         assert arch.net_type == space.net_type
 
 
+def test_hand_made_networks_halve_a_map_as_often_as_they_can():
+    """Of a space with more halvings than MobileNetV2 has behind its stem, none is left out."""
+    fm_sizes = (128, 64, 32, 16, 8, 4)
+    settings = {
+        "chs": (16, 16, 24, 40, 80, 160),
+        "fm_sizes": fm_sizes,
+        "stage": (0, 1, 2, 3, 4, 5, 6),
+    }
+    settings |= {"init_dim": 16, "head_ops": ("mbconv_k3_t3",), "stack_ops": ("mbconv_k3_t3",)}
+    space = make_space(input_size=256, num_layers=(0, 1, 1, 1, 1, 1), last_dim=320, **settings)
+    for arch in hand_made(space, 400, 256, 10).values():
+        assert sum(block.stride == 2 for block in arch.blocks) == 4
+
+
 @pytest.mark.parametrize(
     ("size", "targets"), [(16, (0.2, 0.4, 0.6, 0.8, 1.0)), (32, (0.6, 0.8, 1.0, 1.6, 2.9))]
 )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.io import write_png
 from torchvision.transforms import v2
 
-from densenas.images.data import ImageData, Split
+from densenas.images.data import ImageData, Split, load
 from densenas.images.loading import Batches, Decoder, fit_workers, free_shared_memory
 from densenas.images.prepare import prepare
 from densenas.images.transforms import RandomResizedCrop, transform
@@ -244,9 +244,17 @@ def shifts(image, mirror):
                 yield (down, right, mirrored), moved
 
 
-@pytest.mark.parametrize(("dataset", "mirror"), [("digits", False), ("folder", True)])
-def test_augmentation_in_memory_only_shifts_and_mirrors(dataset, mirror):
-    data = made_up(dataset=dataset)
+@pytest.mark.parametrize(
+    ("dataset", "asked", "mirror"),
+    [
+        ("digits", None, False),
+        ("folder", None, True),
+        ("digits", True, True),
+        ("folder", False, False),
+    ],
+)
+def test_augmentation_in_memory_only_shifts_and_mirrors(dataset, asked, mirror):
+    data = dataclasses.replace(made_up(dataset=dataset), mirror=asked)
     possible = [[*shifts(image, mirror)] for image in data.train.images]
     found = Counter()
     for seed in range(8):
@@ -257,6 +265,21 @@ def test_augmentation_in_memory_only_shifts_and_mirrors(dataset, mirror):
                 found.update(ways)
     assert {down for down, _, _ in found} == {right for _, right, _ in found} == {-2, -1, 0, 1, 2}
     assert {mirrored for _, _, mirrored in found} == ({False, True} if mirror else {False})
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_images_that_are_decoded_anew_are_mirrored_where_that_is_asked_for(packed, mirror):
+    """A ramp from left to right stays one, or becomes one from right to left in every other image."""
+    data = dataclasses.replace(packed, augment="weak", mirror=mirror)
+    batches = Batches(data, "train", 2, torch.device("cpu"), 0, workers=0)
+    assert batches.loader.decoder.mirror is mirror
+
+
+def test_whether_images_are_mirrored_is_kept_and_tells_data_apart(run):
+    usual = prepare(run, DataSettings(num_classes=2))
+    assert usual.mirror is None and "mirror" not in run.work.joinpath("data.json").read_text()
+    asked = prepare(run, DataSettings(num_classes=2, mirror=True))
+    assert asked.mirror is load(run).mirror is True and asked.digest != usual.digest
 
 
 def test_random_sized_is_torchvisions_own(packed):

@@ -282,6 +282,8 @@ def test_reading_a_file_imports_nothing(mine, tmp_path):
     fresh()
     load_published(tmp_path / "model", own_ops=["my_ops:mbconv"])
     load_network(tmp_path / "model", 3, str(arch))
+    (tmp_path / "mine.txt").write_text(str(arch))
+    load_network(tmp_path / "model", 3, str(tmp_path / "mine.txt"))  # as 05 took it
 
 
 def test_code_is_found_in_a_package_without_importing_that_and_changes_with_all_of_it(

@@ -11,6 +11,7 @@ from helpers import REPOSITORY as ROOT
 from helpers import TINY, random_supernet
 from plain import Plain
 from search_step import RESULTS, table
+from torch.nn.utils import prune
 
 from densenas import CostTable, SearchSpace
 from densenas.method.ops import MBConv, batch_norm, norm_act_conv
@@ -88,7 +89,10 @@ def test_a_fused_layer_is_its_three_modules(kernel, stride, width, size, frozen,
         copy.deepcopy(torch.nn.Sequential(norm, torch.nn.ReLU6(), conv)),
     )
     results = []
-    for net, function in ((ours, partial(norm_act_conv, norm=norm, conv=conv)), (theirs, theirs)):
+    for net, function in (
+        (ours, partial(norm_act_conv, norm=norm, act=torch.nn.ReLU6(), conv=conv)),
+        (theirs, theirs),
+    ):
         x = 3 * torch.randn(3, width, size, size, generator=torch.Generator().manual_seed(1))
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         y = function(x)
@@ -98,6 +102,58 @@ def test_a_fused_layer_is_its_three_modules(kernel, stride, width, size, frozen,
         )
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
+
+
+def pruned(block):
+    for part in (block.expand_conv, block.depthwise_conv, block.project_conv):
+        prune.l1_unstructured(part[0], "weight", 0.3)
+
+
+def smooth(block):
+    for part in (block.expand_conv, block.depthwise_conv):
+        part[2] = torch.nn.SiLU()
+
+
+def biased(block):
+    conv = block.project_conv[0]
+    block.project_conv[0] = torch.nn.Conv2d(conv.in_channels, conv.out_channels, 1)
+
+
+def averaging(block):
+    for part in (block.expand_conv, block.depthwise_conv):
+        part[1].momentum = None
+
+
+def watched(block):
+    block.seen = []
+    for part in (block.expand_conv[2], block.depthwise_conv):
+        part.register_forward_hook(lambda *call: block.seen.append(call))
+
+
+@pytest.mark.parametrize("change", [pruned, smooth, biased, averaging, watched])
+def test_a_step_trains_what_the_user_made_of_a_block(change):
+    """What was put in place of a layer, or hung on it, is what trains, step after step."""
+    blocks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        blocks.append(MBConv(4, 8, 1, 3, 3, torch.nn.BatchNorm2d).train())
+        change(blocks[-1])
+    ours, theirs = blocks
+    images = torch.randn(4, 4, 8, 8)
+    for _ in range(2):
+        x = images
+        for part in (theirs.expand_conv, theirs.depthwise_conv, theirs.project_conv):
+            x = part(x)
+        y = ours(images)
+        torch.testing.assert_close(y, x)
+        for net, out in ((ours, y), (theirs, x)):
+            net.zero_grad()
+            out.square().sum().backward()
+    for mine, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, expected.grad)
+    for mine, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(mine, expected)
+    assert change is not watched or len(ours.seen) == 4
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -21,8 +21,9 @@ from densenas.networks import (
     network,
     save_network,
 )
+from densenas.recipes import override
 from densenas.settings import EvaluateSettings, RetrainSettings
-from densenas.train import evaluate, evaluate_run, export_run, retrain, retrain_run, size
+from densenas.train import Trainer, evaluate, evaluate_run, export_run, retrain, retrain_run, size
 
 
 def small_network(num_classes):
@@ -57,6 +58,20 @@ def test_exports_of_an_earlier_network_do_not_stay_beside_another(tmp_path):
         (tmp_path / name).touch()
     save_network(tmp_path, OWN, network(OWN, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "weights.pt"]
+
+
+@pytest.mark.parametrize(("epochs", "top"), [(1, 5), (4, 20), (30, 50)])
+def test_a_recipe_cut_short_still_lets_the_rate_fall(epochs, top):
+    """Of 10 steps an epoch and five epochs of warm-up."""
+    recipe = override(RETRAIN, epochs=epochs, warmup_epochs=5, lr=0.1, lr_min=1e-3)
+    trainer = Trainer(network(str(ARCH), 3), recipe, 10, "fp32")
+    rates = []
+    for _ in range(10 * epochs):
+        rates.append(trainer.sgd.param_groups[0]["lr"])
+        trainer.sgd.step()
+        trainer.schedule.step()
+    assert rates[top - 1] == pytest.approx(0.1) == max(rates)
+    assert rates[-1] < 0.02
 
 
 def test_a_full_disk_is_said_in_a_sentence_and_leaves_what_was_there(tmp_path):
@@ -436,8 +451,13 @@ def test_a_trained_network_is_tested_and_leaves_for_other_programs(derived_run, 
     known = run.read_json("metrics.json")["evaluate"]
     assert known == {**tested.result, "ms": {}}, "kept, whatever becomes of the export"
     assert known["images"] == len(DATA.test) and known["network"] == "the derived network"
-    assert known.items() >= evaluate(tested.net, DATA).items()
+    again = evaluate(tested.net, DATA)
+    assert again.pop("confusion") == tested.confusion.to_numpy().tolist()
+    assert known.items() >= again.items()
     assert run.read_json("provenance.json")["06-evaluate"]["parameters"]["device"] == "cpu"
+    assert tested.confusion.shape == (3, 3) and tested.confusion.to_numpy().sum() == known["images"]
+    assert "confusion" not in known, "of many classes metrics.json could not be read"
+    assert (run.reports / "confusion.csv").read_text() == tested.confusion.to_csv()
     exported = export_run(run, tested)
     assert {path.name for path in tested.folder.iterdir()} == {"net_config", "weights.pt", *EXPORTS}
     times = run.read_json("metrics.json")["evaluate"]["ms"]

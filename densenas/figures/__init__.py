@@ -6,12 +6,7 @@ path probabilities p (blocks, nodes): entry 0 before the search, entry k after k
 
 from densenas.figures.evidence import accuracies, accuracy_by_epoch, rankings
 from densenas.figures.networks import architectures, block_counts_and_widths, shapes
-from densenas.figures.results import (
-    accuracy_against_cost,
-    curves,
-    search_history,
-    training_history,
-)
+from densenas.figures.results import accuracy_against_cost, curves, search_history, training_history
 from densenas.figures.space import candidates, path_probabilities, restyled, search_space
 from densenas.figures.style import (
     COLOURS,

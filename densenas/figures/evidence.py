@@ -39,14 +39,8 @@ def accuracies(results: pd.DataFrame, table: pd.DataFrame) -> Figure:
             colour, marker = looks[design]
             # Within 5 % of the target: the column's width.
             aside = (rows["mult_adds_m"] / target - 1) / 0.05 * 0.26
-            style: Look = {
-                "color": colour,
-                "marker": marker,
-                "s": 22,
-                "alpha": 0.75,
-                "linewidth": 0,
-            }
-            axes.scatter(place - 0.1 + aside, 100 * rows["top1"], zorder=3, **style)
+            style: Look = {"color": colour, "marker": marker, "s": 22, "alpha": 0.75}
+            axes.scatter(place - 0.1 + aside, 100 * rows["top1"], zorder=3, linewidth=0, **style)
             mean = table.loc[(target, design)]
             if mean["low"] == mean["low"]:
                 axes.vlines(place + 0.36, mean["low"], mean["high"], color=INK, linewidth=1.2)

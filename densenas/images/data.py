@@ -45,6 +45,7 @@ class Reading(Strict):
     pack: Literal["original"] | int | None
     resident: bool
     augment: Augment
+    mirror: bool | None = Field(None, exclude_if=lambda mirror: mirror is None)
 
 
 class Description(Reading):
@@ -70,6 +71,7 @@ class ImageData:
     digest: str  # of all images, labels and splits, and of how they are read
     augment: Augment = "weak"  # what training does to an image
     resident: bool = True  # held in memory at image_size, or read from the pack in every epoch
+    mirror: bool | None = None  # in training, every other image; None: as the set's classes allow
 
     @property
     def splits(self) -> dict[str, Split | Packed]:

@@ -108,11 +108,16 @@ def _pixels(image: Image.Image) -> Tensor:
         raise ValueError("has floating-point pixels of unknown range: convert it to 8 bits")
     if image.mode.startswith("I"):
         bits = 16
+        signed = inverted = False
         if isinstance(image, TiffImageFile):
             bits = image.tag_v2[258][0]  # BitsPerSample
-        if bits > 16:
-            raise ValueError(f"has pixels of {bits} bits, range unknown: convert it to 8 bits")
+            signed = 2 in image.tag_v2.get(339, ())  # SampleFormat
+            inverted = image.tag_v2.get(262) == 0  # PhotometricInterpretation: 0 is white
+        if bits > 16 or signed:
+            kind = f"pixels of {bits} bits" if bits > 16 else "signed pixels"
+            raise ValueError(f"has {kind}, range unknown: convert it to 8 bits")
         grey = torch.from_numpy((np.array(image) >> (bits - 8)).astype(np.uint8))
+        grey = 255 - grey if inverted else grey
         return grey[None].repeat(3, 1, 1)
     if image.mode != "RGB":
         image.info.pop("transparency", None)  # would become alpha, with a warning

@@ -285,11 +285,7 @@ def _look_alikes(classes: set[str]) -> list[str]:
     spellings = defaultdict(list)
     for name in sorted(classes):
         spellings[name.strip().casefold()].append(name)
-    names = []
-    for alike in spellings.values():
-        if len(alike) > 1:
-            names += alike
-    return names
+    return [name for alike in spellings.values() if len(alike) > 1 for name in alike]
 
 
 def _counted(left_out: Counter[str]) -> str:

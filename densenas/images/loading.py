@@ -20,7 +20,7 @@ from densenas.images.pack import CORES, Packed
 from densenas.images.transforms import transform
 from densenas.ranks import rank_and_world
 
-MIRRORED = ("cifar10", "imagenette", "folder")  # sets in which a mirror image keeps its class
+MIRRORED = ("cifar10", "imagenette", "folder")  # sets whose images are mirrored if nobody objects
 Request = tuple[int, int]  # an image's index, and the seed of its augmentation
 
 
@@ -90,7 +90,7 @@ class Batches:
         self.share = Share(rank, world)
         self.mean = _for_every_pixel(data.mean, data.image_size, device)
         self.std = _for_every_pixel(data.std, data.image_size, device)
-        mirror = data.dataset in MIRRORED
+        mirror = data.dataset in MIRRORED if data.mirror is None else data.mirror
         self.loader: Resident | Decoded
         if data.resident:
             shifts = None if seed is None else Shifts(seed, mirror, self.batch_size, self.share)
@@ -151,7 +151,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class Shifts:
-    """Shifts each image by up to an eighth of its side and, where classes allow, mirrors every other one."""
+    """Shifts each image by up to an eighth of its side and, where that is asked for, mirrors every other one."""
 
     seed: int
     mirror: bool

@@ -110,6 +110,7 @@ def _describe(
         pack=settings.pack,
         resident=resident,
         augment=settings.augment or ("weak" if resident else "random_sized"),
+        mirror=settings.mirror,
     )
     rows = manifest.drop(columns="class").to_numpy().tolist()
     identity = json.dumps([reading.model_dump(), settings.quality, rows])

@@ -71,7 +71,8 @@ class Lattice:
             head = torch.ones(len(table.head), len(space.head_ops))
             stack = torch.ones(len(table.stack), len(space.stack_ops))
             probabilities = Probabilities(torch.ones(last, last + 1), head, stack)
-        log_p = probabilities.p.double().log().tolist()
+        # What underflowed to 0 is the least probable, yet not impossible.
+        log_p = probabilities.p.double().log().clamp(min=-1e4).tolist()
         log_head = _log_odds(probabilities.head)
         log_stack = _log_odds(probabilities.stack)
 
@@ -250,4 +251,4 @@ class Lattice:
 
 def _log_odds(probabilities: Tensor) -> list[list[float]]:
     """log(probability) of every candidate (rows, ops), less that of its row's best."""
-    return [(row - row.max()).tolist() for row in probabilities.double().log()]
+    return [(row - row.max()).tolist() for row in probabilities.double().log().clamp(min=-1e4)]

@@ -12,10 +12,12 @@ aten = torch.ops.aten
 LARGE = 100_000  # numbers in an image's maps, from where convolving images one by one is faster
 
 
-def norm_act_conv(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
-    """conv(relu6(norm(x))) as a training step computes it."""
-    if type(norm) is not nn.BatchNorm2d or type(conv) is not nn.Conv2d or not norm.training:
-        return conv(F.relu6(norm(x)))  # somebody froze or replaced it
+def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, conv: nn.Module) -> Tensor:
+    """conv(act(norm(x))) as a training step computes it."""
+    if [type(norm), type(act), type(conv)] != [nn.BatchNorm2d, nn.ReLU6, nn.Conv2d]:
+        return conv(act(norm(x)))  # somebody replaced one
+    if not norm.training or norm.momentum is None or conv.bias is not None:
+        return conv(act(norm(x)))
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     return _NormActConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv)
@@ -39,9 +41,8 @@ class _NormActConv(torch.autograd.Function):
         conv: nn.Conv2d,
     ) -> Tensor:
         statistics = norm.running_mean, norm.running_var
-        momentum = norm.momentum or 0.0
         y, mean, invstd = torch.native_batch_norm(
-            x, scale, shift, *statistics, True, momentum, norm.eps
+            x, scale, shift, *statistics, True, norm.momentum or 0.0, norm.eps
         )
         F.hardtanh_(y, 0.0, 6.0)
         ctx.save_for_backward(x, scale, shift, weight, mean, invstd)

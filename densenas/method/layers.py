@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class SharedLayer(MixedLayer):
             slices = self.slices(index)
             for name, weight in built[index].named_parameters():
                 slices[name].copy_(weight)
+
+    def train(self, mode: bool = True) -> Self:
+        for shape in self.shapes:
+            shape.train(mode)
+        return super().train(mode)
 
     def slices(self, index: int) -> dict[str, Tensor]:
         """The weights of one candidate, by their names in its module."""

@@ -173,11 +173,13 @@ class MBConv(nn.Module):
 
     def _trained(self, x: Tensor) -> Tensor:
         expand, depthwise, project = self.expand_conv, self.depthwise_conv, self.project_conv
+        if any(one._forward_hooks or one._forward_pre_hooks for one in self.modules()):
+            return project(depthwise(expand(x)))  # somebody prunes or watches it
         if isinstance(expand, nn.Sequential):
-            hidden = norm_act_conv(expand[0](x), expand[1], depthwise[0])
+            hidden = norm_act_conv(expand[0](x), expand[1], expand[2], depthwise[0])
         else:
             hidden = depthwise[0](x)
-        return project[1](norm_act_conv(hidden, depthwise[1], project[0]))
+        return project[1](norm_act_conv(hidden, depthwise[1], depthwise[2], project[0]))
 
 
 def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> nn.Module:

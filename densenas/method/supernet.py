@@ -15,12 +15,7 @@ from densenas.method import ops
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.layers import RoutingBlock, Term
-from densenas.method.probabilities import (
-    Probabilities,
-    best_paths,
-    derive,
-    visit_probabilities,
-)
+from densenas.method.probabilities import Probabilities, derive, visit_probabilities
 from densenas.method.space import SearchSpace
 from densenas.recipes import Weights
 
@@ -250,11 +245,6 @@ class SuperNet(nn.Module):
             head, stack = self._mixtures(choice)
             head.restore(head_mass)
             stack.restore(stack_mass)
-
-    @torch.no_grad()
-    def best_path(self) -> list[int]:
-        """The most probable path from block 0 to the final node, by Viterbi from the back (section 3.4)."""
-        return [*best_paths(self.space, self.path_probabilities())[0][1]]
 
     @torch.no_grad()
     def derive(self) -> Architecture:
