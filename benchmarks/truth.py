@@ -15,6 +15,7 @@ after some epochs, and is never trained again; one that is stopped goes on from 
 """
 
 import argparse
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,10 +28,12 @@ from densenas import Architecture, CostTable
 from densenas.baselines import AS_DEEP as MATCHED
 from densenas.baselines import as_deep_in_turn, draw
 from densenas.costs import read_costs
+from densenas.files import read_json, write_text
 from densenas.images.data import load
 from densenas.latency import whole
 from densenas.method.derivation import Lattice
 from densenas.recipes import override
+from densenas.runs.locks import locked
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
 from densenas.settings import Computing
@@ -103,7 +106,12 @@ def time_all(truth: Truth, table: CostTable) -> None:
     texts = [*truth.rows()["net_config"].unique()]
     times = whole([Architecture.parse(text) for text in texts], table, "cpu", ROUNDS)
     how = {"rounds": ROUNDS, "batch_size": table.conditions["batch_size"], **environment()}
-    truth.add_latency(dict(zip(texts, times, strict=True)), how)
+    with locked(truth.lock):
+        rows = truth.rows()
+        rows["latency_ms"] = rows["net_config"].map(dict(zip(texts, times, strict=True)))
+        write_text(truth.table, rows.to_csv(index=False))
+        content = {**read_json(truth.about, "write it anew"), "latency": how}
+        write_text(truth.about, json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -123,9 +131,7 @@ def main() -> None:
         return
     how = {"epochs": options.epochs, "batch_size": 128, "lr": 0.1}
     recipe = override(table.space.retrain, **how)
-    conditions = Conditions.of(
-        data.digest, data.image_size, len(data.classes), recipe, Computing().precision
-    )
+    conditions = Conditions.of(data, recipe, Computing().precision)
     if truth.conditions is not None and not truth.serves(conditions):
         raise SystemExit("one table holds trainings of one kind: move it away first")
     queue = jobs(pd.read_csv(run.reports / "evidence.csv"), table, truth)

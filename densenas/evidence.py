@@ -63,11 +63,10 @@ class Study:
     """A comparison at equal cost on a run's data and space, as its settings have it.
 
     For each target there are so many searches of each way, random networks within 5 % of the target, uniform over
-    architectures, others as deep as what each way found, and the hand-made ones. All are trained alike, with seed 0
-    but for the other trainings of a hand-made one and of what a way found before. Each step keeps its result in
-    runs/<run>/evidence/, goes on from its own checkpoint after a kill, and depends on its job's `searches` alone. What
-    the run's `truth` knows is not trained again, what it does not know is added. Raises ValueError with
-    one sentence where there can be no such study.
+    architectures, others as deep as what each way found, and hand-made ones. All are trained alike, with seed 0 but for
+    more trainings of a hand-made one and of what a way found before. Each step keeps its result in runs/<run>/evidence/,
+    goes on from its own checkpoint after a kill, and depends on its job's `searches` alone. What the run's `truth` knows
+    is not trained again, what it does not know is added. ValueError with one sentence where there can be no such study.
     """
 
     run: Run
@@ -164,8 +163,7 @@ class Study:
 
     @property
     def _conditions(self) -> Conditions:
-        images = self.data.digest, self.data.image_size, len(self.data.classes)
-        return Conditions.of(*images, self.retrain_recipe, self.settings.precision)
+        return Conditions.of(self.data, self.retrain_recipe, self.settings.precision)
 
     def random(self, job: Job) -> Architecture:
         """A random network, the same in every process and whatever else is compared: the table's, or drawn."""
@@ -237,15 +235,11 @@ class Study:
             result["left_out"] = _left_out(job, network)
             tqdm.write(result["left_out"])
         else:
-            row = self._trained_already(network) or self._train(job, network, network.architecture)
+            text, epochs = str(network.architecture), self.retrain_recipe.epochs
+            known = self.truth.find(text, epochs, network.seed) if self.truth else None
+            row = known or self._train(job, network, network.architecture)
             result |= self._described(job, network, row)
         write_text(self._trained(job), json.dumps(result, indent=1))
-
-    def _trained_already(self, network: Network) -> dict[str, Any] | None:
-        if self.truth is None:
-            return None
-        epochs = self.retrain_recipe.epochs
-        return self.truth.find(str(network.architecture), epochs, network.seed)
 
     def _train(self, job: Job, network: Network, arch: Architecture) -> dict[str, Any]:
         """A row of truth, which is added where the run has such a table."""
@@ -399,9 +393,7 @@ def main() -> None:
     parser.add_argument("configuration", help="the run's YAML file, with an evidence section")
     parser.add_argument("run", help="name of the run")
     parser.add_argument("step", choices=["search", "train"])
-    parser.add_argument(
-        "job", help="method, target and number, like DenseNAS_1_0, random_1_3 or hand-made_1_0"
-    )
+    parser.add_argument("job", help="method, target and number, like DenseNAS_1_0 or random_1_3")
     asked = parser.parse_args()
     with exiting():
         _do(configured(asked.configuration, asked.run), asked.step, asked.job)

@@ -19,10 +19,7 @@ EARLY = (2, 5, 10, 20)  # epochs after which the order is looked at
 
 
 def ranked(
-    supernets: Mapping[str, SuperNet],
-    results: pd.DataFrame,
-    data: ImageData,
-    device: str = "auto",
+    supernets: Mapping[str, SuperNet], results: pd.DataFrame, data: ImageData, device: str = "auto"
 ) -> pd.DataFrame:
     """The random networks of a study by `kind` (`RANDOM`, `MATCHED`), `target` and `accuracy` on test.
 
@@ -30,8 +27,7 @@ def ranked(
     none (`scores`).
     """
     drawn = results[results["method"].isin([RANDOM, MATCHED])].drop_duplicates("net_config")
-    known = {"kind": "method", "target": "target", "accuracy": "top1"}
-    table = pd.DataFrame({name: drawn[column] for name, column in known.items()})
+    table = drawn[["method", "target", "top1"]].set_axis(["kind", "target", "accuracy"], axis=1)
     for way, net in supernets.items():
         with quiet():
             paths = [PathOf(net, Architecture.parse(text)) for text in drawn["net_config"]]
@@ -73,9 +69,8 @@ def scores(networks: pd.DataFrame, input_size: int, num_classes: int) -> pd.Data
     """What any ranking is beside, a column each: scores of trained networks (rows of a study's results) that need no
     supernet, and their accuracies after fewer epochs than they were trained for.
     """
-    flows = []
-    for text in networks["net_config"]:
-        flows.append(synaptic_flow(Architecture.parse(text), input_size, num_classes))
+    archs = map(Architecture.parse, networks["net_config"])
+    flows = [synaptic_flow(arch, input_size, num_classes) for arch in archs]
     columns = {"layers": "layers", "Mult-Adds": "mult_adds_m", "parameters": "params_m"}
     table = pd.DataFrame({name: networks[column] for name, column in columns.items()})
     table["synaptic flow"] = flows

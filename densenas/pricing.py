@@ -43,36 +43,36 @@ def price(run: Run, settings: CostSettings) -> Prices:
     prices = Prices(mult_adds, mult_adds)
     if settings.table:
         measured = read_times(settings.table, space, image_size, num_classes)
-        measured.write(run.reports / "latency.json")
         prices = Prices(measured, mult_adds, measured)
     elif settings.networks or settings.kind == "latency":
         with run.alone():  # beside another stage of this run all would be timed wrong
-            prices = _timed(run, prices, settings)
-    # What an earlier pricing measured may be of another space or device.
-    if prices.measured is None:
-        (run.reports / "latency.json").unlink(missing_ok=True)
-    if prices.agreement is None:
-        run.update_json("metrics.json", "latency", None)
+            prices = _timed(run, mult_adds, settings)
+    path, agreed = run.reports / "latency.json", None
+    if (
+        prices.measured is None
+    ):  # what an earlier pricing measured may be of another space or device
+        path.unlink(missing_ok=True)
+    else:
+        prices.measured.write(path)
+        if prices.agreement is not None:
+            agreed = {**prices.agreement, "device": prices.measured.conditions["device"]}
+    run.update_json("metrics.json", "latency", agreed)
     prices.table.write(run.reports / "cost.json")
     parameters = settings.model_dump(mode="json") | {"image_size": image_size}
     run.record_provenance("02-cost", **parameters)
     return prices
 
 
-def _timed(run: Run, prices: Prices, settings: CostSettings) -> Prices:
-    """The prices with latency of every op and of some whole networks, which are kept."""
+def _timed(run: Run, flops: CostTable, settings: CostSettings) -> Prices:
+    """The prices with latency of every op and of some whole networks."""
     device, rounds = settings.device, settings.rounds
-    flops, log = prices.mult_adds, run.work / "latency.jsonl"
-    images = flops.input_size, flops.num_classes
+    images, log = (flops.input_size, flops.num_classes), run.work / "latency.jsonl"
     measured = measure(flops.space, *images, log, settings.batch_size, device, rounds)
-    measured.write(run.reports / "latency.json")
-    table = measured if settings.kind == "latency" else prices.table
+    table = measured if settings.kind == "latency" else flops
     if not settings.networks:
-        return Prices(table, prices.mult_adds, measured)
+        return Prices(table, flops, measured)
     networks = judge(measured, settings.networks, device, rounds)
     agreed = agreement(networks)
     if settings.kind == "latency":
         table = measured.scaled(agreed["factor"])
-    device_name = measured.conditions["device"]
-    run.update_json("metrics.json", "latency", {**agreed, "device": device_name})
-    return Prices(table, prices.mult_adds, measured, networks, agreed)
+    return Prices(table, flops, measured, networks, agreed)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from densenas.files import Strict, naming, read_json, write_text
+from densenas.images.data import ImageData
 from densenas.recipes import RetrainRecipe
 from densenas.runs.locks import locked
 from densenas.runs.run import Run
@@ -49,13 +50,10 @@ class Conditions(Strict):
     latency: dict[str, Any] | None = None  # how `latency_ms` was measured
 
     @classmethod
-    def of(
-        cls, data: str, image_size: int, classes: int, recipe: RetrainRecipe, precision: Precision
-    ) -> Conditions:
+    def of(cls, data: ImageData, recipe: RetrainRecipe, precision: Precision) -> Conditions:
+        images = {"data": data.digest, "image_size": data.image_size, "classes": len(data.classes)}
         steps = recipe.model_dump(mode="json", exclude={"epochs"})
-        return cls(
-            data=data, image_size=image_size, classes=classes, precision=precision, recipe=steps
-        )
+        return cls.model_validate({**images, "precision": precision, "recipe": steps})
 
 
 class Truth:
@@ -127,12 +125,3 @@ class Truth:
             known, new = self.rows(), pd.DataFrame([row])
             rows = pd.concat([known, new], ignore_index=True) if len(known) else new
             write_text(self.table, rows.to_csv(index=False))
-
-    def add_latency(self, milliseconds: Mapping[str, float], how: dict[str, Any]) -> None:
-        """Fills `latency_ms` from each net_config's milliseconds, and keeps how they were measured."""
-        with locked(self.lock):
-            rows = self.rows()
-            rows["latency_ms"] = rows["net_config"].map(dict(milliseconds))
-            write_text(self.table, rows.to_csv(index=False))
-            content = {**read_json(self.about, "write it anew"), "latency": how}
-            write_text(self.about, json.dumps(content, indent=1) + "\n")

@@ -146,8 +146,8 @@ def distinct(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
-    """Per target and design: n networks or trainings, mean Mult-Adds (millions) and layers, mean top-1 (%) with its
-    95 % interval, best and standard deviation of top-1, mean seconds of a search and median ones of a training.
+    """Per target and design: n trainings of so many `different` networks, mean Mult-Adds (millions) and layers, mean
+    top-1 (%) with its 95 % interval, its deviation and best, mean seconds of a search and median ones of a training.
     """
     noise = seed_noise(trainings)
     seconds = results.groupby(["target", "design"])["search_seconds"].mean()
@@ -155,6 +155,7 @@ def compared(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
     groups = percent.groupby(["target", "design"])
     table = groups.agg(
         n=("top1", "size"),
+        different=("net_config", "nunique"),
         mult_adds_m=("mult_adds_m", "mean"),
         layers=("layers", "mean"),
         mean=("top1", "mean"),
@@ -165,17 +166,8 @@ def compared(results: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
     for key, rows in distinct(results).groupby(["target", "design"]):
         found = mean_of(rows, noise).above(Mean(0.0, 0.0, 1.0))
         table.loc[key, ["low", "high"]] = found.low, found.high
-    interval = ["mean", "low", "high"]
-    order = [
-        "n",
-        "mult_adds_m",
-        "layers",
-        *interval,
-        "std",
-        "best",
-        "search_seconds",
-        "train_seconds",
-    ]
+    order = ["n", "different", "mult_adds_m", "layers", "mean", "low", "high", "std", "best"]
+    order += ["search_seconds", "train_seconds"]
     return table.assign(search_seconds=seconds.astype(float))[order]
 
 
@@ -318,9 +310,8 @@ def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) ->
     table = leads[leads["way"] == way]
     won, sentences = [], []
     for target, rows in table.groupby("target"):
-        found = {
-            row.rival: Lead(row.points, row.low, row.high, row.freedom) for row in rows.itertuples()
-        }
+        known = rows.set_index("rival")[[*Lead._fields]].itertuples()
+        found = {rival: Lead(*lead) for rival, *lead in known}
         wanted = [found.get(MATCHED), found.get(HAND_MADE)]
         won.append(all(one is not None and one.points >= POINTS and one.low > 0 for one in wanted))
         sentences.append(_at(target, way, results, found))
@@ -356,10 +347,8 @@ def _at(target: float, way: str, results: pd.DataFrame, found: dict[str, Lead]) 
         parts.append("random networks of their depths were not trained")
     if HAND_MADE not in found:
         parts.append("no hand-made design costs that")
-    reach = (
-        f"networks found reach {top1:.1f} %" if len(ours) > 1 else f"network reaches {top1:.1f} %"
-    )
-    return f"At {target:g} M Mult-Adds the {len(ours)} {reach}: {', '.join(parts)}."
+    reach = "networks found reach" if len(ours) > 1 else "network reaches"
+    return f"At {target:g} M Mult-Adds the {len(ours)} {reach} {top1:.1f} %: {', '.join(parts)}."
 
 
 def _ranking(way: str, orders: pd.DataFrame) -> tuple[str, bool]:
@@ -376,18 +365,6 @@ def _ranking(way: str, orders: pd.DataFrame) -> tuple[str, bool]:
         words.append(f"{in_words(ranks, measure)} of {allowed}")
         met = met and most[measure] > 0 and ranks[measure] >= most[measure] / 2
     return f"it {'does' if met else 'does not'}, by {' and '.join(words)}", bool(met)
-
-
-def repeats(results: pd.DataFrame) -> str:
-    """In words, where several searches or draws came to the same network, which then counts once."""
-    sentences = []
-    drawn = results[results["method"] != HAND_MADE]
-    for (target, design), rows in drawn.groupby(["target", "design"]):
-        different = rows["net_config"].nunique()
-        if different < len(rows):
-            networks = f"{len(rows)} {design} networks are {different} different ones"
-            sentences.append(f"At {target:g} M Mult-Adds {networks}.")
-    return " ".join(sentences)
 
 
 def summary(

@@ -29,7 +29,7 @@ from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import WITHIN, DataSettings, StudySettings
 from densenas.truth import Truth, by_epoch
-from densenas.verdict import METHODS, SEARCHED, leads, repeats, summary, trainings, verdict
+from densenas.verdict import METHODS, SEARCHED, leads, summary, trainings, verdict
 
 TARGET = 0.02  # million Mult-Adds
 EPOCH = {"epochs": 1, "batch_size": 8}
@@ -420,23 +420,6 @@ def test_a_network_that_is_found_again_is_trained_with_another_seed(study):
     for job in jobs[:1]:
         (often.folder(job).work / "searched.json").unlink()
     assert not len(often.results()), "without the earlier searches nobody knows the seed"
-
-
-def test_networks_that_came_twice_are_named():
-    rows = [
-        ("DenseNAS", "a"),
-        ("DenseNAS", "a"),
-        ("DenseNAS", "b"),
-        ("random", "c"),
-        ("hand-made", "d"),
-    ]
-    results = pd.DataFrame(
-        [
-            {"target": 1.0, "method": method, "design": method, "net_config": text}
-            for method, text in rows
-        ]
-    )
-    assert repeats(results) == "At 1 M Mult-Adds 3 DenseNAS networks are 2 different ones."
 
 
 @pytest.mark.parametrize(

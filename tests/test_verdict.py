@@ -170,6 +170,10 @@ def test_a_network_that_was_found_twice_counts_once():
     assert leads(doubled, trainings(doubled)).equals(leads(results, trainings(results)))
     table = compared(doubled, trainings(doubled))
     assert (table.xs("DenseNAS", level="design")["n"] == 3).all()
+    again = searched.assign(number=searched["number"] + 3, seed=1)
+    more = pd.concat([results, again])
+    table = compared(more, trainings(more)).xs("DenseNAS", level="design")
+    assert (table["n"] == 6).all() and (table["different"] == 3).all()
 
 
 def test_random_search_reaches_what_drawing_shows():

@@ -45,7 +45,8 @@ def accuracies(results: pd.DataFrame, table: pd.DataFrame) -> Figure:
             if mean["low"] == mean["low"]:
                 axes.vlines(place + 0.36, mean["low"], mean["high"], color=INK, linewidth=1.2)
             axes.hlines(mean["mean"], place + 0.26, place + 0.46, color=INK, linewidth=2)
-        counts = [_count(table, target, design) for design in designs]
+        counts = table.loc[target, "n"].reindex(designs).map("{:.0f}".format, na_action="ignore")
+        counts = counts.fillna("none")
         axes.set_xticks(range(len(designs)), counts, size=SMALL)
         axes.set(title=f"{target:g} M Mult-Adds ± 5 %", xlim=(-0.6, len(designs) - 0.4))
         axes.set_xlabel(
@@ -59,10 +60,6 @@ def accuracies(results: pd.DataFrame, table: pd.DataFrame) -> Figure:
     handles.append(Line2D([], [], color=INK, linewidth=2, label="mean with its 95 % interval"))
     legend_below(figure, handles)
     return figure
-
-
-def _count(table: pd.DataFrame, target: float, design: str) -> str:
-    return f"{table.loc[(target, design), 'n']:.0f}" if (target, design) in table.index else "none"
 
 
 def _point(name: str, colour: Colour, marker: str) -> Line2D:

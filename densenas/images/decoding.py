@@ -107,12 +107,10 @@ def _pixels(image: Image.Image) -> Tensor:
     if image.mode == "F":
         raise ValueError("has floating-point pixels of unknown range: convert it to 8 bits")
     if image.mode.startswith("I"):
-        bits = 16
-        signed = inverted = False
-        if isinstance(image, TiffImageFile):
-            bits = image.tag_v2[258][0]  # BitsPerSample
-            signed = 2 in image.tag_v2.get(339, ())  # SampleFormat
-            inverted = image.tag_v2.get(262) == 0  # PhotometricInterpretation: 0 is white
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        bits = tags.get(258, (16,))[0]  # BitsPerSample
+        signed = 2 in tags.get(339, ())  # SampleFormat
+        inverted = tags.get(262) == 0  # PhotometricInterpretation: 0 is white
         if bits > 16 or signed:
             kind = f"pixels of {bits} bits" if bits > 16 else "signed pixels"
             raise ValueError(f"has {kind}, range unknown: convert it to 8 bits")
