@@ -64,8 +64,8 @@ class Study:
 
     For each target there are so many searches of each way, random networks within 5 % of the target, uniform over
     architectures, others as deep as what each way found, and hand-made ones. All are trained alike, with seed 0 but for
-    more trainings of a hand-made one and of what a way found before. Each step keeps its result in runs/<run>/evidence/,
-    goes on from its own checkpoint after a kill, and depends on its job's `searches` alone. What the run's `truth` knows
+    more trainings of hand-made ones and of what a way found before. Each step keeps its result in runs/<run>/evidence/,
+    goes on from its own checkpoint after a kill and depends on its job's `searches` alone. What the run's `truth` knows
     is not trained again, what it does not know is added. ValueError with one sentence where there can be no such study.
     """
 

@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import NoneType
 from typing import get_args
 
 import measures
@@ -317,6 +318,7 @@ MISREAD = {
         for kind in MISREAD
         if kind in (field.annotation, *get_args(field.annotation)[:1])
         for value in MISREAD[kind]
+        if value is not None or NoneType not in get_args(field.annotation)
     ],
 )
 def test_a_value_of_another_type_is_refused_before_anything_runs(stage, name, value):
