@@ -16,6 +16,7 @@ from densenas.correlations import (
     MEASURES,
     correlations,
     noise_ceiling,
+    percentiles,
     rankings,
     readable,
     seed_correlation,
@@ -140,6 +141,11 @@ def test_without_other_seeds_nobody_knows_what_noise_allows():
     networks = pd.DataFrame({"target": 1.0, "accuracy": once["top1"], "score": [1, 2, 3]})
     table = pd.concat([rankings(networks), noise_ceiling(networks, once)])
     assert readable(table).loc[CEILING, "Spearman"] == "none"
+
+
+def test_an_interval_holds_the_middle_95_percent():
+    assert percentiles(np.arange(1001.0)) == (25, 975)
+    assert all(math.isnan(end) for end in percentiles(np.array([math.nan])))
 
 
 def test_synaptic_flow_is_a_function_of_the_network_alone():

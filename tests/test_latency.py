@@ -1,6 +1,7 @@
 """Measured tables: every distinct op once, resumed op by op, convertible; and judged by whole networks."""
 
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -204,3 +205,13 @@ def test_a_run_is_priced_in_one_call(kind, networks, quick, run):
     price(run, CostSettings(space=str(path), networks=0))
     assert not (run.reports / "latency.json").exists()
     assert run.read_json("metrics.json")["latency"] is None
+
+
+def test_a_network_takes_what_its_quickest_round_took():
+    """What else a machine does makes a round slower, never quicker."""
+    table = CostTable.mult_adds(SMALL, 16, 3)
+    conditions = {**table.conditions, "batch_size": 1}
+    table = replace(table, conditions=conditions)
+    arch = Lattice(table).sample(1)[0].architecture
+    with mock.patch.object(latency, "milliseconds", side_effect=[3.0, 1.0, 2.0]):
+        assert latency.whole([arch], table, "cpu", 3) == [1.0]

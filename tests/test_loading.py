@@ -317,6 +317,8 @@ def test_published_transforms_keep_what_they_promise(augment):
     }[augment]
     assert low - 8 <= min(seen) and max(seen) <= high + 8
     assert max(seen) - min(seen) > 0.6 * (high - low) or augment == "weak"
+    if augment == "rand_scale":  # all shorter sides from 256 to 480 occur
+        assert min(seen) < low + 0.1 * (high - low) and max(seen) > high - 0.1 * (high - low)
 
 
 def test_what_stays_in_memory(run, tmp_path):
