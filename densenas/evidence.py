@@ -142,9 +142,8 @@ class Study:
     def table(self) -> CostTable:
         table = read_costs(self.run)
         if table.kind != "mult_adds":
-            raise ValueError(
-                f"run '{self.run.name}' counts {table.unit}, a study compares at equal Mult-Adds"
-            )
+            counts = f"run '{self.run.name}' counts {table.unit}"
+            raise ValueError(f"{counts}, a study compares at equal Mult-Adds")
         return table
 
     @cached_property

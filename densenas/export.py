@@ -71,9 +71,8 @@ def export(
         with torch.no_grad():
             deviation = float((run(images) - logits).abs().max())
         if deviation > tolerance * max(1.0, float(logits.abs().max())):
-            raise RuntimeError(
-                f"the network exported for {name} deviates by {deviation:.2g} from PyTorch's"
-            )
+            network = f"the network exported for {name}"
+            raise RuntimeError(f"{network} deviates by {deviation:.2g} from PyTorch's")
         rows.append({"runtime": name, "ms": milliseconds(run, images[:1]), "deviation": deviation})
     return pd.DataFrame(rows)
 
@@ -93,6 +92,5 @@ def _naming(program: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # exporters raise many kinds of their own, over many lines
-        raise ValueError(
-            f"the network cannot be exported by {program}: {own.reason(error)}"
-        ) from None
+        refused = f"the network cannot be exported by {program}"
+        raise ValueError(f"{refused}: {own.reason(error)}") from None

@@ -73,6 +73,9 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the setting '{setting}' is missing"
     reason = first["msg"].removeprefix("Value error, ")
+    reason = reason.replace("a valid tuple", "a list")
+    if reason.endswith("list") and str(given).startswith("["):
+        reason += "; papermill takes one by -y, not by -p"
     if not setting:
         return reason
     if isinstance(given, dict):  # a whole section, of which the reason names the settings

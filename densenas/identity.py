@@ -52,9 +52,8 @@ def derived(run: Run) -> dict[str, Any]:
         Architecture.parse(str(found["net_config"]))
     present = search_digest(run)
     if present is not None and found.get("search", present) != present:
-        raise ValueError(
-            f"run '{run.name}' was searched again since {path.name} was written: run 04-derive again"
-        )
+        again = f"run '{run.name}' was searched again since {path.name} was written"
+        raise ValueError(f"{again}: run 04-derive again")
     return found
 
 

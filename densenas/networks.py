@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from densenas import own
-from densenas.files import atomic, read_text, shown, write_text
+from densenas.files import atomic, read_text, root, shown, write_text
 from densenas.method.architecture import Architecture, DerivedNet
 from densenas.published import load_published, read_net_config, save_published
 from densenas.runs.run import Run
@@ -48,15 +48,15 @@ def network(model: str, num_classes: int) -> nn.Module:
     except KeyError:
         kinds = "DenseNAS-A, -B or -C, a torchvision classifier, a net_config or a file with one"
         known = f"{kinds}, or package.module:function"
+        known += f"; there is no file of that path below {root()}" if "/" in model else ""
         raise ValueError(f"no network {shown(' '.join(model.split()))}, expected {known}") from None
 
 
 def as_model(given: str) -> str:
-    """A network as `network` takes it: of a file's path the net_config that it holds, anything else as it is."""
+    """A network as `network` takes it: the net_config in a file, named from here or from the root; else as it is."""
     path = os.path.expanduser(given)
-    if is_code(given) or not os.path.isfile(path):
-        return given
-    return str(read_net_config(Path(path)))
+    files = [one for one in (path, root() / path) if not is_code(given) and os.path.isfile(one)]
+    return str(read_net_config(Path(files[0]))) if files else given
 
 
 def is_code(model: str) -> bool:

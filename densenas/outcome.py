@@ -89,9 +89,8 @@ def finished_search(run: Run) -> Search:
     data = load(run)
     result = load_search(run, read_costs(run), len(data.classes))
     if result.configuration["data"] != data.digest:
-        raise ValueError(
-            f"run '{run.name}' has other images now than it was searched on: run 03-search again"
-        )
+        other = f"run '{run.name}' has other images now than it was searched on"
+        raise ValueError(f"{other}: run 03-search again")
     done, epochs = len(result.history), result.configuration["recipe"]["epochs"]
     if done < epochs:
         unfinished = f"the search of run '{run.name}' has done {done} of {epochs} epochs"

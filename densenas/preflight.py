@@ -31,6 +31,9 @@ DOWNLOADED = 10  # classes that every set of torchvision's has, for one that is 
 NETWORK_FILES = ("net_config", "model", "weights.pt")
 
 
+COMMITTED = ("cifar10", "examples")  # in reports/, which no run shall replace by chance
+
+
 def identify(run: str = "", configuration: str = "", usual: str = "digits") -> tuple[str, Path]:
     """A run's name and its configuration file, of which one says the other; `usual` where neither is given.
 
@@ -45,6 +48,8 @@ def identify(run: str = "", configuration: str = "", usual: str = "digits") -> t
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     try:
         Run(name)
+        if name in COMMITTED and not run:
+            raise ValueError(f"a run called '{name}' would replace the committed reports/{name}")
     except ValueError as error:
         named = "" if run else "; name the run yourself with RUN= (snakemake: --config run=)"
         raise ValueError(f"{error}{named}") from None
@@ -159,7 +164,7 @@ def _check_targets(config: RunConfig, table: CostTable) -> None:
         with naming("evidence.targets"):
             for target in config.evidence.targets:
                 lattice.at(target)
-    if config.cost.kind == "mult_adds":
+    if config.cost.kind == table.kind:
         with naming("derive.budgets"):
             for budget in config.derive.budgets:
                 lattice.at(budget)

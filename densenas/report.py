@@ -156,7 +156,7 @@ def _sections(run: Run, name: str, stages: dict[str, str]) -> dict[str, Any]:
 SURE = ((0.1, "certain"), (0.5, "fairly sure"), (0.9, "unsure"), (1.0, "undecided"))
 
 
-def _decision(search: dict[str, Any], found: dict[str, Any]) -> str:
+def _decision(search: dict[str, Any], found: dict[str, Any], data: dict[str, Any]) -> str:
     """In words, how sure the search was at its end, and by what rule its network was taken from it."""
     said: dict[str, list[str]] = {}
     for name, what in (("beta_entropy", "paths"), ("alpha_entropy", "operations")):
@@ -168,19 +168,19 @@ def _decision(search: dict[str, Any], found: dict[str, Any]) -> str:
     if found["target_cost"]:
         rule = f"the most probable one within 3 % of {found['target_cost']} {found['cost_unit']}"
     end = f"At its end the search was {' and '.join(how)}, 1 being a uniform choice"
-    return f"{end}; its network is {rule}.{_path(search)}"
+    return f"{end}; its network is {rule}.{_path(search, data)}"
 
 
-def _path(search: dict[str, Any]) -> str:
+def _path(search: dict[str, Any], data: dict[str, Any]) -> str:
     """In words, whether the supernet knew the network that was taken from it."""
     alone, steps = search.get("path_top1"), search["val_top1"]
     if alone is None:
         return ""
-    words = (
-        "the supernet knew what it proposed"
-        if alone > steps - 0.05
-        else "the supernet hardly knew it"
-    )
+    words = "the supernet knew what it proposed"
+    if wilson(alone, data["val"])[0] <= 1 / data["classes"]:
+        words = "no better than chance"
+    elif alone <= steps - 0.05:
+        words = "the supernet hardly knew it"
     of = "of its val images by the supernet's weights, the last epoch's steps"
     return f" Alone, that network got {alone:.0%} {of} {steps:.0%}: {words}."
 
@@ -223,6 +223,7 @@ def evaluation(run: Run) -> dict[str, Any]:
         "retrain": metrics.get("retrain"),
         "run": run.name,
         "arch": found,
+        "device": run.read_json("cost.json")["conditions"].get("device"),
         "tested": credit(metrics, found),
         "interval": wilson(test["top1"], test["images"]),
         "curve": curve(run).to_dict("records"),
@@ -243,7 +244,7 @@ def write_report(run: Run) -> str:
         parameters[stage] = yaml.safe_dump(entry["parameters"])
     recipe = provenance.get("05-retrain", {}).get("parameters", {}).get("recipe", {})
     content["baseline"] = _baseline(run, content["evaluate"], recipe)
-    content["decision"] = _decision(content["search"], content["arch"])
+    content["decision"] = _decision(content["search"], content["arch"], content["data"])
     content["captions"] = captions
     content["sources"] = sources
     content["parameters"] = parameters
@@ -303,9 +304,8 @@ def tell(run: Run) -> None:
         lacks = "is not there"
         if run.reports.is_dir():
             lacks = "holds no result of 06-evaluate or 09-evidence yet"
-        raise FileNotFoundError(
-            f"run '{run.name}' has nothing to report: reports/{run.name} {lacks}"
-        )
+        nothing = f"run '{run.name}' has nothing to report"
+        raise FileNotFoundError(f"{nothing}: reports/{run.name} {lacks}")
     print(f"\nRun '{run.name}'")
     try:
         if "evidence" in metrics:

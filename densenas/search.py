@@ -285,9 +285,8 @@ def check_search(
     for name, found in images.items():
         priced = table.conditions.get(name, found)
         if priced != found:
-            raise ValueError(
-                f"the costs are for {name} {priced}, the images have {found}: run 02-cost again"
-            )
+            costs = f"the costs are for {name} {priced}"
+            raise ValueError(f"{costs}, the images have {found}: run 02-cost again")
     if target_cost is not None:
         if not math.isfinite(target_cost) or target_cost <= 0:
             expected = f"a positive number of {table.unit}, or None for the paper's loss"

@@ -166,9 +166,8 @@ class CostSettings(Settings):
     @model_validator(mode="after")
     def _times_one_device(self) -> Self:
         if self.table is not None and self.kind != "latency":
-            raise ValueError(
-                f"table holds milliseconds, but kind is {self.kind}: set it to latency"
-            )
+            kind = f"kind is {self.kind}: set it to latency"
+            raise ValueError(f"table holds milliseconds, but {kind}")
         if self.table is not None and self.networks:
             here = "networks are timed on this machine, and table is of another device"
             raise ValueError(f"{here}: set networks to 0")
@@ -332,9 +331,8 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _compares_at_equal_cost(self) -> Self:
         if self.evidence and self.cost.kind != "mult_adds":
-            raise ValueError(
-                f"evidence compares at equal Mult-Adds, but cost.kind is {self.cost.kind}"
-            )
+            kind = f"cost.kind is {self.cost.kind}"
+            raise ValueError(f"evidence compares at equal Mult-Adds, but {kind}")
         return self
 
     def data_settings(self, input_size: int) -> DataSettings:

@@ -92,7 +92,7 @@ def tabulate(
     least = defaultdict(float, {layer: min(times[layer]) for layer in found.timed})
     entries = [_entry(layer, times[layer]) for layer in found.timed]
     ends = least[found.stem], least[found.classifier] if found.classifier else 0.0
-    conditions = {**conditions, "entries": entries}
+    conditions = {**conditions, **space.code(), "entries": entries}
     return CostTable.of(space, "latency", found.layers, least.__getitem__, *ends, conditions)
 
 
@@ -133,9 +133,8 @@ def read_times(
             raise ValueError(f"times another version of space {space.name}: {again}")
         missing = [layer for layer in found.timed if not measured.get(layer)]
         if missing:
-            raise ValueError(
-                f"lacks the times of {len(missing)} ops of space {space.name}: {again}"
-            )
+            lacks = f"lacks the times of {len(missing)} ops of space {space.name}"
+            raise ValueError(f"{lacks}: {again}")
     rounds = min(len(measured[layer]) for layer in found.timed)
     conditions = times.model_dump(exclude={"space", "digest", "ops"}) | {"rounds": rounds}
     return tabulate(space, found, measured, conditions)

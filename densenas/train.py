@@ -227,9 +227,8 @@ def evaluate(
                 apart = f"the network tells {logits.shape[1]} classes apart"
                 raise ValueError(f"{apart}, the data set has {classes}")
             if not logits.isfinite().all():
-                raise ValueError(
-                    f"what the network makes of {split} is not finite: its weights are spoilt"
-                )
+                made = f"what the network makes of {split} is not finite"
+                raise ValueError(f"{made}: its weights are spoilt")
             scores.append(logits)
             truth.append(labels)
     return _accuracy(torch.cat(scores), torch.cat(truth), classes)

@@ -324,11 +324,10 @@ def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) ->
     which = f"{way}, the best of {ways} ways of searching," if ways > 1 else way
     head = "**Shown**" if all(won) and ranked else "**Not shown**"
     asked = (
-        f"{head} that {which} is worth its search. At {sum(won)} of {len(won)} targets its mean is at"
+        f"{head} that {which} is worth its search: at {sum(won)} of {len(won)} targets its mean is at"
         f" least {POINTS:g} point above random networks of the same depth and above the best hand-made"
-        f" design, both clear of zero. Random networks of equal cost, of any depth and with those as"
-        f" deep as the searched ones, its supernet should order at least half as well as the noise of"
-        f" training allows: {ranks}."
+        f" design, both clear of zero. Its supernet should order random networks of equal cost, of any"
+        f" depth and with those as deep as the searched ones, half as well as noise allows: {ranks}."
     )
     return "\n".join([asked, *sentences])
 

@@ -7,7 +7,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ from densenas.outcome import last_moment
 from densenas.runs.progress import looked_at, watched
 from densenas.runs.run import Run
 
-SHARE = 0.04  # of the time, which drawing takes at most
+SHARE = 0.1  # of the time, which drawing takes at most
 GOES_ON = "Interrupted: run this cell again, it goes on from the last checkpoint."
 
 
@@ -44,15 +44,16 @@ def watching(name: str, draw: Callable[[Run], list[Figure]]) -> Iterator[None]:
     They are drawn anew after every epoch, or seldomer where that would take more than a few per cent of the time. Under
     papermill there are none: the cells below draw the same when all is done. An interrupted cell says how it goes on.
     """
+    view = View(Run(name), draw) if looked_at() else None
     try:
-        if looked_at():
-            view = View(Run(name), draw)
-            with watched(view.look):
-                yield
-            view.show()
-        else:
+        with watched(view.look) if view else nullcontext():
             yield
+        if view:
+            view.show()
     except KeyboardInterrupt as interrupt:
+        if view:
+            view.due = 0.0  # an epoch may have ended too soon after a drawing
+            view.look()
         # What IPython shows of it; else that would be a page of this package's code.
         interrupt._render_traceback_ = lambda: [GOES_ON]  # type: ignore[attr-defined]
         raise
@@ -65,6 +66,7 @@ class View:
         self.run = run
         self.draw = draw
         self.seen = self._written()
+        self.drawn = False
         self.due = 0.0  # in seconds of the monotonic clock
         self.place = display(HTML(), display_id=True)
 
@@ -86,7 +88,9 @@ class View:
             self.due = math.inf
             return
         end = time.monotonic()
-        self.due = end + (end - start) / SHARE
+        if self.drawn:  # not by the first one, which also loads what draws
+            self.due = end + (end - start) / SHARE
+        self.drawn = True
 
     def show(self) -> None:
         pictures = []

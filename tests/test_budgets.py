@@ -127,7 +127,8 @@ def test_the_curve_holds_what_was_tested_and_no_earlier_searchs_networks(searche
         ("[0.6, 400]", r"derive\.budgets: space digits has no architecture of 388 to 412 million"),
         ("[0.6, 0.6000000001]", r"derive\.budgets: 0\.6 is there twice"),
         ("[0]", r"derive\.budgets\.0: .*greater than 0"),
-        ("0.6", r"derive\.budgets: .*tuple"),
+        ("0.6", r"derive\.budgets: Input should be a list \(got 0\.6\)"),
+        ("'[0.6]'", r"derive\.budgets: Input should be a list; papermill takes one by -y, not by"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused_before_anything_runs(budgets, sentence, tmp_path):

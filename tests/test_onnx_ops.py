@@ -112,6 +112,21 @@ def test_a_run_takes_the_table_of_another_device(timed, run):
     assert all(one.cost > 0 for one in cheapest)
 
 
+def test_ops_of_ones_own_can_be_timed_elsewhere_and_searched_here(run, tmp_path):
+    """Costs say which code of theirs they are of, wherever they were measured."""
+    space = make_space(
+        **SKELETON, head_ops=["notebooks.own_ops:se_k3"], stack_ops=["mbconv_k3_t3", SKIP]
+    )
+    write_ops(space, tmp_path, 16, 3)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    ops = [{**op, "ms": [1.0, 2.0]} for op in manifest["ops"]]
+    device = {"device": "a board", "threads": 1, "provider": "CPU", "onnxruntime": "1"}
+    (tmp_path / "times.json").write_text(json.dumps({**manifest, **device, "ops": ops}))
+    table = read_times(tmp_path / "times.json", space, 16, 3)
+    table.write(run.reports / "cost.json")
+    assert read_costs(run) == table and table.conditions["code"] == space.code()["code"]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

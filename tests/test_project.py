@@ -28,7 +28,7 @@ from torchvision.io import write_png
 from densenas import Architecture, SearchSpace, pipeline, report
 from densenas.files import PACKAGE
 from densenas.pipeline import STOPPED, last_words
-from densenas.preflight import check_machine, checked, identify
+from densenas.preflight import COMMITTED, check_machine, checked, identify
 from densenas.published import save_published
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.provenance import environment
@@ -335,6 +335,15 @@ def test_a_run_is_named_by_its_file_unless_by_the_user(tmp_path, monkeypatch):
     assert identify("1_0", "a b.yml") == ("1_0", Path("a b.yml"))
     assert identify("cifar10-mbv2") == ("cifar10-mbv2", ROOT / "data/configs/cifar10-mbv2.yml")
     assert identify(usual="evidence-digits")[0] == "evidence-digits"
+    assert identify("cifar10", "mine.yml")[0] == "cifar10", "whoever says so means it"
+    for name in COMMITTED:
+        assert (ROOT / "reports" / name).is_dir()
+        Path(f"{name}.yml").touch()
+        replaced = (
+            rf"a run called '{name}' would replace the committed reports/{name}; name the run"
+        )
+        with refused(ValueError, replaced):
+            identify("", f"{name}.yml")
     with refused(
         ValueError, r"'a b' is not usable as a folder name: .*name the run yourself with RUN="
     ):

@@ -112,6 +112,33 @@ def test_how_far_the_search_decided_is_said_in_words(entropies, target, words, d
     assert words in first_screen(digits)[0]
 
 
+@pytest.mark.parametrize(
+    ("alone", "steps", "classes", "words"),
+    [
+        (0.96, 0.97, 10, "the supernet knew what it proposed"),
+        (0.50, 0.97, 10, "the supernet hardly knew it"),
+        (0.11, 0.10, 10, "no better than chance"),  # of 287 images
+        (0.36, 0.33, 3, "no better than chance"),
+    ],
+)
+def test_chance_is_no_knowledge(alone, steps, classes, words, digits):
+    metrics = digits.read_json("metrics.json")
+    digits.update_json(
+        "metrics.json", "search", {**metrics["search"], "path_top1": alone, "val_top1": steps}
+    )
+    digits.update_json("metrics.json", "data", {**metrics["data"], "classes": classes})
+    assert f": {words}." in first_screen(digits)[0]
+
+
+def test_a_network_of_another_devices_table_has_its_milliseconds(digits):
+    assert " ms by the table of" not in " ".join(first_screen(digits)[:2])
+    cost = digits.read_json("cost.json")
+    cost["conditions"]["device"] = "a board"
+    (digits.reports / "cost.json").write_text(json.dumps(cost))
+    for words in first_screen(digits)[:2]:
+        assert "1.02 ms by the table of a board" in words
+
+
 def study(run, *results, **recipe):
     """Networks of a study of this run's, as (method, design, million Mult-Adds, top1)."""
     columns = ("method", "design", "mult_adds_m", "top1")

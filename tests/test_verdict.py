@@ -82,15 +82,15 @@ def said(results, skill):
 def test_a_search_that_is_worth_it_is_said_to_be():
     text = said(study_results(lead=0.06), skill=0.9)
     assert text.startswith("**Shown** that DenseNAS is worth its search")
-    assert "At 3 of 3 targets" in text and "allows: it does, by" in text
+    assert "at 3 of 3 targets" in text and "allows: it does, by" in text
     assert text.count("M Mult-Adds") == 3 and "Over all 3 targets: +" in text
 
 
 @pytest.mark.parametrize(
     ("lead", "skill", "sentence"),
     [
-        (0.0, 0.9, "At 0 of 3 targets"),  # no better than what is as deep
-        (0.005, 0.9, "At 0 of 3 targets"),  # less than a point
+        (0.0, 0.9, "at 0 of 3 targets"),  # no better than what is as deep
+        (0.005, 0.9, "at 0 of 3 targets"),  # less than a point
         (0.06, 0.0, "allows: it does not, by"),  # its supernet knows nothing
     ],
 )
@@ -116,7 +116,7 @@ def test_telling_deep_from_shallow_is_no_order_of_networks():
     assert path["of any depth"] < table.loc["noise ceiling", "of any depth"] / 2
     found = leads(results, trainings(results))
     text = verdict(results, found, orders(ranked, trainings(results)))
-    assert text.startswith("**Not shown**") and "At 3 of 3 targets" in text
+    assert text.startswith("**Not shown**") and "at 3 of 3 targets" in text
 
 
 def test_a_bootstrap_of_few_networks_tells_no_interval():

@@ -7,7 +7,7 @@ from helpers import DATA, SEARCH, TABLE, checkpoint, identical, stopping_before_
 
 from densenas import watch
 from densenas.method.derivation import Lattice
-from densenas.runs.progress import progress, spare, watched
+from densenas.runs.progress import epoch_may_have_ended, progress, spare, watched
 from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import Computing
@@ -87,10 +87,20 @@ def test_drawing_takes_a_few_per_cent_of_the_time(priced, place, monkeypatch):
         now[0] = max(now[0], second)
         priced.write_history("search", [{"epoch": second}])
         view.look()
-    assert drawn == [0, 26, 52, 78]
+    assert drawn == [0, 1, 27, 53, 79], "the first one loads what draws and tells nothing"
     for now[0] in (200.0, 400.0):
         view.look()
-    assert drawn[4:] == [200], "at 400 no epoch had ended since"
+    assert drawn[5:] == [200], "at 400 no epoch had ended since"
+
+
+def test_an_interrupted_cell_shows_its_last_epoch(priced, place, monkeypatch):
+    monkeypatch.setattr(watch, "SHARE", 1e-9)  # after the second drawing never again
+    with pytest.raises(KeyboardInterrupt), watch.watching(priced.name, lambda _: []):
+        for epoch in range(9):
+            priced.write_history("search", [{"epoch": epoch}])
+            epoch_may_have_ended()
+        raise KeyboardInterrupt
+    assert len(place.shown) == 3
 
 
 def test_a_figure_that_fails_does_not_end_a_search(priced, place, capsys):

@@ -83,9 +83,8 @@ def _refuse_nesting(settings: DataSettings, folder: Path) -> None:
         return  # which reading it will say
     outer, inner = source.resolve(), folder.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise ValueError(
-            f"source '{source}' and the pack '{folder}' lie in one another, move one of them"
-        )
+        both = f"source '{source}' and the pack '{folder}'"
+        raise ValueError(f"{both} lie in one another, move one of them")
 
 
 def _split(items: list[Item], settings: DataSettings) -> dict[str, list[Item]]:

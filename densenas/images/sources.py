@@ -43,9 +43,8 @@ def read_source(dataset: str, source: str | None, download: bool = True) -> Sour
         return Source(_digits(), [])
     if dataset == "folder":
         if not source:
-            raise ValueError(
-                "data set 'folder' needs source, the folder that holds the class folders"
-            )
+            needed = "source, the folder that holds the class folders"
+            raise ValueError(f"data set 'folder' needs {needed}")
         return read_folder(root_of(source))
     root = root_of(source) if source else Run("downloads").work / dataset
     if os.path.lexists(root) and not os.path.isdir(root):
@@ -116,9 +115,8 @@ def _imagenette(root: Path, download: bool) -> Source:
         classes = {item.label for item in part}
         missing = sorted(IMAGENETTE - classes)
         if missing:
-            raise ValueError(
-                f"imagenette in '{folder}' is incomplete, {split} lacks {quoted(missing)}: {again}"
-            )
+            lacks = f"{split} lacks {quoted(missing)}"
+            raise ValueError(f"imagenette in '{folder}' is incomplete, {lacks}: {again}")
         foreign = sorted(classes - IMAGENETTE)
         if foreign:
             raise ValueError(f"{quoted(foreign)} in '{folder}' is no class of imagenette: {again}")

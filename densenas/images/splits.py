@@ -50,9 +50,8 @@ def choose_classes(present: set[str], wanted: int | list[str] | None) -> list[st
         raise ValueError("num_classes names a class twice")
     foreign = [name for name in classes if name not in present]
     if foreign:
-        raise ValueError(
-            f"num_classes names {quoted(foreign)}, which is not a class of the data set"
-        )
+        foreigner = "which is not a class of the data set"
+        raise ValueError(f"num_classes names {quoted(foreign)}, {foreigner}")
     if not classes:
         raise ValueError("num_classes names no class, at least 2 are needed")
     if len(classes) == 1:
