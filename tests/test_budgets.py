@@ -5,13 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 from helpers import DATA, SEARCH, SMALL, TABLE, refused
 from helpers import REPOSITORY as ROOT
 
-from densenas import Architecture, CostTable, pipeline
+from densenas import Architecture, CostTable, SearchSpace, pipeline
 from densenas.budgets import train_budget
 from densenas.method.derivation import Lattice
 from densenas.networks import as_model, load_network
@@ -119,6 +120,19 @@ def test_the_curve_holds_what_was_tested_and_no_earlier_searchs_networks(searche
     of_dear = searched.budget(DEAR).read_json("metrics.json")["evaluate"]
     searched.budget(CHEAP).update_json("metrics.json", "evaluate", {**of_dear, "top1": 1.0})
     assert CHEAP not in [*curve(searched)["budget"]], "another network's accuracy"
+
+
+def test_a_budget_in_milliseconds_is_checked_where_a_table_has_them(tmp_path, monkeypatch):
+    """Before the search, which takes hours, not behind it."""
+    table = replace(CostTable.mult_adds(SearchSpace.load("digits"), 32, 10), kind="latency")
+    monkeypatch.setattr("densenas.preflight.read_times", lambda *_: table)
+    path = tmp_path / "run.yml"
+    cost = "cost: {kind: latency, table: times.json}"
+    path.write_text(
+        f"space: digits\ndata: {{dataset: digits}}\n{cost}\nderive: {{budgets: [400]}}\n"
+    )
+    with refused(ValueError, r"derive\.budgets: space digits has no architecture of 388 to 412 ms"):
+        checked(path)
 
 
 @pytest.mark.parametrize(

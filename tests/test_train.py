@@ -15,6 +15,7 @@ from densenas.correlations import wilson
 from densenas.identity import describe, search_digest
 from densenas.networks import (
     EXPORTS,
+    as_model,
     check_network,
     load_network,
     model_folder,
@@ -58,6 +59,19 @@ def test_exports_of_an_earlier_network_do_not_stay_beside_another(tmp_path):
         (tmp_path / name).touch()
     save_network(tmp_path, OWN, network(OWN, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "weights.pt"]
+
+
+def test_a_networks_file_is_found_from_the_root_and_missed_by_its_path(root, monkeypatch):
+    """A notebook runs in notebooks/, its user reads paths from the root."""
+    save_network(root / "reports/made-up/budgets/1", str(ARCH), network(str(ARCH), 3))
+    (root / "notebooks").mkdir()
+    monkeypatch.chdir(root / "notebooks")
+    assert as_model("reports/made-up/budgets/1/net_config") == str(ARCH)
+    assert as_model(str(ARCH)) == str(ARCH) and as_model("DenseNAS-A") == "DenseNAS-A"
+    with refused(
+        ValueError, r"no network 'reports/other', .*; there is no file of that path below"
+    ):
+        network(as_model("reports/other"), 3)
 
 
 @pytest.mark.parametrize(("epochs", "top"), [(1, 5), (4, 20), (30, 50)])
