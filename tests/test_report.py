@@ -291,7 +291,7 @@ def test_runs_with_and_without_a_derived_network_stand_in_one_table_and_one_figu
     figures.accuracy_against_cost(runs, "Mult-Adds (millions)").draw_without_rendering()
     page = (root / write_overview()).read_text()
     # space, target, blocks, layers, seconds, seed
-    assert page.count('<td data-value="">–</td>') == 6 * len(names)
+    assert page.count(' data-value="">–</td>') == 6 * len(names)
 
 
 def test_a_repository_without_runs(root):
