@@ -124,4 +124,5 @@ class Truth:
                 write_text(self.about, json.dumps(content, indent=1) + "\n")
             known, new = self.rows(), pd.DataFrame([row])
             rows = pd.concat([known, new], ignore_index=True) if len(known) else new
+            rows = rows.drop_duplicates(["net_config", "epochs", "seed"])  # two jobs at once
             write_text(self.table, rows.to_csv(index=False))

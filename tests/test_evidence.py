@@ -312,6 +312,15 @@ def test_a_table_of_other_images_or_another_recipe_is_left_alone(study, other, c
     assert len(Truth(study.run).rows()) == 1
 
 
+def test_a_training_that_two_jobs_did_at_once_is_one_row(study):
+    study, _ = tabulated(study, top1=0.5)
+    truth = Truth(study.run)
+    (row,) = truth.rows().to_dict("records")
+    truth.add({**row, "top1_1": 0.6}, study._conditions)
+    truth.add({**row, "seed": 1}, study._conditions)
+    assert [*truth.rows()["top1_1"]] == [0.5, 0.5] and [*truth.rows()["seed"]] == [0, 1]
+
+
 def test_more_epochs_are_another_training(study):
     study, arch = tabulated(study)
     longer = changed(study, retrain={**EPOCH, "epochs": 2})
