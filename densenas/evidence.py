@@ -95,11 +95,10 @@ class Study:
 
     def searches(self, job: Job) -> list[Job]:
         """The searches that must be done before the job's network is known."""
-        if job.method == SEARCHED:
-            return [job._replace(number=seed) for seed in range(job.number + 1)]
-        if job.method != MATCHED:
+        if job.method not in (SEARCHED, MATCHED):
             return []
-        return [job._replace(method=SEARCHED, number=seed) for seed in range(self.settings.seeds)]
+        count = job.number + 1 if job.method == SEARCHED else self.settings.seeds
+        return [job._replace(method=SEARCHED, number=seed) for seed in range(count)]
 
     def folder(self, job: Job) -> Run:
         """Where a job keeps its checkpoints and its result."""
@@ -173,8 +172,8 @@ class Study:
 
     def matched(self, job: Job) -> Architecture | None:
         """A random network as deep as what its way found, each of the searches in turn; None where none is drawn."""
-        found = [self.network(one).architecture for one in self.searches(job)]
-        depths = [arch.num_layers for arch in found if arch is not None]
+        found = [self._need(one)["net_config"] for one in self.searches(job)]
+        depths = [Architecture.parse(text).num_layers for text in found]
         texts = self.truth.networks(AS_DEEP, job.target).values() if self.truth else ()
         known = [Architecture.parse(text) for text in texts]
         return as_deep_in_turn(self._lattice, job.target, depths, known, job.number)

@@ -316,8 +316,8 @@ def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) ->
         won.append(all(one is not None and one.points >= POINTS and one.low > 0 for one in wanted))
         sentences.append(_at(target, way, results, found))
     if len(won) > 1:
-        pooled = overall(table).itertuples(index=False)
-        parts = [f"{Lead(*lead)} above {RIVALS[rival]}" for _, rival, *lead in pooled]
+        means = overall(table).itertuples(index=False)
+        parts = [f"{Lead(*lead)} above {RIVALS[rival]}" for _, rival, *lead in means]
         sentences.append(f"Over all {len(won)} targets: {', '.join(parts)}.")
     ranks, ranked = _ranking(way, orders)
     ways = results.loc[results["method"] == SEARCHED, "way"].nunique()

@@ -41,7 +41,7 @@ def draw_retraining(run: Run) -> list[Figure]:
 def watching(name: str, draw: Callable[[Run], list[Figure]]) -> Iterator[None]:
     """Inside, the figures that `draw` makes of the run follow its training, where somebody looks.
 
-    They are drawn anew after every epoch, or seldomer where that would take more than a few per cent of the time. Under
+    They are drawn anew after every epoch, or seldomer where that would take more than a tenth of the time. Under
     papermill there are none: the cells below draw the same when all is done. An interrupted cell says how it goes on.
     """
     view = View(Run(name), draw) if looked_at() else None

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import Architecture, Choice, CostTable, SearchSpace, SuperNet
 from densenas.images.data import ImageData, Split
+from densenas.method.probabilities import best_paths
 from densenas.recipes import RetrainRecipe, SearchRecipe
 from densenas.settings import DataSettings
 
@@ -190,6 +191,12 @@ def edge_probabilities(net):
 
 def path_probability(probabilities, path):
     return math.prod(probabilities[edge] for edge in pairwise(path))
+
+
+def best_path(net):
+    """The most probable path of a supernet, from block 0 to the final node."""
+    ((_, path),) = best_paths(net.space, net.path_probabilities())
+    return [*path]
 
 
 def random_supernet(space, seed, num_classes=3, dtype=torch.float64):

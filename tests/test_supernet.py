@@ -13,6 +13,7 @@ from helpers import (
     SKIP,
     SMALL,
     before,
+    best_path,
     block_paths,
     candidates,
     counted_mult_adds,
@@ -33,7 +34,6 @@ from hypothesis import strategies as st
 
 from densenas import Choice, CostTable, SearchSpace, SuperNet
 from densenas.method import ops
-from densenas.method.probabilities import best_paths
 
 NO_LAYERS = make_space(
     init_dim=3,
@@ -147,7 +147,7 @@ def test_derivation_is_the_best_of_all_paths(space, seed):
     net, table = random_supernet(space, seed), random_table(space, seed + 1, equal_layers=True)
     path, text, cost = derived_by_hand(net, table)
     arch = net.derive()
-    assert [*best_paths(net.space, net.path_probabilities())[0][1]] == path
+    assert best_path(net) == path
     assert str(arch) == text
     assert table.total(arch) == pytest.approx(cost, rel=1e-9)
     assert table.total(text) == table.total(arch)
@@ -171,7 +171,7 @@ def test_derivation_is_not_the_greedy_path():
             net.beta, ([0.4, 0.05, 0.25, 0.3], [0.34, 0.33, 0.33], [0.5, 0.5], [1.0]), strict=True
         ):
             beta.copy_(torch.tensor(shares).log())
-    assert [*best_paths(net.space, net.path_probabilities())[0][1]] == [0, 4]
+    assert best_path(net) == [0, 4]
 
 
 @pytest.mark.parametrize("op", ["basic_block", "bottleneck"])
@@ -424,7 +424,7 @@ def test_cost_table_agrees_with_the_derived_network(space, seed, more):
     arch, table = net.derive(), CostTable.mult_adds(space, size, num_classes)
     total = table.total(arch)
     if not is_mbv2(space):
-        end = [*best_paths(net.space, net.path_probabilities())[0][1]][-2]
+        end = best_path(net)[-2]
         channels = space.chs[end] * (4 if space.head_ops == ("bottleneck",) else 1)
         total -= table.final[before(space, space.num_blocks).index(end)] + table.classifier
         total += channels * num_classes / 1e6
@@ -465,7 +465,7 @@ def test_final_node_fed_from_two_map_sizes(settings, size):
     with torch.no_grad():
         net.beta[0].copy_(torch.tensor([5.0, -5.0]))
         net.beta[1].copy_(torch.tensor([-5.0, 5.0]))
-    assert [*best_paths(net.space, net.path_probabilities())[0][1]] == [0, 1, 3]
+    assert best_path(net) == [0, 1, 3]
     final = table.final[1] + table.classifier
     width = 5 * (4 if settings["head_ops"] == ["bottleneck"] else 1)
     end = final if is_mbv2(space) else width * 3 / 1e6
