@@ -26,7 +26,7 @@ def export(
     The first two take any number of images (N, 3, input_size, input_size), the third holds the state dict.
 
     Returns a row for each of PyTorch, torch.export and ONNX Runtime: milliseconds for one image on this CPU and the
-    largest deviation of the logits from PyTorch's. Raises with one sentence RuntimeError where that is more than
+    largest difference of a logit from PyTorch's. Raises with one sentence RuntimeError where that is more than
     `tolerance` times the largest logit, ValueError where the network cannot leave PyTorch, OSError where it cannot be
     written.
     """
@@ -73,7 +73,9 @@ def export(
         if deviation > tolerance * max(1.0, float(logits.abs().max())):
             network = f"the network exported for {name}"
             raise RuntimeError(f"{network} deviates by {deviation:.2g} from PyTorch's")
-        rows.append({"runtime": name, "ms": milliseconds(run, images[:1]), "deviation": deviation})
+        rows.append(
+            {"runtime": name, "ms": milliseconds(run, images[:1]), "largest difference": deviation}
+        )
     return pd.DataFrame(rows)
 
 

@@ -13,7 +13,7 @@ from densenas.method.supernet import SuperNet
 from densenas.ranking import PathOf, synaptic_flow
 from densenas.runs.progress import quiet
 from densenas.train import evaluate
-from densenas.verdict import ANY_DEPTH, BOTH, MATCHED, RANDOM, path_in
+from densenas.verdict import ANY_DEPTH, AS_DEEP, MATCHED, RANDOM, path_in
 
 EARLY = (2, 5, 10, 20)  # epochs after which the order is looked at
 
@@ -40,7 +40,7 @@ def orders(networks: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
     """`rankings` of what was `ranked`, with their `noise_ceiling`: of networks of any depth, of those as deep as the
     searched ones, and of both kinds, which a score may order by telling the kinds apart.
     """
-    kinds = {ANY_DEPTH: [RANDOM], "as deep as searched": [MATCHED], BOTH: [RANDOM, MATCHED]}
+    kinds = {ANY_DEPTH: [RANDOM], AS_DEEP: [MATCHED], "of both kinds": [RANDOM, MATCHED]}
     found = {}
     for name, kind in kinds.items():
         rows = networks[networks["kind"].isin(kind)].drop(columns="kind")

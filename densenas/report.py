@@ -176,11 +176,11 @@ def _path(search: dict[str, Any], data: dict[str, Any]) -> str:
     alone, steps = search.get("path_top1"), search["val_top1"]
     if alone is None:
         return ""
-    words = "the supernet knew what it proposed"
+    words = "its weights fit that network"
     if wilson(alone, data["val"])[0] <= 1 / data["classes"]:
         words = "no better than chance"
     elif alone <= steps - 0.05:
-        words = "the supernet hardly knew it"
+        words = "its weights hardly fit that network"
     of = "of its val images by the supernet's weights, the last epoch's steps"
     return f" Alone, that network got {alone:.0%} {of} {steps:.0%}: {words}."
 

@@ -255,7 +255,7 @@ class StudySettings(Settings):
     networks: int = Field(8, ge=2, le=1000)  # random ones for each target
     matched: int | None = Field(None, ge=1, le=1000)  # and as deep as each way's; None: as many
     # Ways of searching: what in the recipe makes each of them.
-    searches: Searches = Field(default_factory=lambda: {"DenseNAS": {}}, validate_default=True)
+    searches: Searches = Field(default_factory=lambda: {"default": {}}, validate_default=True)
     search: Overrides | None = None  # fields of the recipe of every search
     retrain: Overrides | None = None  # and of every training
     precision: Precision = "fp32"

@@ -32,8 +32,10 @@ RIVALS = {
     HAND_MADE: "the best hand-made design",
     RANDOM_SEARCH: "what random search reaches in as many seconds",
 }
-ANY_DEPTH = "of any depth"  # random networks that a supernet is asked to order
-BOTH = "of both kinds"  # and those as deep as the searched ones
+# Random networks that a supernet is asked to order: each kind apart, since of both together a score does well that only
+# tells deep from shallow.
+ANY_DEPTH = "of any depth"
+AS_DEEP = "as deep as searched"
 POINTS = 1.0  # of accuracy, by which a search that is worth it is ahead
 
 
@@ -303,8 +305,9 @@ def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) ->
     """Whether the best way of searching is worth it, in a paragraph, and by how much, in a line for each target.
 
     It is where, at every target, its mean is at least one point above random networks of its depths and above the best
-    hand-made design, both clear of zero, and where its supernet orders networks of equal cost at least half as well as
-    the noise of training allows. `leads` are what that function gives, `orders` `rankings` with their `noise_ceiling`.
+    hand-made design, both clear of zero, and where its supernet orders networks of equal cost, of any depth and those
+    as deep, each at least half as well as the noise of training allows. `leads` are what that function gives, `orders`
+    `rankings` with their `noise_ceiling`.
     """
     way = best_way(results)
     table = leads[leads["way"] == way]
@@ -324,10 +327,10 @@ def verdict(results: pd.DataFrame, leads: pd.DataFrame, orders: pd.DataFrame) ->
     which = f"{way}, the best of {ways} ways of searching," if ways > 1 else way
     head = "**Shown**" if all(won) and ranked else "**Not shown**"
     asked = (
-        f"{head} that {which} is worth its search: at {sum(won)} of {len(won)} targets its mean is at"
-        f" least {POINTS:g} point above random networks of the same depth and above the best hand-made"
-        f" design, both clear of zero. Its supernet should order random networks of equal cost, of any"
-        f" depth and with those as deep as the searched ones, half as well as noise allows: {ranks}."
+        f"{head} that {which} is worth its search. Wanted at every target: a mean at least {POINTS:g} point above"
+        f" random networks of the same depth and above the best hand-made design, both clear of zero; reached at"
+        f" {sum(won)} of {len(won)}. Wanted of its supernet: to order random networks of equal cost (rank correlation)"
+        f" at least half as well as the noise of training allows; {ranks}."
     )
     return "\n".join([asked, *sentences])
 
@@ -354,16 +357,18 @@ def _ranking(way: str, orders: pd.DataFrame) -> tuple[str, bool]:
     """How well its supernet orders networks of equal cost, in words, and whether that is half of what noise allows."""
     measure = "spearman_at_equal_cost"
     words, met = [], True
-    for kind in (ANY_DEPTH, BOTH):
+    for kind in (ANY_DEPTH, AS_DEEP):
+        if (kind, CEILING) not in orders.index:
+            return "there are too few to tell", False
         ranks, most = orders.loc[(kind, path_in(way))], orders.loc[(kind, CEILING)]
         if pd.isna(ranks[measure]):
-            return "no rank correlation can be told", False
-        allowed = (
-            "a ceiling that is not known" if pd.isna(most[measure]) else in_words(most, measure)
-        )
-        words.append(f"{in_words(ranks, measure)} of {allowed}")
+            return "there are too few to tell", False
+        allowed = f"where {in_words(most, measure)} would be perfect"
+        if pd.isna(most[measure]):
+            allowed = "and how much noise allows is not known"
+        words.append(f"{kind} by {in_words(ranks, measure)}, {allowed}")
         met = met and most[measure] > 0 and ranks[measure] >= most[measure] / 2
-    return f"it {'does' if met else 'does not'}, by {' and '.join(words)}", bool(met)
+    return f"{'reached' if met else 'not reached'}: {'; '.join(words)}", bool(met)
 
 
 def summary(

@@ -230,8 +230,7 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     ranking = study.ranked(results)  # two draws at the cheap target are the same network
     drawn = results[results["method"].isin(["random", "matched"])]["net_config"].nunique()
     assert (
-        len(ranking) == drawn > 3
-        and ranking["path in the supernet of DenseNAS"].between(0, 1).all()
+        len(ranking) == drawn > 3 and ranking["path in the supernet of default"].between(0, 1).all()
     )
     orders = orders_of(ranking, study.trainings(results))
     assert orders.loc[("of both kinds", "layers"), "n"] == drawn and len(orders) == 3 * 6
@@ -253,7 +252,7 @@ def test_ways_of_searching_have_recipes_jobs_and_rows_of_their_own(study):
     assert {"published_0.04_0", "hasty_0.04_0", "matched-hasty_0.04_1"} < {*names}
     assert [Job.parse(name) for name in names] == two.jobs()
     assert two.search_recipe("hasty").arch_lr == 0.5
-    assert two.search_recipe("published") == study.search_recipe("DenseNAS")
+    assert two.search_recipe("published") == study.search_recipe("default")
     results = two.complete()
     searched = results[results["method"] == SEARCHED]
     assert [*searched["way"]] == [*ways] and (searched["search_seconds"] > 0).all()
@@ -350,9 +349,9 @@ def test_a_damaged_table_is_refused(study, name, content, sentence):
 
 def test_a_job_needs_its_search(study):
     with refused(
-        FileNotFoundError, r"no searched\.json yet: run the search of DenseNAS_0\.02_0 first"
+        FileNotFoundError, r"no searched\.json yet: run the search of default_0\.02_0 first"
     ):
-        study.run_training(Job.parse(f"DenseNAS_{TARGET}_0"))
+        study.run_training(Job.parse(f"default_{TARGET}_0"))
 
 
 @pytest.mark.parametrize(
@@ -382,7 +381,7 @@ def test_a_result_of_other_settings_does_not_count(study, capsys):
 
 @pytest.mark.parametrize("content", ["{", '{"top1": 1.0}'])
 def test_a_damaged_result_is_made_anew(study, content):
-    job = Job.parse(f"DenseNAS_{TARGET}_0")
+    job = Job.parse(f"default_{TARGET}_0")
     study.run_search(job)
     study.run_training(job)
     before = study.results()
@@ -404,13 +403,13 @@ def test_a_damaged_result_is_made_anew(study, content):
 def test_a_study_without_a_space_is_of_the_runs_costs(study):
     assert changed(study, space=None).jobs() == study.jobs()
     with refused(ValueError, r"space 'digits' is not the one that the run's costs are of"):
-        changed(study, space="digits").run_search(Job.parse(f"DenseNAS_{TARGET}_0"))
+        changed(study, space="digits").run_search(Job.parse(f"default_{TARGET}_0"))
 
 
 def test_a_network_that_is_found_again_is_trained_with_another_seed(study):
     """So that each search is a draw of its own, and none counts for nothing."""
     often = changed(study, seeds=3)
-    jobs = [Job.parse(f"DenseNAS_{2 * TARGET}_{number}") for number in range(3)]
+    jobs = [Job.parse(f"default_{2 * TARGET}_{number}") for number in range(3)]
     for job in jobs:
         often.run_search(job)
     path = often.folder(jobs[2]).work / "searched.json"
@@ -438,11 +437,11 @@ def test_a_network_that_is_found_again_is_trained_with_another_seed(study):
         (["{}", "made-up", "foo", "random_1_0"], "argument step: invalid choice: 'foo'"),
         (
             ["{}", "made-up", "train", "foo"],
-            "run 'made-up' has no job 'foo' to train, it has DenseNAS_1_0,",
+            "run 'made-up' has no job 'foo' to train, it has default_1_0,",
         ),
         (
             ["{}", "made-up", "search", "random_1_0"],
-            "no job 'random_1_0' to search, it has DenseNAS_1_0",
+            "no job 'random_1_0' to search, it has default_1_0",
         ),
         (["nowhere.yml", "made-up", "train", "random_1_0"], "no run configuration 'nowhere.yml'"),
         (["{}", "made-up", "train", "random_1_0"], "run 'made-up' has no "),
@@ -575,7 +574,7 @@ def test_a_cluster_trains_any_part_of_a_study(root):
     )
     submit.chmod(0o755)
     tools = os.path.dirname(sys.executable)
-    results = [f"runs/part/evidence/{job}/result.json" for job in ("DenseNAS_1_0", "random_1_1")]
+    results = [f"runs/part/evidence/{job}/result.json" for job in ("default_1_0", "random_1_1")]
     cluster = f"--executor cluster-generic --cluster-generic-submit-cmd {submit} --jobs 2 --cores 2"
     patience = "--nolock --latency-wait 20 --seconds-between-status-checks 1"
     study = f"--config run=part configuration={config} --"
@@ -595,7 +594,7 @@ def test_ctrl_c_on_a_job_of_a_study_is_one_sentence(root, monkeypatch):
     monkeypatch.setattr(Study, "run_search", stopped)
     configuration = str(ROOT / "data/configs/evidence-digits.yml")
     monkeypatch.setattr(
-        sys, "argv", ["evidence", configuration, "made-up", "search", "DenseNAS_1_0"]
+        sys, "argv", ["evidence", configuration, "made-up", "search", "default_1_0"]
     )
     with pytest.raises(SystemExit) as ended:
         main()

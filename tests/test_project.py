@@ -138,6 +138,22 @@ def test_a_configuration_sets_parameters_that_the_notebooks_have(path):
         assert all(entry["help"] for entry in known.values())
 
 
+def test_the_readmes_run_can_be_made(tmp_path, monkeypatch):
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for split, images in {"train": 700, "test": 10}.items():
+        for label in ("cats", "dogs"):
+            folder = tmp_path / "my-images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(images):
+                write_png(image, str(folder / f"{number}.png"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("mine.yml").write_text(text)
+    config, _ = checked(Path("mine.yml"))
+    assert config.search.target_cost and len(config.derive.budgets) == 2
+
+
 @pytest.mark.parametrize(
     ("line", "wrong", "sentence"),
     [

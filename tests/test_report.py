@@ -115,8 +115,8 @@ def test_how_far_the_search_decided_is_said_in_words(entropies, target, words, d
 @pytest.mark.parametrize(
     ("alone", "steps", "classes", "words"),
     [
-        (0.96, 0.97, 10, "the supernet knew what it proposed"),
-        (0.50, 0.97, 10, "the supernet hardly knew it"),
+        (0.96, 0.97, 10, "its weights fit that network"),
+        (0.50, 0.97, 10, "its weights hardly fit that network"),
         (0.11, 0.10, 10, "no better than chance"),  # of 287 images
         (0.36, 0.33, 3, "no better than chance"),
     ],

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from .style import (
     BLUE,
     COLOURS,
+    GREEN,
     GREY,
     INK,
     ORANGE,
@@ -39,7 +40,7 @@ def curves(history: pd.DataFrame, panels: Mapping[str, Mapping[str, str]]) -> Fi
     marker = "o" if len(history) < 25 else None  # few epochs are also points
     for axes, (label, columns) in zip(all_axes, panels.items(), strict=True):
         scale = 100 if label.endswith("(%)") else 1
-        looks = cycle([(BLUE, "-"), (ORANGE, "--")])
+        looks = cycle([(BLUE, "-"), (ORANGE, "--"), (GREEN, "-.")])
         for column, name in columns.items():
             if column not in history:
                 continue
