@@ -5,7 +5,7 @@
 
 The space is cut out of the digits' one: four routing blocks, two ops a layer, images of 16 pixels. Every network of it
 within 3 % of the median cost is trained alone to the end with two seeds; its mean accuracy on test is the truth. Then
-each way of searching, published and new, searches for that cost with five seeds. What counts is how many of all
+each way of searching, published and sampled, searches for that cost with five seeds. What counts is how many of all
 networks are better than the one chosen (half of them by chance), and by how many points of accuracy the best is. The
 best of many means is too high by chance, so how well the two seeds agree stands beside it.
 
@@ -44,7 +44,7 @@ TRAININGS = 2  # seeds of each network
 SEARCHES = 5  # seeds of each way
 WAYS: dict[str, dict[str, Any]] = {
     "published": {"paths": "all", "weights": "own"},
-    "new": {"paths": "sampled", "weights": "shared"},
+    "sampled": {"paths": "sampled", "weights": "shared"},
 }
 
 

@@ -10,7 +10,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .style import GREY, INK, SMALL, WIDTH, Colour, Look, canvas, legend_below, palette
+from .style import (
+    GREY,
+    INK,
+    SMALL,
+    WIDTH,
+    Colour,
+    Look,
+    canvas,
+    legend_below,
+    palette,
+    whole_numbers,
+)
 
 MARKERS = "os^DvP*Xp<>"  # more than there are colours: where these repeat, both together do not
 
@@ -96,6 +107,7 @@ def accuracy_by_epoch(results: pd.DataFrame) -> Figure:
             lower.plot(epochs, mean - means.get("random", mean), **style)
         upper.set_title(f"{target:g} M Mult-Adds")
         lower.set_xlabel("epoch")
+        whole_numbers(lower.xaxis)
     above[0].set_ylabel("top-1 accuracy on test (%)")
     below[0].set_ylabel("points above the mean\nof random")
     handles = []
