@@ -25,6 +25,7 @@ from truth import alone
 from densenas import Architecture
 from densenas.evidence import configured
 from densenas.files import write_text
+from densenas.method.supernet import Choice
 from densenas.outcome import load_search
 from densenas.runs.provenance import environment
 from densenas.search import Judge
@@ -51,7 +52,8 @@ def main() -> None:
     for job in tqdm(jobs, "searches"):
         found = load_search(study.folder(job), study.table, len(study.data.classes))
         near = truth["accuracy"][(truth["mult_adds_m"] / job.target - 1).abs() <= NEAR]
-        paths = [judge.top1(found.net, Architecture.parse(text)) for text in near.index]
+        choices = [Choice.of(found.net.space, Architecture.parse(text)) for text in near.index]
+        paths = [judge.top1(found.net, choice) for choice in choices]
         table = pd.DataFrame({"path": paths, "alone": near})
         derived, picked = str(found.best.architecture), table["path"].idxmax()
         rows.append(

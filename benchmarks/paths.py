@@ -40,7 +40,8 @@ from densenas.correlations import rankings
 from densenas.costs import read_costs
 from densenas.files import write_text
 from densenas.images.data import load
-from densenas.method.derivation import Lattice
+from densenas.method.derivation import Candidate, Lattice
+from densenas.method.supernet import Choice
 from densenas.recipes import override
 from densenas.runs.progress import quiet
 from densenas.runs.provenance import environment
@@ -94,11 +95,17 @@ def judged(name: str, settings: dict[str, Any], seed: int, target: float) -> dic
         result = search(Run("search", Path(folder)), data, table, recipe, target, how)
     memory = peak_gib()
     judge = Judge(data, 256, torch.device("cpu"))
+
+    def top1(found: Candidate) -> float:
+        choice = Choice.of(result.net.space, found.architecture, found.path, found.stacks)
+        return judge.top1(result.net, choice)
+
     drawn = Lattice(table).sample(NETWORKS, 1)
-    paths = [judge.top1(result.net, candidate.architecture) for candidate in drawn]
+    paths = [top1(candidate) for candidate in drawn]
     networks = known(name, target)
     texts = networks.pop("net_config")
-    networks["path"] = [judge.top1(result.net, Architecture.parse(text)) for text in texts]
+    space, archs = result.net.space, map(Architecture.parse, texts)
+    networks["path"] = [judge.top1(result.net, Choice.of(space, arch)) for arch in archs]
     group = networks.pop("group")
     orders = {"any": rankings(networks[group == RANDOM]).loc["path"]}
     if (group != RANDOM).any():
@@ -111,7 +118,7 @@ def judged(name: str, settings: dict[str, Any], seed: int, target: float) -> dic
         "net_config": str(result.best.architecture),
         "derived_cost": result.best.cost,
         "val_top1": last["val_top1"],
-        "path_top1": judge.top1(result.net, result.best.architecture),
+        "path_top1": top1(result.best),
         "random_path_top1": sum(paths) / len(paths),
         **{f"{kind}_{name}": order[name] for kind, order in orders.items() for name in RANKED},
         "alpha_entropy": last["alpha_entropy"],

@@ -10,7 +10,8 @@ import argparse
 from densenas.costs import read_costs
 from densenas.identity import derived_at
 from densenas.images.data import load
-from densenas.method.architecture import Architecture
+from densenas.method.derivation import Lattice
+from densenas.method.supernet import Choice
 from densenas.outcome import load_search
 from densenas.runs.run import Run
 from densenas.search import Judge
@@ -33,9 +34,11 @@ def train_budget(run: Run, settings: RetrainSettings, budget: float) -> None:
     evaluate_run(run, EvaluateSettings(device=own.device), budget)
     data = load(run)
     result = load_search(run, read_costs(run), len(data.classes))
+    found = Lattice(result.table, result.trace[-1]).at(budget)
+    path = Choice.of(result.net.space, found.architecture, found.path, found.stacks)
     with computing_on(own.computing()) as device:
         judge = Judge(data, result.configuration["recipe"]["batch_size"], device)
-        top1 = judge.top1(result.net.to(device), Architecture.parse(network))
+        top1 = judge.top1(result.net.to(device), path)
     run.budget(budget).update_json("metrics.json", "supernet", {"path_top1": top1})
 
 

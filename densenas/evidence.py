@@ -24,9 +24,8 @@ from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.space import SearchSpace
-from densenas.method.supernet import SuperNet
 from densenas.orders import ranked
-from densenas.outcome import Search, load_search
+from densenas.outcome import Search
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.progress import progress, quiet
 from densenas.runs.run import Run
@@ -307,20 +306,16 @@ class Study:
 
     # What is said of all of them.
 
-    def supernets(self) -> dict[str, SuperNet]:
-        """For each way the supernet of its first search for the middle target."""
-        targets, nets = sorted(self.settings.targets), {}
+    def ranked(self, results: pd.DataFrame) -> pd.DataFrame:
+        """The random networks with their accuracy and all that may order them (see `orders.ranked`), by the supernet
+        of each way's first search for the middle target.
+        """
+        targets, searches = sorted(self.settings.targets), {}
         for way in self.settings.searches:
             job = Job.parse(str(Job(SEARCHED, targets[len(targets) // 2], 0, way)))
-            try:
-                nets[way] = load_search(self.folder(job), self.table, len(self.data.classes)).net
-            except ValueError:  # its checkpoint is damaged or of other costs
-                nets[way] = self._search(job).net
-        return nets
-
-    def ranked(self, results: pd.DataFrame) -> pd.DataFrame:
-        """The random networks with their accuracy and all that may order them (see `orders.ranked`)."""
-        return ranked(self.supernets(), results, self.data, self.settings.device)
+            with quiet():
+                searches[way] = self._search(job)
+        return ranked(searches, results, self.data, self.settings.device)
 
     def trainings(self, results: pd.DataFrame) -> pd.DataFrame:
         """Those of `results` and all others that the table knows (see `verdict.trainings`)."""

@@ -9,30 +9,34 @@ import pandas as pd
 from densenas.correlations import noise_ceiling, rankings
 from densenas.images.data import ImageData
 from densenas.method.architecture import Architecture
-from densenas.method.supernet import SuperNet
-from densenas.ranking import PathOf, synaptic_flow
-from densenas.runs.progress import quiet
-from densenas.train import evaluate
+from densenas.method.supernet import Choice
+from densenas.outcome import Search
+from densenas.ranking import synaptic_flow
+from densenas.search import Judge
+from densenas.settings import Computing
+from densenas.training.device import computing_on
 from densenas.verdict import ANY_DEPTH, AS_DEEP, MATCHED, RANDOM, path_in
 
 EARLY = (2, 5, 10, 20)  # epochs after which the order is looked at
 
 
 def ranked(
-    supernets: Mapping[str, SuperNet], results: pd.DataFrame, data: ImageData, device: str = "auto"
+    searches: Mapping[str, Search], results: pd.DataFrame, data: ImageData, device: str = "auto"
 ) -> pd.DataFrame:
     """The random networks of a study by `kind` (`RANDOM`, `MATCHED`), `target` and `accuracy` on test.
 
-    A column for each score that may order them: accuracy on val as a path of each way's supernet, and those that need
-    none (`scores`).
+    A column for each score that may order them: accuracy on val as a path of the supernet of each way's search, and
+    those that need none (`scores`).
     """
     drawn = results[results["method"].isin([RANDOM, MATCHED])].drop_duplicates("net_config")
     table = drawn[["method", "target", "top1"]].set_axis(["kind", "target", "accuracy"], axis=1)
-    for way, net in supernets.items():
-        with quiet():
-            paths = [PathOf(net, Architecture.parse(text)) for text in drawn["net_config"]]
-            judged = [evaluate(path, data, "val", device=device)["top1"] for path in paths]
-        table[path_in(way)] = judged
+    for way, found in searches.items():
+        net, recipe = found.net, found.configuration["recipe"]
+        archs = map(Architecture.parse, drawn["net_config"])
+        with computing_on(Computing(device=device)) as where:
+            judge = Judge(data, recipe["batch_size"], where)
+            net.to(where)
+            table[path_in(way)] = [judge.top1(net, Choice.of(net.space, arch)) for arch in archs]
     return table.join(scores(drawn, data.image_size, len(data.classes)))
 
 

@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from densenas.method.architecture import Architecture
-from densenas.method.supernet import Choice, SuperNet
-
-
-class PathOf(nn.Module):
-    """An architecture as a path of a supernet, by the supernet's own weights: images (B, 3, H, W) → logits.
-
-    Its batch norm knows no averages, so that logits depend on the batch: its images must be of mixed classes.
-    """
-
-    def __init__(self, net: SuperNet, arch: Architecture) -> None:
-        super().__init__()
-        self.net = net
-        self.choice = Choice.of(net.space, arch)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images, self.choice)
 
 
 def synaptic_flow(arch: Architecture, input_size: int, num_classes: int) -> float:

@@ -14,7 +14,6 @@ from densenas import own
 from densenas.costs import priced_space, read_costs
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches
-from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Candidate, Lattice
 from densenas.method.probabilities import Probabilities
@@ -93,7 +92,8 @@ def search(
                     training.record(trainer.weight_step(images, labels))
                 trace.append(net.probabilities())
                 derived = Lattice(table, trace[-1]).derive(target_cost)
-                path_top1 = judge.top1(net, derived.architecture)
+                path = Choice.of(net.space, derived.architecture, derived.path, derived.stacks)
+                path_top1 = judge.top1(net, path)
                 training.end_epoch(trainer.measures(trace[-1], derived) | {"path_top1": path_top1})
     return Search(net, table, json.loads(json.dumps(configuration)), training.history, trace)
 
@@ -237,12 +237,11 @@ class Judge:
         self.steps = min(len(data.val), JUDGED) // size
 
     @torch.no_grad()
-    def top1(self, net: SuperNet, arch: Architecture) -> float:
+    def top1(self, net: SuperNet, network: Choice) -> float:
         """The share of correct predictions, at most of the first `JUDGED` images."""
-        choice = Choice.of(net.space, arch)
         hits = []
         for images, labels in islice(self.batches.epoch(0), self.steps):
-            hits.append((net(images, choice).argmax(dim=1) == labels).float().mean())
+            hits.append((net(images, network).argmax(dim=1) == labels).float().mean())
         return float(torch.stack(hits).mean())
 
 

@@ -24,7 +24,6 @@ from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
 from densenas.orders import orders as orders_of
 from densenas.preflight import checked
-from densenas.ranking import PathOf
 from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import WITHIN, DataSettings, StudySettings
@@ -124,7 +123,8 @@ def test_a_path_of_the_supernet_gives_what_the_supernet_gives_where_there_is_one
     ]
     choice = Choice([[[ops.index(block.head)]] for block in blocks], stack)
     images = torch.randn(4, 3, 16, 16)
-    torch.testing.assert_close(PathOf(net, candidate.architecture)(images), net(images, choice))
+    alone = net(images, Choice.of(space, candidate.architecture))
+    torch.testing.assert_close(alone, net(images, choice))
 
 
 def settings(targets=(TARGET, 2 * TARGET), **others):

@@ -151,6 +151,25 @@ def test_a_path_gives_the_logits_of_the_derived_network_with_copied_weights(spac
     torch.testing.assert_close(ours, copied(net, arch)(images), rtol=1e-6, atol=1e-8)
 
 
+def as_found(space, candidate):
+    return Choice.of(space, candidate.architecture, candidate.path, candidate.stacks)
+
+
+@settings(max_examples=30)
+@given(spaces(), st.integers(0, 99))
+def test_what_is_derived_is_judged_where_it_was_found(space, seed):
+    """By the weights of the very layers that chose its ops, though a skip or equal widths hide which these are."""
+    net = random_supernet(space, seed)
+    table = CostTable.mult_adds(space, space.input_size, 3)
+    candidate = Lattice(table, net.probabilities()).derive()
+    choice = as_found(space, candidate)
+    assert choice.path == candidate.path
+    for before, j in pairwise(choice.path[:-1]):
+        edge = space.incoming(j).index(before)
+        assert choice.head[j - 1][edge] == [int(net.alpha_head[j - 1][edge].argmax())]
+        assert choice.stack[j - 1] == [[int(row.argmax())] for row in net.alpha_stack[j - 1]]
+
+
 def test_an_architecture_of_another_space_is_no_path():
     with refused(ValueError, "not one of space made up"):
         Choice.of(SMALL, Architecture.named("DenseNAS-A"))
@@ -292,7 +311,7 @@ def test_every_epoch_says_what_the_derived_network_reaches_by_the_supernets_weig
     assert history["path_top1"].between(0, 1).all() and len(history) == SEARCH.epochs
     judge = Judge(DATA, SEARCH.batch_size, pick_device())
     assert history["path_top1"].iloc[-1] == pytest.approx(
-        judge.top1(result.net, result.best.architecture)
+        judge.top1(result.net, as_found(result.net.space, result.best))
     )
 
 
@@ -304,7 +323,7 @@ def test_a_network_is_judged_on_whole_batches_of_val():
     hits = 0
     for images, labels in judge.batches.epoch(0):
         hits += int((net(images, choice).argmax(dim=1) == labels).sum())
-    assert judge.top1(net, candidate.architecture) == pytest.approx(hits / len(DATA.val))
+    assert judge.top1(net, choice) == pytest.approx(hits / len(DATA.val))
 
 
 def test_readme_shows_what_each_way_knows():

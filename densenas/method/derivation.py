@@ -27,10 +27,13 @@ BINS = 16384  # of cost, from nothing to the dearest network of interest
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture with its path (nodes from 0 to the final one), log-probability and cost in the table's unit."""
+    """An architecture with its path (nodes from 0 to the final one), the ops of every stack on it, skips included,
+    log-probability and cost in the table's unit.
+    """
 
     architecture: Architecture
     path: tuple[int, ...]
+    stacks: tuple[tuple[str, ...], ...]
     log_probability: float
     cost: float
 
@@ -43,7 +46,9 @@ class Place(NamedTuple):
 
 
 class Arc(NamedTuple):
-    """One choice: the op of an edge or the ops of a stack, with what it adds to log-probability and cost."""
+    """One choice: the op of an edge or the ops of a stack, skips included, with what it adds to log-probability and
+    cost.
+    """
 
     to: Place
     ops: tuple[str, ...]
@@ -95,10 +100,10 @@ class Lattice:
         self, block: int, log_odds: list[list[float]], costs: list[list[float]]
     ) -> list[Arc]:
         """Every sequence of ops that the block's layers can become once skips are dropped, each in its best way."""
-        sequences: dict[tuple[str, ...], tuple[float, float]] = {(): (0.0, 0.0)}
+        sequences: dict[tuple[str, ...], Arc] = {(): Arc(Place(block, exit=True), (), 0.0, 0.0)}
         for layer in range(len(costs)):
-            longer: dict[tuple[str, ...], tuple[float, float]] = {}
-            for sequence, (log_p, cost) in sequences.items():
+            longer: dict[tuple[str, ...], Arc] = {}
+            for sequence, (exit, layers, log_p, cost) in sequences.items():
                 for index, op in enumerate(self.space.stack_ops):
                     more = costs[layer][index]
                     key = (*sequence, op)
@@ -106,12 +111,11 @@ class Lattice:
                         key = sequence
                         if self.space.skip_reg:
                             more = 0.0
-                    entry = log_p + log_odds[layer][index], cost + more
-                    if key not in longer or entry[0] > longer[key][0]:
-                        longer[key] = entry
+                    arc = Arc(exit, (*layers, op), log_p + log_odds[layer][index], cost + more)
+                    if key not in longer or arc.log_p > longer[key].log_p:
+                        longer[key] = arc
             sequences = longer
-        exit = Place(block, exit=True)
-        return [Arc(exit, sequence, *entry) for sequence, entry in sequences.items()]
+        return [*sequences.values()]
 
     def _candidate(self, walk: list[Arc]) -> Candidate:
         path = [0]
@@ -126,9 +130,10 @@ class Lattice:
             else:
                 path.append(arc.to.block)
                 heads += arc.ops  # none on the way to the final node
-        chosen = zip(heads, stacks, strict=True)
-        architecture = self.space.architecture(path, chosen)
-        return Candidate(architecture, tuple(path), log_p, self.table.stem + cost)
+        kept = [tuple(op for op in stack if op != ops.SKIP) for stack in stacks]
+        architecture = self.space.architecture(path, zip(heads, kept, strict=True))
+        stem = self.table.stem
+        return Candidate(architecture, tuple(path), tuple(stacks), log_p, stem + cost)
 
     def best(self, k: int = 1) -> list[Candidate]:
         """The k most probable architectures, the best first."""

@@ -35,18 +35,27 @@ class Choice:
     path: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, space: SearchSpace, arch: Architecture) -> Choice:
+    def of(
+        cls,
+        space: SearchSpace,
+        arch: Architecture,
+        path: tuple[int, ...] | None = None,
+        stacks: Sequence[tuple[str, ...]] | None = None,
+    ) -> Choice:
         """An architecture as a path of the space; ValueError where it is none.
 
-        Which of its layers a shorter stack skipped does not show in an architecture: the last ones.
+        An architecture does not tell which path it is where widths repeat, and which layers a shorter stack skipped:
+        unless `path` and `stacks` do, as those of a `Candidate`, it is the first path and the last layers.
         """
-        path = space.path_of(arch)
+        path = path or space.path_of(arch)
+        stacks = stacks or [block.stack for block in arch.routing_blocks]
         head = [[[0]] * len(space.incoming(j)) for j in range(1, space.num_blocks)]
         stack = [[[0]] * layers for layers in space.num_layers[1:]]
-        for (before, j), block in zip(pairwise(path[:-1]), arch.routing_blocks, strict=True):
+        edges = pairwise(path[:-1])
+        for (before, j), block, chosen in zip(edges, arch.routing_blocks, stacks, strict=True):
             head[j - 1][space.incoming(j).index(before)] = [space.head_ops.index(block.head)]
             for layer in range(space.num_layers[j]):
-                op = block.stack[layer] if layer < len(block.stack) else ops.SKIP
+                op = chosen[layer] if layer < len(chosen) else ops.SKIP
                 stack[j - 1][layer] = [space.stack_ops.index(op)]
         return cls(head, stack, path)
 
