@@ -232,11 +232,15 @@ class Study:
             result["left_out"] = _left_out(job, network)
             tqdm.write(result["left_out"])
         else:
-            text, epochs = str(network.architecture), self.retrain_recipe.epochs
-            known = self.truth.find(text, epochs, network.seed) if self.truth else None
-            row = known or self._train(job, network, network.architecture)
+            row = self._known(network, network.architecture)
+            row = row or self._train(job, network, network.architecture)
             result |= self._described(job, network, row)
         write_text(self._trained(job), json.dumps(result, indent=1))
+
+    def _known(self, network: Network, arch: Architecture) -> dict[str, Any] | None:
+        if self.truth is None or arch.own_ops:
+            return None
+        return self.truth.find(str(arch), self.retrain_recipe.epochs, network.seed)
 
     def _train(self, job: Job, network: Network, arch: Architecture) -> dict[str, Any]:
         """A row of truth, which is added where the run has such a table."""
@@ -245,7 +249,7 @@ class Study:
         group = HAND_MADE if job.method == HAND_MADE else network.design
         row: dict[str, Any] = {"group": group, "target": job.target, "number": job.number}
         row |= train_alone(self.folder(job), self.data, arch, recipe, how)
-        if self.truth:
+        if self.truth and not arch.own_ops:
             self.truth.add(row, self._conditions)
         return row
 
@@ -326,7 +330,8 @@ class Study:
         write_text(self.run.reports / "evidence.csv", results.to_csv(index=False))
         write_text(self.run.reports / "ranking.csv", ranking.to_csv(index=False))
         found = summary(results, self.trainings(results), orders, self.left_out())
-        self.run.update_json("metrics.json", "evidence", {**found, "data": self.data.digest})
+        how = self._conditions.model_dump(mode="json")
+        self.run.update_json("metrics.json", "evidence", {**found, "how": how})
         self.run.update_json("metrics.json", "rankings", as_records(orders.reset_index()))
 
 

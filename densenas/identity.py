@@ -108,6 +108,13 @@ def _in_words(run: Run, arch: Architecture) -> str:
     return "a network of another net_config"
 
 
+def check_images(run: Run, then: str | None, now: str, stage: str) -> None:
+    """ValueError where the run has other images now than a stage had, by their digests; an older one left none."""
+    if then not in (None, now):
+        other = f"run '{run.name}' has other images now than {stage} was run on"
+        raise ValueError(f"{other}: run {stage} again")
+
+
 def weights_digest(net: nn.Module) -> str:
     """The same for the same weights, wherever they are kept."""
     weights = hashlib.sha256()

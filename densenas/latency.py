@@ -90,7 +90,8 @@ def measure(
     found = distinct(space, input_size, num_classes)
     timed = found.timed
     # All machines of a kind say the same about themselves: what another host timed is never used.
-    here = {**conditions, "host": HOST}
+    # Nor what another space's stem took, whose widths stand in no key.
+    here = {**conditions, "host": HOST, "stem": [space.net_type, space.init_dim]}
     times = _logged(log, here)
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def measure(
                     file.flush()
 
     conditions["rounds"] = rounds
-    return tabulate(space, found, times, conditions)
+    return tabulate(space, found, {layer: times[layer][:rounds] for layer in timed}, conditions)
 
 
 def _timed(layer: Layer, space: SearchSpace, batch_size: int, where: torch.device) -> float:

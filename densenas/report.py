@@ -19,7 +19,7 @@ from nbconvert.preprocessors import TagRemovePreprocessor
 from densenas import card
 from densenas.correlations import wilson
 from densenas.files import read_text, root, write_text
-from densenas.identity import credit, derived
+from densenas.identity import check_images, credit, derived
 from densenas.runs.run import Run
 from densenas.settings import WITHIN
 from densenas.verdict import RANDOM, SEARCHED
@@ -65,6 +65,7 @@ def all_runs() -> pd.DataFrame:
 def _overview_row(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     found = run.read_json("architecture.json")
     test = metrics["evaluate"]
+    check_images(run, test.get("data"), metrics["data"]["digest"], "06-evaluate")
     tested = credit(metrics, found)
     low, high = wilson(test["top1"], test["images"])
     row = {
@@ -107,7 +108,9 @@ def curve(run: Run) -> pd.DataFrame:
     path_top1 (on val, as a path of the supernet; missing where it was not measured) in %, params in thousands.
     """
     found = derived(run)
-    trained = [(found, run.read_json("metrics.json"))]
+    own = run.read_json("metrics.json")
+    images = own.get("data", {}).get("digest")
+    trained = [(found, own)]
     for entry in found.get("budgets", []):
         trained.append((entry, run.budget(entry["budget"]).read_json("metrics.json")))
     rows = []
@@ -115,6 +118,8 @@ def curve(run: Run) -> pd.DataFrame:
         test = metrics.get("evaluate", {})
         if test.get("net_config") != network["net_config"]:
             continue  # not tested yet, or another one was
+        if images not in (None, test.get("data", images)):
+            continue  # it was tested on others
         low, high = wilson(test["top1"], test["images"])
         path = metrics.get("supernet", metrics.get("search", {})).get("path_top1")
         row = {
@@ -185,8 +190,8 @@ def _path(search: dict[str, Any], data: dict[str, Any]) -> str:
     return f" Alone, that network got {alone:.0%} {of} {steps:.0%}: {words}."
 
 
-def _baseline(run: Run, test: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """What the run's study says of networks without a search that cost as much as the tested one, trained alike.
+def _baseline(run: Run, test: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any] | None:
+    """What the run's study says of networks without a search that cost as much as the tested one, `trained` alike.
 
     The random ones where there are some, else the best hand-made design. None without a study, or where its networks
     cost something else or were trained or tested otherwise.
@@ -194,15 +199,12 @@ def _baseline(run: Run, test: dict[str, Any], recipe: dict[str, Any]) -> dict[st
     path = run.reports / "evidence.csv"
     if not path.is_file():
         return None
-    study = run.read_json("provenance.json").get("09-evidence", {}).get("parameters", {})
-    alike = all(recipe.get(name) == value for name, value in (study.get("retrain") or {}).items())
-    metrics = run.read_json("metrics.json")
-    alike = alike and metrics["evidence"].get("data") == metrics["data"]["digest"]
+    how = run.read_json("metrics.json")["evidence"].get("how")
     rows = pd.read_csv(path)
     apart = (rows["mult_adds_m"] / test["mult_adds_m"] - 1).abs()
-    rows = rows[(apart <= WITHIN) & (rows["epochs"] == recipe.get("epochs"))]
+    rows = rows[(apart <= WITHIN) & (rows["epochs"] == trained.get("epochs"))]
     rows = rows[rows["method"] != SEARCHED]
-    if rows.empty or not alike:
+    if rows.empty or how is None or how != trained.get("how"):
         return None
     means = rows.groupby("design")["top1"].agg(["mean", "min", "max", "size"])
     design = RANDOM if RANDOM in means.index else means["mean"].idxmax()
@@ -218,6 +220,7 @@ def evaluation(run: Run) -> dict[str, Any]:
     metrics = _sections(run, "metrics.json", stages)
     found = derived(run)
     test = metrics["evaluate"]
+    check_images(run, test.get("data"), metrics["data"]["digest"], "06-evaluate")
     return {
         **metrics,
         "retrain": metrics.get("retrain"),
@@ -242,8 +245,7 @@ def write_report(run: Run) -> str:
     parameters = {}
     for stage, entry in provenance.items():
         parameters[stage] = yaml.safe_dump(entry["parameters"])
-    recipe = provenance.get("05-retrain", {}).get("parameters", {}).get("recipe", {})
-    content["baseline"] = _baseline(run, content["evaluate"], recipe)
+    content["baseline"] = _baseline(run, content["evaluate"], content["retrain"] or {})
     content["decision"] = _decision(content["search"], content["arch"], content["data"])
     content["captions"] = captions
     content["sources"] = sources
@@ -271,6 +273,8 @@ def write_study(run: Run) -> str:
     body, _ = exporter.from_filename(str(run.reports / "09-evidence.ipynb"))
     provenance = _sections(run, "provenance.json", {"09-evidence": "09-evidence"})["09-evidence"]
     metrics = _sections(run, "metrics.json", {"data": "01-data", "evidence": "09-evidence"})
+    then = metrics["evidence"].get("how", {}).get("data")
+    check_images(run, then, metrics["data"]["digest"], "09-evidence")
     body = re.sub("<h1.*?</h1>", "<h2>How this was asked</h2>", body, count=1, flags=re.DOTALL)
     page = TEMPLATES.get_template("study.html.j2").render(
         run=run.name,

@@ -21,6 +21,7 @@ from densenas.recipes import Epochs, Images
 # Pixels: packing keeps up to 16 times as many of the longer side (`transforms.ELONGATION`), and no
 # side of a JPEG can be much longer than 65,500.
 LARGEST_PACK = 65_500 // 16
+HAND_MADE = ("MobileNetV2", "ResNet-18", "ResNet-34", "ResNet-50")  # designs of `baselines`
 WITHIN = 0.05  # of a study's target, as a share: what random and hand-made networks may cost
 
 
@@ -76,7 +77,7 @@ def _as_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:
 
 def _as_searches(searches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name in searches:
-        taken = name in ("random", "hand-made") or name.startswith("matched")
+        taken = name in ("random", "hand-made", *HAND_MADE) or name.startswith("matched")
         if taken or not re.fullmatch(r"[A-Za-z][\w.+-]{0,40}", name):
             expected = "a word of letters, digits, '_', '.', '+', '-' that names no other network"
             raise ValueError(f"a way of searching is called {name!r}, expected {expected}")

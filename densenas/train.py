@@ -42,7 +42,7 @@ from densenas.training.checkpoint import Part, Row
 from densenas.training.device import computing_on
 from densenas.training.engine import alone, resumable
 from densenas.training.steps import check_batches, check_loss, cosine, descend, fused_sgd, loss_of
-from densenas.truth import looks
+from densenas.truth import Conditions, looks
 
 
 def retrain(
@@ -197,6 +197,7 @@ def retrain_run(name: str, settings: RetrainSettings, budget: float | None = Non
                 "train_top1": history[-1]["train_top1"],
                 "train_loss": history[-1]["train_loss"],
                 "n": 1,
+                "how": Conditions.of(data, recipe, how.precision).model_dump(mode="json"),
             }
             metrics |= described | size(net, data.image_size)
             place.update_json("metrics.json", "retrain", metrics)
@@ -273,11 +274,15 @@ class Tested:
 def evaluate_run(run: Run, settings: EvaluateSettings, budget: float | None = None) -> Tested:
     """`evaluate` as notebook 06 calls it: the run's test images, once; kept in metrics.json with provenance.
 
-    With a `budget` it is the network that was trained for that, and kept in the budget's own place.
+    With a `budget` it is the network that was trained for that, and kept in the budget's own place. ValueError with one
+    sentence where the run's own was trained on other images than it has now, which may have been these.
     """
     place = run if budget is None else run.budget(budget)
     data = load(run)
     folder = model_folder(place, settings.model)
+    if settings.model is None:
+        trained = place.read_json("metrics.json").get("retrain", {}).get("how", {})
+        identity.check_images(run, trained.get("data"), data.digest, "05-retrain")
     # Without costs, of images alone, a run has no space and no ops of its own.
     priced = (run.reports / "cost.json").exists()
     own_ops = read_costs(run).space.own_ops if priced else []
@@ -287,7 +292,7 @@ def evaluate_run(run: Run, settings: EvaluateSettings, budget: float | None = No
     # Not in metrics.json: of a thousand classes it is a million numbers.
     confusion = pd.DataFrame(tested.pop("confusion"), data.classes, data.classes)
     write_text(place.reports / "confusion.csv", confusion.to_csv())
-    result = {**tested, **described, "n": 1}
+    result = {**tested, **described, "n": 1, "data": data.digest}
     place.update_json("metrics.json", "evaluate", {**result, "ms": {}})
     place.record_provenance("06-evaluate", **settings.model_dump(mode="json"))
     return Tested(net, folder, data.image_size, result, confusion)

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from pydantic import Field
 
+from densenas import own
 from densenas.files import Strict, naming, read_json, write_text
 from densenas.images.data import ImageData
 from densenas.recipes import RetrainRecipe
@@ -47,13 +49,15 @@ class Conditions(Strict):
     classes: int
     precision: Precision
     recipe: dict[str, Any]  # a `RetrainRecipe` without its epochs, which each row has
+    code: dict[str, str] = Field(default_factory=dict)  # of a loss of one's own, a digest
     latency: dict[str, Any] | None = None  # how `latency_ms` was measured
 
     @classmethod
     def of(cls, data: ImageData, recipe: RetrainRecipe, precision: Precision) -> Conditions:
         images = {"data": data.digest, "image_size": data.image_size, "classes": len(data.classes)}
         steps = recipe.model_dump(mode="json", exclude={"epochs"})
-        return cls.model_validate({**images, "precision": precision, "recipe": steps})
+        how = {"precision": precision, "recipe": steps, "code": own.codes([recipe.loss])}
+        return cls.model_validate({**images, **how})
 
 
 class Truth:
@@ -61,7 +65,8 @@ class Truth:
 
     Columns are group (how the network was found), target (million Mult-Adds), number within these, seed, net_config,
     epochs, layers, blocks, mult_adds_m, params_m, seconds, revision, `top1_<epoch>` (a share of the test images; see
-    `by_epoch`), perhaps latency_ms. A network is known by net_config, epochs and seed.
+    `by_epoch`), perhaps latency_ms. A network is known by net_config, epochs and seed; one with ops of one's own, whose
+    code may change, has no place here.
     """
 
     def __init__(self, run: Run) -> None:
@@ -120,7 +125,7 @@ class Truth:
         """Adds a training, whatever other processes add; the first one also says what the table is of."""
         with locked(self.lock):
             if not self.table.exists():
-                content = conditions.model_dump(mode="json", exclude_none=True)
+                content = conditions.model_dump(mode="json", exclude_defaults=True)
                 write_text(self.about, json.dumps(content, indent=1) + "\n")
             known, new = self.rows(), pd.DataFrame([row])
             rows = pd.concat([known, new], ignore_index=True) if len(known) else new

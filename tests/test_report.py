@@ -10,7 +10,7 @@ import pytest
 from helpers import REPOSITORY, refused
 
 from densenas import figures
-from densenas.report import all_runs, in_words, main, tell, write_overview, write_report
+from densenas.report import all_runs, curve, in_words, main, tell, write_overview, write_report
 from densenas.runs.run import Run
 
 EXAMPLE = REPOSITORY / "reports/examples/digits"
@@ -144,10 +144,10 @@ def study(run, *results, **recipe):
     columns = ("method", "design", "mult_adds_m", "top1")
     rows = [{**RESULT, **dict(zip(columns, result, strict=True)), **recipe} for result in results]
     pd.DataFrame(rows).to_csv(run.reports / "evidence.csv", index=False)
-    run.update_json("provenance.json", "09-evidence", {"parameters": {"retrain": {}}})
-    run.update_json(
-        "metrics.json", "evidence", {"data": run.read_json("metrics.json")["data"]["digest"]}
-    )
+    how = {"data": run.read_json("metrics.json")["data"]["digest"], "recipe": {"lr": 0.1}}
+    run.update_json("metrics.json", "evidence", {"how": how})
+    trained = run.read_json("metrics.json")["retrain"]
+    run.update_json("metrics.json", "retrain", {**trained, "how": how})
 
 
 SEARCHED, DRAWN = ("searched", "DenseNAS", 1.0, 0.99), ("random", "random", 1.0, 0.9)
@@ -177,8 +177,23 @@ def test_a_baseline_of_equal_cost_stands_beside_the_accuracy(results, tile, digi
     study(digits, *results, epochs=epochs + 1)
     assert "of equal cost" not in first_screen(digits)[0], "trained otherwise"
     study(digits, *results, epochs=epochs)
-    digits.update_json("metrics.json", "evidence", {"data": "of other images"})
-    assert "of equal cost" not in first_screen(digits)[0], "another study of that name"
+    how = digits.read_json("metrics.json")["evidence"]["how"]
+    for other in ({"data": "of other images"}, {"recipe": {"lr": 0.9}}):
+        digits.update_json("metrics.json", "evidence", {"how": how | other})
+        assert "of equal cost" not in first_screen(digits)[0], other
+
+
+def test_an_accuracy_stands_beside_no_other_images_than_its_own(digits, root, capsys):
+    metrics = digits.read_json("metrics.json")
+    tested = {**metrics["evaluate"], "data": metrics["data"]["digest"]}
+    digits.update_json("metrics.json", "evaluate", tested)
+    assert len(all_runs()) == 1 and len(curve(digits)) == 1
+    digits.update_json("metrics.json", "data", {**metrics["data"], "digest": "of others"})
+    again = r"has other images now than 06-evaluate was run on: run 06-evaluate again"
+    with refused(ValueError, again):
+        write_report(digits)
+    assert all_runs().empty and curve(digits).empty
+    assert "06-evaluate again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", [BY_NAME, BY_TEXT], ids=["by name", "by text"])

@@ -71,7 +71,7 @@ def assign(items: list[Item], val_fraction: float, seed: int, grows: bool) -> di
         keys_of[item.label].append(item.key)
     for keys in keys_of.values():
         if None in own:
-            for key in _draw(keys, TEST_FRACTION, "test", grows):
+            for key in _draw(keys, TEST_FRACTION, "test", grows, left=1 if "val" in own else 2):
                 split_of[key] = "test"
         if "val" not in own:
             train = [key for key in keys if split_of[key] == "train"]
@@ -80,19 +80,19 @@ def assign(items: list[Item], val_fraction: float, seed: int, grows: bool) -> di
     return split_of
 
 
-def _draw(keys: list[str], fraction: float, salt: str, grows: bool) -> list[str]:
+def _draw(keys: list[str], fraction: float, salt: str, grows: bool, left: int = 1) -> list[str]:
     """The keys whose hash is below `fraction`; of a set that never grows exactly that share.
 
     In a folder each key stands for itself, so that images added later move no other; of n images f·n ± 2·√(f·(1 - f)·n)
-    are drawn in 19 of 20 classes. Only a class that would get none, or give all, sends or keeps the image nearest to
-    the threshold: the alternative would be to refuse small classes.
+    are drawn in 19 of 20 classes. Only a class that would get none, or keep fewer than are to be `left`, sends or keeps
+    the images nearest to the threshold: the alternative would be to refuse small classes.
     """
     if len(keys) < 2:
         return []
     hash_of = {key: _hash(f"{salt}:{key}") for key in keys}
     below = sum(number < fraction for number in hash_of.values())
     count = below if grows else round(fraction * len(keys))
-    count = max(1, min(count, len(keys) - 1))
+    count = max(1, min(count, len(keys) - left))
     return sorted(keys, key=hash_of.__getitem__)[:count]
 
 

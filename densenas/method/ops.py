@@ -72,7 +72,7 @@ def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> 
     if op == SKIP:
         return 0
     if own.is_own(op):
-        return _own_mult_adds(op, in_channels, width, size, stride)
+        return _own_mult_adds(op, own.code(op), in_channels, width, size, stride)
     if op == "conv1_1":
         return in_channels * width * before
     if match := MBCONV.fullmatch(op):
@@ -88,8 +88,8 @@ def mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> 
 
 
 @cache
-def _own_mult_adds(op: str, in_channels: int, width: int, size: int, stride: int) -> int:
-    """Counted on shapes alone; ValueError where the op makes another shape than asked for."""
+def _own_mult_adds(op: str, _: str, in_channels: int, width: int, size: int, stride: int) -> int:
+    """Counted on shapes alone, anew for other code; ValueError where the op makes another shape than asked for."""
     counter = FlopCounterMode(display=False)
     with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
         module = _build_own(op, in_channels, width, stride, batch_norm(affine=True)).eval()
