@@ -141,6 +141,7 @@ if SETTINGS.derive.budgets:
             touch(f"runs/{RUN}/budgets/{{budget}}.done"),
         params:
             retrain=PARAMETERS["05-retrain"],
+            contents=CONTENTS.get("05-retrain", ""),
         log:
             f"{LOGS}/budget_{{budget}}.log",
         threads: workflow.cores if ALONE else 1
@@ -162,7 +163,7 @@ if SETTINGS.evidence:
     SETTINGS_09 = SETTINGS.stages(INPUT_SIZE)["09-evidence"]
     STUDY = Study(Run(RUN), SETTINGS_09)
     HOW = [SETTINGS_09.precision, SETTINGS_09.device]
-    HOW += [CONTENTS[stage] for stage in ("03-search", "05-retrain") if CONTENTS.get(stage)]
+    HOW += [CONTENTS[stage] for stage in ("05-retrain", "09-evidence") if CONTENTS.get(stage)]
 
     def searches(wildcards):
         """What a job's training waits for besides the costs."""
@@ -197,6 +198,8 @@ if SETTINGS.evidence:
             f"{LOGS}/{{way}}_{{target}}_{{seed}}.search.log",
         wildcard_constraints:
             way="|".join(map(re.escape, SETTINGS_09.searches)),
+            target="[^_/]+",
+            seed="[0-9]+",
         message:
             "search by {wildcards.way} for {wildcards.target} M Mult-Adds, seed {wildcards.seed}"
         shell:

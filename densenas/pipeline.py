@@ -28,7 +28,11 @@ def last_words(logs: Path) -> list[str]:
     sentences = []
     for path in sorted(logs.glob("*.log")):
         text = path.read_text(encoding="utf-8", errors="replace")
-        if "Traceback (most recent call last)" in text:
+        # A job of its own ends with the sentence alone, behind the word that `exiting` begins it with.
+        last = text.strip().rpartition("\n")[2]
+        if last.startswith("error: "):
+            sentences.append(path.stem + last.removeprefix("error"))
+        elif "Traceback (most recent call last)" in text:
             sentences.append(_sentence(path, text))
     return sentences or [
         f"a stage was ended from outside, or for want of memory or disk; {GOES_ON}"

@@ -76,7 +76,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
     space = SearchSpace.load(config.space)
     data = config.data_settings(space.input_size)
     space.maps(data.image_size)  # refuses a size at which a map would vanish
-    search, retrain = _recipes(config, space)
+    search, ways, retrain = _recipes(config, space)
     with naming("data"):
         splits = listing(data, download=False)
     if splits is None:
@@ -85,6 +85,9 @@ def preflight(config: RunConfig) -> dict[str, str]:
     else:
         classes = len({item.label for item in splits["train"]})
         _check_batches(config, search, retrain, len(splits["train"]), len(splits["val"]))
+        for way, recipe in ways.items():
+            with naming(f"evidence.searches.{way}", "."):
+                check_batches(recipe.batch_size, {"val": len(splits["val"])})
     table, device = CostTable.mult_adds(space, data.image_size, classes), config.cost.table
     if device is not None:
         with naming("cost.table"):
@@ -92,6 +95,9 @@ def preflight(config: RunConfig) -> dict[str, str]:
     _check_targets(config, table)
     with naming("search"):
         check_loss(search, classes)
+    for way, recipe in ways.items():
+        with naming(f"evidence.searches.{way}"):
+            check_loss(recipe, classes)
     with naming("retrain"):
         check_loss(retrain, classes)
     model = config.retrain.net_config
@@ -119,6 +125,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
         "03-search": _digests([search.loss]),
         "05-retrain": outside,
         "06-evaluate": outside + trained,
+        "09-evidence": _digests(way.loss for way in ways.values()),
     }
 
 
@@ -130,17 +137,19 @@ def check_machine(config: RunConfig) -> None:
         check_devices(config.device, config.retrain.devices)
 
 
-def _recipes(config: RunConfig, space: SearchSpace) -> tuple[SearchRecipe, RetrainRecipe]:
-    """Those of search and retraining; ValueError where a recipe cannot be overridden so."""
+def _recipes(
+    config: RunConfig, space: SearchSpace
+) -> tuple[SearchRecipe, dict[str, SearchRecipe], RetrainRecipe]:
+    """Those of search, of a study's ways and of retraining; ValueError where a recipe cannot be overridden so."""
     with naming("search"):
         search = override(space.search, **config.search.overrides())
-    ways = config.evidence.searches if config.evidence else {}
-    for way, changed in ways.items():
+    ways: dict[str, SearchRecipe] = {}
+    for way, changed in (config.evidence.searches if config.evidence else {}).items():
         with naming(f"evidence.searches.{way}"):
-            override(search, **changed)
+            ways[way] = override(search, **changed)
     with naming("retrain"):
         retrain = override(space.retrain, **config.retrain.overrides())
-    return search, retrain
+    return search, ways, retrain
 
 
 def _check_batches(

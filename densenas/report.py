@@ -37,6 +37,7 @@ OVERVIEW = (
     "low",  # of its 95 % interval, %
     "high",
     "images",
+    "test",  # a digest of these, missing where 01-data is of an earlier version
     "cost",  # million Mult-Adds
     "target",  # in the cost's own unit
     "params",  # thousands
@@ -77,6 +78,7 @@ def _overview_row(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         "low": 100 * low,
         "high": 100 * high,
         "images": test["images"],
+        "test": metrics["data"].get("test_digest"),
         "cost": test["mult_adds_m"],
         "params": 1000 * test["params_m"],
         "ms": test.get("ms", {}).get("PyTorch"),

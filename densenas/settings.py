@@ -172,6 +172,10 @@ class CostSettings(Settings):
         if self.table is not None and self.networks:
             here = "networks are timed on this machine, and table is of another device"
             raise ValueError(f"{here}: set networks to 0")
+        if self.table is not None and self.batch_size != 1:
+            raise ValueError(
+                "batch_size is of a measurement here, and table has its own: leave it out"
+            )
         return self
 
 

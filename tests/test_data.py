@@ -151,7 +151,7 @@ def test_what_was_prepared_is_on_record(run):
     settings = DataSettings(num_classes=["3", "1"], image_size=8, val_fraction=0.4)
     data = prepare(run, settings)
     metrics = run.read_json("metrics.json")["data"]
-    assert metrics.pop("digest") == data.digest
+    assert metrics.pop("digest") == data.digest and len(metrics.pop("test_digest")) == 64
     counts = {name: len(split) for name, split in data.splits.items()}
     assert metrics == {"dataset": "digits", "classes": 2, "image_size": 8, **counts}
     parameters = run.read_json("provenance.json")["01-data"]["parameters"]

@@ -38,7 +38,7 @@ from densenas.runs.run import Run
 from densenas.search import search
 from densenas.settings import DataSettings
 from densenas.train import retrain
-from densenas.training.processes import check_devices, launch
+from densenas.training.processes import Interruption, check_devices, launch
 from densenas.training.steps import fused_sgd
 
 two_devices = pytest.mark.skipif(
@@ -509,3 +509,8 @@ def test_ctrl_c_on_the_command_line_is_one_sentence(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         stage.main()
     assert str(ended.value).startswith("stopped; the same command goes on from the last checkpoint")
+
+
+def test_a_signal_behind_the_last_step_is_obeyed():
+    with pytest.raises(KeyboardInterrupt), Interruption("search"):
+        signal.raise_signal(signal.SIGINT)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -27,7 +28,7 @@ from densenas.preflight import checked
 from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import WITHIN, DataSettings, StudySettings
-from densenas.truth import Truth, by_epoch
+from densenas.truth import COLUMNS, Conditions, Truth, by_epoch
 from densenas.verdict import METHODS, SEARCHED, leads, summary, trainings, verdict
 
 TARGET = 0.02  # million Mult-Adds
@@ -515,6 +516,21 @@ evidence: {targets: [1.0], seeds: 1, networks: 2}
         ),
         ("[1.0]", "[]", r"evidence\.targets"),
         ("networks: 2", "networks: 1", r"evidence\.networks.*2"),
+        (
+            "networks: 2",
+            "networks: 2, searches: {MobileNetV2: {}}",
+            r"searches.*'MobileNetV2', expected a word .* that names no other network",
+        ),
+        (
+            "networks: 2",
+            "networks: 2, searches: {x: {loss: 'nowhere:loss'}}",
+            r"evidence\.searches\.x: loss 'nowhere:loss' cannot be imported",
+        ),
+        (
+            "networks: 2",
+            "networks: 2, searches: {x: {batch_size: 900000}}",
+            r"evidence\.searches\.x\.batch_size is 900,000, but val has 287 images",
+        ),
     ],
 )
 def test_a_study_that_cannot_work_is_refused(tmp_path, line, wrong, sentence):
@@ -564,6 +580,19 @@ def test_the_committed_table_says_what_it_is_of():
     assert about.recipe == recipe.model_dump(mode="json", exclude={"epochs"})
 
 
+def test_a_table_is_of_one_loss_and_of_no_ops_that_may_change(root, study, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(root)
+    Path("my_loss.py").write_text("from torch.nn.functional import cross_entropy as mine\n")
+    recipe = override(study.retrain_recipe, loss="my_loss:mine")
+    before = Conditions.of(study.data, recipe, "fp32")
+    Path("my_loss.py").write_text("def mine(logits, labels):\n    return logits.sum()\n")
+    after = Conditions.of(study.data, recipe, "fp32")
+    truth = Truth(study.run)
+    truth.add({name: 1 for name in COLUMNS}, before)
+    assert truth.serves(before) and not truth.serves(after)
+
+
 def test_a_cluster_trains_any_part_of_a_study(root):
     """Snakemake hands every job to a submit command; this stand-in starts it here."""
     config = root / "study.yml"
@@ -594,7 +623,7 @@ def test_ctrl_c_on_a_job_of_a_study_is_one_sentence(root, monkeypatch):
     monkeypatch.setattr(Study, "run_search", stopped)
     configuration = str(ROOT / "data/configs/evidence-digits.yml")
     monkeypatch.setattr(
-        sys, "argv", ["evidence", configuration, "made-up", "search", "default_1_0"]
+        sys, "argv", ["evidence", configuration, "made-up", "search", "DenseNAS_1_0"]
     )
     with pytest.raises(SystemExit) as ended:
         main()

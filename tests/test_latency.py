@@ -215,3 +215,14 @@ def test_a_network_takes_what_its_quickest_round_took():
     arch = Lattice(table).sample(1)[0].architecture
     with mock.patch.object(latency, "milliseconds", side_effect=[3.0, 1.0, 2.0]):
         assert latency.whole([arch], table, "cpu", 3) == [1.0]
+
+
+def test_a_stem_of_another_space_is_measured_anew(quick, tmp_path):
+    log = tmp_path / "log.jsonl"
+    measure(SMALL, 16, 3, log, rounds=2)
+    with mock.patch.object(latency, "milliseconds", wraps=latency.milliseconds) as timed:
+        first = measure(SMALL, 16, 3, log, rounds=1)
+        assert timed.call_count == 0
+        measure(SMALL.model_copy(update={"init_dim": 24}), 16, 3, log, rounds=1)
+        assert timed.call_count
+    assert all(row["ms"] == row["max"] for row in first.conditions["entries"])  # of one round

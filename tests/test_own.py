@@ -149,6 +149,14 @@ def test_the_mult_adds_of_squeeze_and_excitation():
     assert ops.mult_adds(SE, 8, 12, 16, 2) == usual + 2 * 24 * 6
 
 
+def test_an_edited_op_is_not_counted_by_the_code_before(mine):
+    path, _ = mine
+    ops.mult_adds("my_ops:attention", 4, 8, 16, 1)
+    path.write_text(OPS + "# another\n")
+    with refused(ValueError, r"my_ops\.py was edited since this process imported it"):
+        ops.mult_adds("my_ops:attention", 4, 8, 16, 1)
+
+
 def test_matrix_products_count_too(mine):
     assert ops.mult_adds("my_ops:attention", 4, 6, 8, 2) == 2 * 16 * 16 * 4 + 16 * 4 * 6
 

@@ -542,6 +542,7 @@ def test_what_a_stage_reads_from_outside_is_known_by_its_content(folder_run, tmp
     [
         ("ValueError: the sentence: with colons\n\n", "03-search: the sentence: with colons"),
         ("KeyboardInterrupt\n", STOPPED),
+        ("error: a job's own: sentence\n", "03-search: a job's own: sentence"),
         (
             "nbclient.exceptions.DeadKernelError: Kernel died\n",
             "03-search: the notebook's process died.*goes on",

@@ -53,11 +53,18 @@ def prepare(run: Run, settings: DataSettings) -> ImageData:
             "classes": len(data.classes),
             "image_size": data.image_size,
             "digest": data.digest,
+            "test_digest": _digest_of(parts["test"]),
             **{name: len(split) for name, split in data.splits.items()},
         }
         run.update_json("metrics.json", "data", metrics)
         run.record_provenance("01-data", **settings.model_dump())
     return data
+
+
+def _digest_of(items: list[Item]) -> str:
+    """Of names and classes, which tells the test images of runs apart, wherever their files lie."""
+    names = sorted([item.key, item.label] for item in items)
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def listing(settings: DataSettings, download: bool = True) -> dict[str, list[Item]] | None:

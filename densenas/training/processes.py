@@ -153,7 +153,7 @@ def exiting() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(STOPPED)
 
@@ -239,6 +239,8 @@ class Interruption:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._restore()
+        if self.asked and kind is None:  # behind the last step; whoever called may have more to do
+            signal.raise_signal(self.asked)
         if self.asked and kind is not None and issubclass(kind, Exception):
             # What an interrupted step, worker or peer raises is no news.
             rank, world = rank_and_world()
