@@ -27,8 +27,8 @@ from densenas.evidence import configured
 from densenas.files import write_text
 from densenas.method.supernet import Choice
 from densenas.outcome import load_search
+from densenas.ranking import Judge
 from densenas.runs.provenance import environment
-from densenas.search import Judge
 from densenas.truth import Truth
 from densenas.verdict import SEARCHED
 

@@ -42,11 +42,12 @@ from densenas.files import write_text
 from densenas.images.data import load
 from densenas.method.derivation import Candidate, Lattice
 from densenas.method.supernet import Choice
+from densenas.ranking import Judge
 from densenas.recipes import override
 from densenas.runs.progress import quiet
 from densenas.runs.provenance import environment
 from densenas.runs.run import Run
-from densenas.search import Judge, search
+from densenas.search import search
 from densenas.settings import Computing
 from densenas.train import train_alone
 from densenas.truth import Truth

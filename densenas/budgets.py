@@ -13,8 +13,8 @@ from densenas.images.data import load
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
 from densenas.outcome import load_search
+from densenas.ranking import Judge
 from densenas.runs.run import Run
-from densenas.search import Judge
 from densenas.settings import EvaluateSettings, RetrainSettings, RunConfig
 from densenas.train import evaluate_run, retrain_run
 from densenas.training.device import computing_on

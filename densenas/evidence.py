@@ -232,15 +232,13 @@ class Study:
             result["left_out"] = _left_out(job, network)
             tqdm.write(result["left_out"])
         else:
-            row = self._known(network, network.architecture)
-            row = row or self._train(job, network, network.architecture)
+            row = self._known(network) or self._train(job, network, network.architecture)
             result |= self._described(job, network, row)
         write_text(self._trained(job), json.dumps(result, indent=1))
 
-    def _known(self, network: Network, arch: Architecture) -> dict[str, Any] | None:
-        if self.truth is None or arch.own_ops:
-            return None
-        return self.truth.find(str(arch), self.retrain_recipe.epochs, network.seed)
+    def _known(self, network: Network) -> dict[str, Any] | None:
+        text, epochs = str(network.architecture), self.retrain_recipe.epochs
+        return self.truth.find(text, epochs, network.seed) if self.truth else None
 
     def _train(self, job: Job, network: Network, arch: Architecture) -> dict[str, Any]:
         """A row of truth, which is added where the run has such a table."""
@@ -249,7 +247,7 @@ class Study:
         group = HAND_MADE if job.method == HAND_MADE else network.design
         row: dict[str, Any] = {"group": group, "target": job.target, "number": job.number}
         row |= train_alone(self.folder(job), self.data, arch, recipe, how)
-        if self.truth and not arch.own_ops:
+        if self.truth and not arch.own_ops:  # whose code may change
             self.truth.add(row, self._conditions)
         return row
 

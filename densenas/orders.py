@@ -11,8 +11,7 @@ from densenas.images.data import ImageData
 from densenas.method.architecture import Architecture
 from densenas.method.supernet import Choice
 from densenas.outcome import Search
-from densenas.ranking import synaptic_flow
-from densenas.search import Judge
+from densenas.ranking import Judge, synaptic_flow
 from densenas.settings import Computing
 from densenas.training.device import computing_on
 from densenas.verdict import ANY_DEPTH, AS_DEEP, MATCHED, RANDOM, path_in

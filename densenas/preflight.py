@@ -85,21 +85,19 @@ def preflight(config: RunConfig) -> dict[str, str]:
     else:
         classes = len({item.label for item in splits["train"]})
         _check_batches(config, search, retrain, len(splits["train"]), len(splits["val"]))
-        for way, recipe in ways.items():
+        for way, found in ways.items():
             with naming(f"evidence.searches.{way}", "."):
-                check_batches(recipe.batch_size, {"val": len(splits["val"])})
+                check_batches(found.batch_size, {"val": len(splits["val"])})
     table, device = CostTable.mult_adds(space, data.image_size, classes), config.cost.table
     if device is not None:
         with naming("cost.table"):
             table = read_times(device, space, data.image_size, classes)
     _check_targets(config, table)
-    with naming("search"):
-        check_loss(search, classes)
-    for way, recipe in ways.items():
-        with naming(f"evidence.searches.{way}"):
+    recipes: dict[str, SearchRecipe | RetrainRecipe] = {"search": search, "retrain": retrain}
+    recipes |= {f"evidence.searches.{way}": recipe for way, recipe in ways.items()}
+    for name, recipe in recipes.items():
+        with naming(name):
             check_loss(recipe, classes)
-    with naming("retrain"):
-        check_loss(retrain, classes)
     model = config.retrain.net_config
     if model is not None:
         with naming("retrain.net_config"):

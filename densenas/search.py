@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from densenas.method.derivation import Candidate, Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
 from densenas.outcome import Search, Trace
+from densenas.ranking import Judge
 from densenas.ranks import rank_and_world
 from densenas.recipes import SearchRecipe, override
 from densenas.runs.run import Run
@@ -37,7 +37,6 @@ from densenas.training.steps import (
 )
 
 COMPARED = 4  # whole networks of an architecture step
-JUDGED = 10_000  # images of val at most, for the accuracy of a path
 
 
 def search(
@@ -222,27 +221,6 @@ class SearchTrainer:
             row["gap"] = derived.cost / self.target.cost - 1
             row["multiplier"] = float(self.target.multiplier)
         return row | probabilities.health(self.table.space)
-
-
-class Judge:
-    """Tests networks on images of val as paths of a supernet, by its weights; every process on the same ones.
-
-    A supernet normalises by the batch, which is here as large as in training.
-    """
-
-    def __init__(self, data: ImageData, batch_size: int, device: torch.device) -> None:
-        _, world = rank_and_world()
-        size = min(batch_size // world, len(data.val), JUDGED)
-        self.batches = Batches(data, "val", size, device, rank=0, world=1)
-        self.steps = min(len(data.val), JUDGED) // size
-
-    @torch.no_grad()
-    def top1(self, net: SuperNet, network: Choice) -> float:
-        """The share of correct predictions, at most of the first `JUDGED` images."""
-        hits = []
-        for images, labels in islice(self.batches.epoch(0), self.steps):
-            hits.append((net(images, network).argmax(dim=1) == labels).float().mean())
-        return float(torch.stack(hits).mean())
 
 
 class Target(nn.Module):

@@ -38,8 +38,9 @@ from densenas.method.derivation import Lattice
 from densenas.method.layers import SharedLayer
 from densenas.method.space import Layer
 from densenas.outcome import load_search
+from densenas.ranking import Judge
 from densenas.recipes import override
-from densenas.search import Judge, SearchTrainer, search
+from densenas.search import SearchTrainer, search
 from densenas.training.device import pick_device
 
 SAMPLED = override(SEARCH, paths="sampled", weights="shared", arch_lr=0.2)

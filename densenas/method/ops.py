@@ -190,9 +190,8 @@ def build_op(op: str, in_channels: int, width: int, stride: int, norm: Norm) -> 
     if op == SKIP:
         return nn.Identity()
     if own.is_own(op):
-        _own_mult_adds(
-            op, own.code(op), in_channels, width, TRIED, stride
-        )  # refuses what would fail later
+        # Refuses what would fail later.
+        _own_mult_adds(op, own.code(op), in_channels, width, TRIED, stride)
         return _build_own(op, in_channels, width, stride, norm)
     if match := MBCONV.fullmatch(op):
         kernel, expansion = int(match[1]), int(match[2])
