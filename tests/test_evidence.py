@@ -18,7 +18,7 @@ from helpers import REPOSITORY as ROOT
 from torchvision.io import write_png
 
 from densenas import Architecture, CostTable, SearchSpace, SuperNet, figures, report
-from densenas.baselines import as_deep, hand_made
+from densenas.baselines import DESIGNS, as_deep, hand_made
 from densenas.evidence import Job, Study, main
 from densenas.images.prepare import prepare
 from densenas.method.derivation import Lattice
@@ -27,7 +27,7 @@ from densenas.orders import orders as orders_of
 from densenas.preflight import checked
 from densenas.recipes import override
 from densenas.runs.run import Run
-from densenas.settings import WITHIN, DataSettings, StudySettings
+from densenas.settings import HAND_MADE, WITHIN, DataSettings, StudySettings
 from densenas.truth import COLUMNS, Conditions, Truth, by_epoch
 from densenas.verdict import METHODS, SEARCHED, leads, summary, trainings, verdict
 
@@ -538,6 +538,10 @@ def test_a_study_that_cannot_work_is_refused(tmp_path, line, wrong, sentence):
     path.write_text(CONFIG.replace(line, wrong))
     with refused(ValueError, sentence):
         checked(path)
+
+
+def test_no_way_is_called_like_a_design():
+    assert {*HAND_MADE} == {name for names in DESIGNS.values() for name in names if "," not in name}
 
 
 def rounded(content):
