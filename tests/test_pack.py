@@ -384,6 +384,18 @@ def test_files_replaced_while_the_pack_was_half_made(tmp_path, read):
     assert [pixels[item.key][0] for item in source] == [20] * 4 + [10] * 496
 
 
+def test_who_reads_a_pack_gets_no_image_of_the_next_one(tmp_path):
+    pack = tmp_path / "pack"
+    write_pack(pack, {"train": colour(tmp_path / "A", 10)})
+    before = Packed(pack, read_manifest(pack), 8)
+    assert int(before.read(0)[0, 0, 0]) == 10
+    write_pack(pack, {"train": colour(tmp_path / "A", 20)})
+    with refused(
+        ValueError, r"train\.lmdb' was packed anew while it was read: load the data again"
+    ):
+        before.read(1)
+
+
 def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypatch):
     source, read = colour(tmp_path / "A", 10), Item.read
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from densenas.images.decoding import decode
-from densenas.images.store import MEND, environment, find, name_of, read_sums, sha256
+from densenas.images.store import MEND, find, name_of, opened, read_sums, sha256
 from densenas.images.transforms import resized
 from densenas.runs.progress import progress
 from densenas.threads import cores
@@ -55,7 +55,7 @@ def verify(folder: Path) -> pd.DataFrame:
     """
     manifest = read_manifest(folder)
     for split in sorted(set(manifest["split"])):
-        environment(folder / f"{split}.lmdb")  # a damaged file is named here, not image by image
+        opened(folder / f"{split}.lmdb")  # a damaged file is named here, not image by image
     damaged: dict[str, str] = {}
     with progress(len(manifest), "verifying") as bar, ThreadPoolExecutor(CORES) as pool:
         for start in range(0, len(manifest), CHUNK):
@@ -77,7 +77,7 @@ def verify(folder: Path) -> pd.DataFrame:
 def _damage(path: Path, key: str, size: int, source: str) -> str | None:
     """What is wrong with an image whose source had this size and SHA-256; None where nothing is."""
     try:
-        entry = find(environment(path), key)
+        entry = find(opened(path).env, key)
         if entry is None:
             return "is missing"
         digest = hashlib.sha256(entry.encoded).hexdigest()
@@ -105,7 +105,7 @@ class Packed:
         """`rows` are those of the manifest that are of this split."""
         self.path = folder / f"{rows['split'].iloc[0]}.lmdb"
         self.image_size = image_size
-        environment(self.path)  # a damaged file is refused here, and not in a worker
+        self.version = opened(self.path).version  # a damaged file is refused here, not in a worker
         self.labels = torch.tensor(rows["label"].to_numpy())
         self.names = np.array([name_of(key) for key in rows["key"]])
 
@@ -114,9 +114,13 @@ class Packed:
 
     def read(self, index: int) -> Tensor:
         """uint8 (3, H, W), as large as it was packed; ValueError where it is damaged."""
-        env = environment(self.path)
+        pack = opened(self.path)
+        if pack.version != self.version:
+            raise ValueError(
+                f"'{self.path}' was packed anew while it was read: load the data again"
+            )
         try:
-            with env.begin(buffers=True) as reader:
+            with pack.env.begin(buffers=True) as reader:
                 encoded = reader.get(self.names[index])
                 if encoded is None:
                     raise ValueError("is missing")

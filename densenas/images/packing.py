@@ -26,12 +26,12 @@ from densenas.images.store import (
     Entry,
     Row,
     commit,
-    environment,
     find,
     find_row,
     is_intact,
     name_of,
     open_lmdb,
+    opened,
     reason_of,
     resume,
     write_sums,
@@ -145,7 +145,7 @@ def _write(
         if about["plan"] == plan and not any(encoder.can_read(item, origins) for item in again):
             _report(about["broken"], len(items), skip_broken, folder)
             return
-        packed = [environment(path) for path in sorted(folder.glob("*.lmdb"))]
+        packed = [opened(path).env for path in sorted(folder.glob("*.lmdb"))]
     elif folder.exists():
         print(f"the pack '{folder}' is damaged or of an earlier version: it is packed anew")
     partial.mkdir(parents=True, exist_ok=True)

@@ -183,15 +183,15 @@ _OPENING = Lock()
 def _close_all() -> None:
     """Closed and not only forgotten: a traceback that somebody keeps may still refer to one."""
     while _OPENED:
-        _, opened = _OPENED.popitem()
-        opened.env.close()
+        _, known = _OPENED.popitem()
+        known.env.close()
 
 
 os.register_at_fork(after_in_child=_close_all)  # a child must not use its parent's
 
 
-def environment(path: Path) -> lmdb.Environment:
-    """Opened on first use and once in each process: LMDB refuses a second time.
+def opened(path: Path) -> Opened:
+    """On first use and once in each process: LMDB refuses a second time.
 
     Raises ValueError with one sentence where the file is not there or damaged, also since then.
     """
@@ -199,12 +199,12 @@ def environment(path: Path) -> lmdb.Environment:
         with _OPENING:
             status = path.stat()
             version = (status.st_ino, status.st_size, status.st_mtime_ns)
-            opened = _OPENED.get(path)
-            if opened and opened.version != version:
+            known = _OPENED.get(path)
+            if known and known.version != version:
                 _OPENED.pop(path).env.close()
-                opened = None
-            if opened is None:
-                opened = _OPENED[path] = Opened(version, open_lmdb(path))
-            return opened.env
+                known = None
+            if known is None:
+                known = _OPENED[path] = Opened(version, open_lmdb(path))
+            return known
     except (OSError, lmdb.Error) as error:
         raise ValueError(f"'{path}' cannot be read ({reason_of(error)}): {MEND}") from None
