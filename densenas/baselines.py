@@ -125,7 +125,8 @@ def as_deep(
     lattice: Lattice, target: float, depth: int, known: tuple[Architecture, ...], number: int
 ) -> Architecture | None:
     """The random network of that number (from 0) among different ones with so many layers within 5 % of the target,
-    uniform over these, `known` being the first. None where there are not so many, or not in so many draws.
+    `known` being the first. Drawn uniformly but for the rounding of costs, which is as much coarser as there are depths
+    and keeps few near the ends of the window in deep spaces. None where so many draws find no other.
     """
     apart, more = _apart_by_depth(lattice)
     low, high = ((1 + sign * WITHIN) * target for sign in (-1, 1))

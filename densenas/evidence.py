@@ -342,7 +342,7 @@ def _code(names: list[str | None]) -> list[dict[str, str]]:
 def _left_out(job: Job, network: Network) -> str:
     why = f"no width of it costs that within {WITHIN:.0%}"
     if job.method == MATCHED:
-        why = "there is no other network of that depth"
+        why = "no other network of that depth was found"
     return f"{network.design} is left out at {job.target:g} M Mult-Adds: {why}."
 
 

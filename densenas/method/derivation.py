@@ -59,8 +59,8 @@ class Arc(NamedTuple):
 class Lattice:
     """All architectures of a table's space, each as a walk over arcs from the exit of block 0 to the final node.
 
-    Without probabilities all architectures are equally probable. Costs are those of derived networks: a skip costs
-    nothing, and a ResNet has no last 1×1 convolution.
+    Without probabilities all architectures are equally probable, one that repeated widths give several paths once for
+    each. Costs are those of derived networks: a skip costs nothing, and a ResNet has no last 1×1 convolution.
 
     The log-probability of a candidate is that of its path plus, for each layer on it, the log-odds of its op against
     the layer's best one. This is the probability of a choice for *all* layers, visited or not, up to a constant, so the
