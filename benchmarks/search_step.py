@@ -37,6 +37,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densenas import Choice, CostTable, SearchSpace, SuperNet
+from densenas.recipes import override
 from densenas.runs.provenance import environment
 from densenas.search import SearchTrainer
 from densenas.settings import Computing, Precision
@@ -107,7 +108,8 @@ def stepper(
         keep_freed_memory()
         images = images.contiguous(memory_format=torch.channels_last)
         net = net.to(memory_format=torch.channels_last)
-        trainer = SearchTrainer(net, table, space.search, 10**6, precision)
+        recipe = override(space.search, paths="all", weights="own")
+        trainer = SearchTrainer(net, table, recipe, 10**6, precision)
     else:
         # densenas has set it; the first convolution is yet to come
         del os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
