@@ -168,7 +168,7 @@ def table(rows: pd.DataFrame) -> str:
     for (run, paths, weights), group in rows.groupby(["run", "paths", "weights"], sort=False):
         mean = group.mean(numeric_only=True)
         derived = 100 * group["path_top1"]
-        spread = f"{derived.mean():.0f} ({derived.min():.0f} to {derived.max():.0f})"
+        spread = f"{derived.mean():.0f} ({derived.min():.0f}–{derived.max():.0f})"
         cells = [run, str(len(group)), paths, weights, spread]
         for kind in ("any", "deep"):
             found = mean[f"{kind}_spearman_at_equal_cost"]

@@ -267,7 +267,7 @@ def test_a_stage_says_where_its_configuration_belongs():
     command = [sys.executable, "-m", "densenas.stage", "unknown", "03-search"]
     for file in (["nowhere.yml"], []):
         ended = subprocess.run([*command, *file], cwd=ROOT, text=True, capture_output=True)
-        sentence = r"run 'unknown' has no configuration '.*\.yml': name its file behind the stage\n"
+        sentence = "error: run 'unknown' has no configuration '.*\.yml': name its file behind the stage\n"
         assert ended.returncode == 1 and re.fullmatch(sentence, ended.stderr)
 
 
@@ -512,5 +512,9 @@ def test_ctrl_c_on_the_command_line_is_one_sentence(monkeypatch):
 
 
 def test_a_signal_behind_the_last_step_is_obeyed():
-    with pytest.raises(KeyboardInterrupt), Interruption("search"):
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt), Interruption("search"):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
