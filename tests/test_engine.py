@@ -267,7 +267,9 @@ def test_a_stage_says_where_its_configuration_belongs():
     command = [sys.executable, "-m", "densenas.stage", "unknown", "03-search"]
     for file in (["nowhere.yml"], []):
         ended = subprocess.run([*command, *file], cwd=ROOT, text=True, capture_output=True)
-        sentence = "error: run 'unknown' has no configuration '.*\.yml': name its file behind the stage\n"
+        sentence = (
+            r"error: run 'unknown' has no configuration '.*\.yml': name its file behind the stage\n"
+        )
         assert ended.returncode == 1 and re.fullmatch(sentence, ended.stderr)
 
 
