@@ -1,15 +1,15 @@
-"""Does a supernet know its own networks? {all, sampled} paths × {own, shared} weights, all else equal.
+"""Does a supernet know its own networks? {all, sampled} paths × {own, shared} weights.
 
-    python benchmarks/paths.py digits --seeds 3               # three searches of each way
-    python benchmarks/paths.py cifar10 --seeds 3 --epochs 4 --target 0.6
+    python benchmarks/paths.py digits --seeds 3 --target 1    # three searches of each way
+    python benchmarks/paths.py cifar10 --seeds 2 --epochs 4 --target 0.6
     python benchmarks/paths.py --table                        # the README's table, from the results
 
-RUN is a run with images and costs (01, 02). Each search is a process of its own, on one thread, two at a time, towards
-the target (by default the median cost of the space). What it leaves is judged on val: the derived network and 24 random
-ones of the space, by the supernet's weights, and how these accuracies order random networks whose own accuracies are
-known, those of any depth (`any_…`) and those as deep as searched ones (`deep_…`). They are of reports/RUN/truth.csv
-(seed 0) where there is such a table; else 24 random networks of the target's cost are trained here, alone, by the
-space's recipe.
+RUN is a run with images and costs (01, 02). Each search is a process of its own, on one thread, two at a time, by the
+rates that served its kind of paths, towards the target (by default the median cost of the space). What it leaves is
+judged on val: the derived network and 24 random ones of the space, by the supernet's weights, and how these accuracies
+order random networks whose own accuracies are known, those of any depth (`any_…`) and those as deep as searched ones
+(`deep_…`). They are of reports/RUN/truth.csv (seed 0) where there is such a table; else 24 random networks of the
+target's cost are trained here, alone, by the space's recipe.
 
 Results are added to benchmarks/results/paths-cpu.json, a row for each search; a search that is there is not repeated.
 """
