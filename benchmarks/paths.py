@@ -40,7 +40,8 @@ from densenas.correlations import rankings
 from densenas.costs import read_costs
 from densenas.files import write_text
 from densenas.images.data import load
-from densenas.method.derivation import Candidate, Lattice
+from densenas.method.architecture import Candidate
+from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
 from densenas.ranking import Judge
 from densenas.recipes import override
@@ -97,16 +98,14 @@ def judged(name: str, settings: dict[str, Any], seed: int, target: float) -> dic
     memory = peak_gib()
     judge = Judge(data, 256, torch.device("cpu"))
 
-    def top1(found: Candidate) -> float:
-        choice = Choice.of(result.net.space, found.architecture, found.path, found.stacks)
-        return judge.top1(result.net, choice)
+    def top1(network: Architecture | Candidate) -> float:
+        return judge.top1(result.net, Choice.of(result.net.space, network))
 
     drawn = Lattice(table).sample(NETWORKS, 1)
     paths = [top1(candidate) for candidate in drawn]
     networks = known(name, target)
     texts = networks.pop("net_config")
-    space, archs = result.net.space, map(Architecture.parse, texts)
-    networks["path"] = [judge.top1(result.net, Choice.of(space, arch)) for arch in archs]
+    networks["path"] = [top1(Architecture.parse(text)) for text in texts]
     group = networks.pop("group")
     orders = {"any": rankings(networks[group == RANDOM]).loc["path"]}
     if (group != RANDOM).any():

@@ -34,8 +34,7 @@ def train_budget(run: Run, settings: RetrainSettings, budget: float) -> None:
     evaluate_run(run, EvaluateSettings(device=own.device), budget)
     data = load(run)
     result = load_search(run, read_costs(run), len(data.classes))
-    found = Lattice(result.table, result.trace[-1]).at(budget)
-    path = Choice.of(result.net.space, found.architecture, found.path, found.stacks)
+    path = Choice.of(result.net.space, Lattice(result.table, result.trace[-1]).at(budget))
     with computing_on(own.computing()) as device:
         judge = Judge(data, result.configuration["recipe"]["batch_size"], device)
         top1 = judge.top1(result.net.to(device), path)

@@ -28,8 +28,9 @@ from matplotlib.figure import Figure
 from densenas import figures
 from densenas.costs import read_costs
 from densenas.files import root
+from densenas.method.architecture import Candidate
 from densenas.method.cost import CostTable
-from densenas.method.derivation import Candidate, Lattice
+from densenas.method.derivation import Lattice
 from densenas.method.probabilities import Probabilities, best_paths, visit_probabilities
 from densenas.method.space import PRESETS, SearchSpace
 from densenas.method.supernet import expected_cost

@@ -14,7 +14,7 @@ from densenas.outcome import Search
 from densenas.ranking import Judge, synaptic_flow
 from densenas.settings import Computing
 from densenas.training.device import computing_on
-from densenas.verdict import ANY_DEPTH, AS_DEEP, MATCHED, RANDOM, path_in
+from densenas.verdict import ANY_DEPTH, MATCHED, RANDOM, SEARCHED_DEPTH, path_in
 
 EARLY = (2, 5, 10, 20)  # epochs after which the order is looked at
 
@@ -43,7 +43,7 @@ def orders(networks: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
     """`rankings` of what was `ranked`, with their `noise_ceiling`: of networks of any depth, of those as deep as the
     searched ones, and of both kinds, which a score may order by telling the kinds apart.
     """
-    kinds = {ANY_DEPTH: [RANDOM], AS_DEEP: [MATCHED], "of both kinds": [RANDOM, MATCHED]}
+    kinds = {ANY_DEPTH: [RANDOM], SEARCHED_DEPTH: [MATCHED], "of both kinds": [RANDOM, MATCHED]}
     found = {}
     for name, kind in kinds.items():
         rows = networks[networks["kind"].isin(kind)].drop(columns="kind")

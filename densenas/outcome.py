@@ -11,8 +11,9 @@ from densenas import own
 from densenas.costs import read_costs
 from densenas.files import write_text
 from densenas.images.data import load
+from densenas.method.architecture import Candidate
 from densenas.method.cost import CostTable
-from densenas.method.derivation import Candidate, Lattice
+from densenas.method.derivation import Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.space import RECIPES
 from densenas.method.supernet import SuperNet

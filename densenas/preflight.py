@@ -84,10 +84,7 @@ def preflight(config: RunConfig) -> dict[str, str]:
         classes = len(chosen) if isinstance(chosen, list) else chosen or DOWNLOADED
     else:
         classes = len({item.label for item in splits["train"]})
-        _check_batches(config, search, retrain, len(splits["train"]), len(splits["val"]))
-        for way, found in ways.items():
-            with naming(f"evidence.searches.{way}", "."):
-                check_batches(found.batch_size, {"val": len(splits["val"])})
+        _check_batches(config, search, ways, retrain, len(splits["train"]), len(splits["val"]))
     table, device = CostTable.mult_adds(space, data.image_size, classes), config.cost.table
     if device is not None:
         with naming("cost.table"):
@@ -151,11 +148,19 @@ def _recipes(
 
 
 def _check_batches(
-    config: RunConfig, search: SearchRecipe, retrain: RetrainRecipe, train: int, val: int
+    config: RunConfig,
+    search: SearchRecipe,
+    ways: dict[str, SearchRecipe],
+    retrain: RetrainRecipe,
+    train: int,
+    val: int,
 ) -> None:
+    splits = {"val": val, "train": train}
     with naming("search", "."):
-        splits = {"val": val, "train": train}
         check_batches(search.batch_size, splits, config.search.devices)
+    for way, recipe in ways.items():
+        with naming(f"evidence.searches.{way}", "."):
+            check_batches(recipe.batch_size, splits)
     with naming("retrain", "."):
         splits = {"train with val": train + val}
         check_batches(retrain.batch_size, splits, config.retrain.devices)

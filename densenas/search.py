@@ -13,8 +13,9 @@ from densenas import own
 from densenas.costs import priced_space, read_costs
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches
+from densenas.method.architecture import Candidate
 from densenas.method.cost import CostTable
-from densenas.method.derivation import Candidate, Lattice
+from densenas.method.derivation import Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
 from densenas.outcome import Search, Trace
@@ -91,8 +92,7 @@ def search(
                     training.record(trainer.weight_step(images, labels))
                 trace.append(net.probabilities())
                 derived = Lattice(table, trace[-1]).derive(target_cost)
-                path = Choice.of(net.space, derived.architecture, derived.path, derived.stacks)
-                path_top1 = judge.top1(net, path)
+                path_top1 = judge.top1(net, Choice.of(net.space, derived))
                 training.end_epoch(trainer.measures(trace[-1], derived) | {"path_top1": path_top1})
     return Search(net, table, json.loads(json.dumps(configuration)), training.history, trace)
 

@@ -35,7 +35,7 @@ RIVALS = {
 # Random networks that a supernet is asked to order: each kind apart, since of both together a score does well that only
 # tells deep from shallow.
 ANY_DEPTH = "of any depth"
-AS_DEEP = "as deep as searched"
+SEARCHED_DEPTH = "as deep as searched"
 POINTS = 1.0  # of accuracy, by which a search that is worth it is ahead
 
 
@@ -357,7 +357,7 @@ def _ranking(way: str, orders: pd.DataFrame) -> tuple[str, bool]:
     """How well its supernet orders networks of equal cost, in words, and whether that is half of what noise allows."""
     measure = "spearman_at_equal_cost"
     words, met = [], True
-    for kind in (ANY_DEPTH, AS_DEEP):
+    for kind in (ANY_DEPTH, SEARCHED_DEPTH):
         if (kind, CEILING) not in orders.index:
             return "there are too few to tell", False
         ranks, most = orders.loc[(kind, path_in(way))], orders.loc[(kind, CEILING)]

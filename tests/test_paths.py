@@ -152,10 +152,6 @@ def test_a_path_gives_the_logits_of_the_derived_network_with_copied_weights(spac
     torch.testing.assert_close(ours, copied(net, arch)(images), rtol=1e-6, atol=1e-8)
 
 
-def as_found(space, candidate):
-    return Choice.of(space, candidate.architecture, candidate.path, candidate.stacks)
-
-
 @settings(max_examples=30)
 @given(spaces(), st.integers(0, 99))
 def test_what_is_derived_is_judged_where_it_was_found(space, seed):
@@ -163,7 +159,7 @@ def test_what_is_derived_is_judged_where_it_was_found(space, seed):
     net = random_supernet(space, seed)
     table = CostTable.mult_adds(space, space.input_size, 3)
     candidate = Lattice(table, net.probabilities()).derive()
-    choice = as_found(space, candidate)
+    choice = Choice.of(space, candidate)
     assert choice.path == candidate.path
     for before, j in pairwise(choice.path[:-1]):
         edge = space.incoming(j).index(before)
@@ -312,7 +308,7 @@ def test_every_epoch_says_what_the_derived_network_reaches_by_the_supernets_weig
     assert history["path_top1"].between(0, 1).all() and len(history) == SEARCH.epochs
     judge = Judge(DATA, SEARCH.batch_size, pick_device())
     assert history["path_top1"].iloc[-1] == pytest.approx(
-        judge.top1(result.net, as_found(result.net.space, result.best))
+        judge.top1(result.net, Choice.of(result.net.space, result.best))
     )
 
 

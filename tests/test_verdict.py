@@ -12,7 +12,7 @@ from densenas.correlations import FEWEST, in_words
 from densenas.orders import longer, orders
 from densenas.verdict import (
     ANY_DEPTH,
-    AS_DEEP,
+    SEARCHED_DEPTH,
     Mean,
     compared,
     leads,
@@ -115,7 +115,7 @@ def test_telling_deep_from_shallow_is_no_order_of_networks():
     table = orders(ranked, trainings(results))["spearman_at_equal_cost"].unstack(0)
     path = table.loc[path_in("DenseNAS")]
     assert path["of both kinds"] > table.loc["noise ceiling", "of both kinds"] / 2
-    for kind in (ANY_DEPTH, AS_DEEP):
+    for kind in (ANY_DEPTH, SEARCHED_DEPTH):
         assert path[kind] < table.loc["noise ceiling", kind] / 2
     found = leads(results, trainings(results))
     text = verdict(results, found, orders(ranked, trainings(results)))

@@ -15,8 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from densenas.method.architecture import Architecture
-from densenas.method.derivation import Candidate
+from densenas.method.architecture import Architecture, Candidate
 from densenas.method.probabilities import visit_probabilities
 from densenas.method.space import SearchSpace
 

@@ -241,3 +241,16 @@ class DerivedNet(nn.Sequential):
                 maps.pop()
             maps.append(x)
         return maps
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture with its path (nodes from 0 to the final one), the ops of every stack on it, skips included,
+    log-probability and cost in the table's unit.
+    """
+
+    architecture: Architecture
+    path: tuple[int, ...]
+    stacks: tuple[tuple[str, ...], ...]
+    log_probability: float
+    cost: float

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,24 +17,11 @@ import torch
 from torch import Tensor
 
 from densenas.method import ops
-from densenas.method.architecture import Architecture
+from densenas.method.architecture import Candidate
 from densenas.method.cost import CostTable
 from densenas.method.probabilities import Probabilities
 
 BINS = 16384  # of cost, from nothing to the dearest network of interest
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An architecture with its path (nodes from 0 to the final one), the ops of every stack on it, skips included,
-    log-probability and cost in the table's unit.
-    """
-
-    architecture: Architecture
-    path: tuple[int, ...]
-    stacks: tuple[tuple[str, ...], ...]
-    log_probability: float
-    cost: float
 
 
 class Place(NamedTuple):

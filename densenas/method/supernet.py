@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densenas.method import ops
-from densenas.method.architecture import Architecture
+from densenas.method.architecture import Architecture, Candidate
 from densenas.method.cost import CostTable
 from densenas.method.layers import RoutingBlock, Term
 from densenas.method.probabilities import Probabilities, derive, visit_probabilities
@@ -35,20 +35,17 @@ class Choice:
     path: tuple[int, ...] | None = None
 
     @classmethod
-    def of(
-        cls,
-        space: SearchSpace,
-        arch: Architecture,
-        path: tuple[int, ...] | None = None,
-        stacks: Sequence[tuple[str, ...]] | None = None,
-    ) -> Choice:
-        """An architecture as a path of the space; ValueError where it is none.
+    def of(cls, space: SearchSpace, network: Architecture | Candidate) -> Choice:
+        """A network as a path of the space; ValueError where it is none.
 
         An architecture does not tell which path it is where widths repeat, and which layers a shorter stack skipped:
-        unless `path` and `stacks` do, as those of a `Candidate`, it is the first path and the last layers.
+        the first path and the last layers. A candidate is where it was found.
         """
-        path = path or space.path_of(arch)
-        stacks = stacks or [block.stack for block in arch.routing_blocks]
+        if isinstance(network, Candidate):
+            arch, path, stacks = network.architecture, network.path, network.stacks
+        else:
+            arch, path = network, space.path_of(network)
+            stacks = tuple(block.stack for block in arch.routing_blocks)
         head = [[[0]] * len(space.incoming(j)) for j in range(1, space.num_blocks)]
         stack = [[[0]] * layers for layers in space.num_layers[1:]]
         edges = pairwise(path[:-1])
