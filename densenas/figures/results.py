@@ -60,7 +60,7 @@ def search_history(history: pd.DataFrame, unit: str) -> Figure:
         "top-1 accuracy (%)": {
             "train_top1": "train",
             "val_top1": "val",
-            "path_top1": "derived network alone",
+            "path_top1": "derived alone",
         },
         "cross-entropy (nats)": {"train_loss": "train", "val_loss": "val"},
         f"cost ({unit})": {

@@ -72,8 +72,9 @@ def search_space(space: SearchSpace, p: Tensor | None = None, path: Sequence[int
     """The blocks of a space in order, their width inside and stages as colours, with all edges as arrows.
 
     Arrows above the blocks keep the map (stride 1), those below halve it (stride 2); the bands are maps of one size,
-    with the side in pixels. `p` (blocks, nodes) makes improbable edges thin and faint; the nodes of `path`, from 0 to
-    the final node, and the edges between them are red. In an SVG they are called edge-i-j and node-i.
+    with the side in pixels. `p` (blocks, nodes) makes edges thin and faint that are improbable once their block is
+    reached, and blocks pale that a path rarely visits; the nodes of `path`, from 0 to the final node, and the edges
+    between them are red. In an SVG they are called edge-i-j and node-i.
     """
     nodes = space.num_blocks + 1
     pitch = min(0.9, (WIDTH - 0.9) / nodes)  # inches from block to block
@@ -88,7 +89,8 @@ def search_space(space: SearchSpace, p: Tensor | None = None, path: Sequence[int
     axes.set(xlim=(-0.5, nodes - 0.5), ylim=(floor, top), aspect="equal", xlabel="block")
     _draw_maps(axes, space, (floor + bottom) / 2)
     _draw_edges(axes, space, p, path)
-    _draw_nodes(axes, space, path, 10 if pitch > 0.6 else SMALL)
+    visits = torch.ones(nodes) if p is None else visit_probabilities(p)
+    _draw_nodes(axes, space, visits, path, 10 if pitch > 0.6 else SMALL)
     rows = {"stride 1": (HALF + top) / 2, "width\n(channels)": 0, "map (px)": (floor + bottom) / 2}
     if longest[2]:
         rows["stride 2"] = (bottom - HALF) / 2
@@ -136,8 +138,10 @@ def _draw_edges(axes: Axes, space: SearchSpace, p: Tensor | None, path: Sequence
         axes.add_patch(arrow)
 
 
-def _draw_nodes(axes: Axes, space: SearchSpace, path: Sequence[int], size: int) -> None:
-    """Boxes with widths inside, in text of this size."""
+def _draw_nodes(
+    axes: Axes, space: SearchSpace, visits: Tensor, path: Sequence[int], size: int
+) -> None:
+    """Boxes with widths inside, in text of this size; the rarer the `visits`, the paler."""
     colours = [stage_colours(space)[stage] for stage in space.stage[:-1]] + [GREY]
     for node, width in enumerate((*space.chs, space.last_dim)):
         box = FancyBboxPatch(
@@ -145,7 +149,7 @@ def _draw_nodes(axes: Axes, space: SearchSpace, path: Sequence[int], size: int) 
             0.68,
             2 * HALF - 0.16,
             boxstyle="round,pad=0.08",
-            facecolor=tint(colours[node]),
+            facecolor=(*tint(colours[node]), min(1.0, float(visits[node]))),
             edgecolor=RED if node in path else colours[node],
             linewidth=2 if node in path else 1,
             gid=f"node-{node}",
@@ -157,10 +161,7 @@ def _draw_nodes(axes: Axes, space: SearchSpace, path: Sequence[int], size: int) 
 
 
 def restyled(space: SearchSpace, p: Tensor, path: Sequence[int]) -> str:
-    """CSS that shows other p (blocks, nodes) and another path in an SVG of `search_space`, which is drawn but once.
-
-    There blocks are the paler, the rarer a path visits them.
-    """
+    """CSS that shows other p (blocks, nodes) and another path in an SVG of `search_space`, which is drawn but once."""
     rules, chosen = [], set(pairwise(path))
     for i, j in space.edges:
         look = edge_look(float(p[i, j]), (i, j) in chosen)
