@@ -79,6 +79,13 @@ def as_yaml(stage):
     return lambda wildcards: parameters
 
 
+def on_gpu(device):
+    """Whether the jobs that compute on this device have a GPU here, which they would share."""
+    import torch  # takes seconds, and most runs have no such jobs
+
+    return device != "cpu" and torch.cuda.is_available()
+
+
 def print_last_words(logs):
     print("", *last_words(logs), sep="\n", file=sys.stderr)
 
@@ -129,9 +136,7 @@ for stage, needs in NEEDS.items():
 
 # Networks at other budgets of the same search, each a job of its own: side by side where they take a core each.
 if SETTINGS.derive.budgets:
-    import torch
-
-    ALONE = SETTINGS.retrain.devices > 1 or torch.cuda.is_available()
+    ALONE = SETTINGS.retrain.devices > 1 or on_gpu(SETTINGS.retrain.device)
     BUDGET = f"{PYTHON} densenas.budgets {shlex.quote(CONFIGURATION)} {RUN}"
 
     rule budget:
@@ -153,7 +158,8 @@ if SETTINGS.derive.budgets:
             "{BUDGET} {wildcards.budget} 2> {log:q}"
 
 
-# The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread.
+# The study: `snakemake evidence`, or any of its files, here or on a cluster. Each network is a job of one thread, or of a
+# whole machine where it takes the GPU: side by side they would not fit, nor take the seconds that are compared.
 if SETTINGS.evidence:
     from densenas.evidence import Job, Study
     from densenas.runs.run import Run
@@ -162,7 +168,8 @@ if SETTINGS.evidence:
     STEP = f"{PYTHON} densenas.evidence {shlex.quote(CONFIGURATION)} {RUN}"
     SETTINGS_09 = SETTINGS.stages(INPUT_SIZE)["09-evidence"]
     STUDY = Study(Run(RUN), SETTINGS_09)
-    HOW = [SETTINGS_09.precision, SETTINGS_09.device]
+    THREADS = workflow.cores if on_gpu(SETTINGS_09.device) else 1
+    HOW = [SETTINGS_09.precision, SETTINGS_09.device, SETTINGS_09.deterministic]
     HOW += [CONTENTS[stage] for stage in ("05-retrain", "09-evidence") if CONTENTS.get(stage)]
 
     def searches(wildcards):
@@ -196,6 +203,7 @@ if SETTINGS.evidence:
             how=HOW,
         log:
             f"{LOGS}/{{way}}_{{target}}_{{seed}}.search.log",
+        threads: THREADS
         wildcard_constraints:
             way="|".join(map(re.escape, SETTINGS_09.searches)),
             target="[^_/]+",
@@ -216,6 +224,7 @@ if SETTINGS.evidence:
             how=HOW,
         log:
             f"{LOGS}/{{job}}.train.log",
+        threads: THREADS
         wildcard_constraints:
             job="[^/]+",
         message:

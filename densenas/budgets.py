@@ -29,13 +29,13 @@ def train_budget(run: Run, settings: RetrainSettings, budget: float) -> None:
     sentence.
     """
     network = derived_at(run, budget)["net_config"]
-    own = settings.model_copy(update={"net_config": network})
-    launch(retrain_run, own.devices, own.device, run.name, own, budget)
-    evaluate_run(run, EvaluateSettings(device=own.device), budget)
+    settings = settings.model_copy(update={"net_config": network})
+    launch(retrain_run, settings.devices, settings.device, run.name, settings, budget)
+    evaluate_run(run, EvaluateSettings(device=settings.device), budget)
     data = load(run)
     result = load_search(run, read_costs(run), len(data.classes))
     path = Choice.of(result.net.space, Lattice(result.table, result.trace[-1]).at(budget))
-    with computing_on(own.computing()) as device:
+    with computing_on(settings.computing()) as device:
         judge = Judge(data, result.configuration["recipe"]["batch_size"], device)
         top1 = judge.top1(result.net.to(device), path)
     run.budget(budget).update_json("metrics.json", "supernet", {"path_top1": top1})

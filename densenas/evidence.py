@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +18,15 @@ from tqdm import tqdm
 
 from densenas import own
 from densenas.baselines import AS_DEEP, as_deep_in_turn, designs, draw, hand_made
-from densenas.costs import RECIPES, priced_space, read_costs
-from densenas.files import read_json, write_text
+from densenas.costs import priced_space, read_costs
+from densenas.files import read_kept, write_text
 from densenas.images.data import ImageData, load
 from densenas.method.architecture import Architecture
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
-from densenas.method.space import SearchSpace
+from densenas.method.space import RECIPES, SearchSpace
 from densenas.orders import ranked
-from densenas.outcome import Search
+from densenas.outcome import Search, load_search
 from densenas.recipes import RetrainRecipe, SearchRecipe, override
 from densenas.runs.progress import progress, quiet
 from densenas.runs.run import Run
@@ -87,9 +88,7 @@ class Study:
         jobs = []
         for target in self.settings.targets:
             for method, way, count in kinds:
-                for number in range(count):
-                    # The target as the job's name has it, however many digits were written.
-                    jobs.append(Job.parse(str(Job(method, target, number, way))))
+                jobs += [Job(method, target, number, way) for number in range(count)]
         return jobs
 
     def searches(self, job: Job) -> list[Job]:
@@ -207,7 +206,8 @@ class Study:
         return override(space.retrain, **(self.settings.retrain or {}))
 
     def _computing(self, seed: int) -> Computing:
-        return Computing(seed=seed, precision=self.settings.precision, device=self.settings.device)
+        names = {"precision", "device", "deterministic"}
+        return Computing(seed=seed, **self.settings.model_dump(include=names))
 
     def run_search(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""
@@ -223,6 +223,17 @@ class Study:
         """The search of a job, gone on with or, where it is done, read."""
         how, recipe = self._computing(job.number), self.search_recipe(job.way)
         return search(self.folder(job), self.data, self.table, recipe, job.target, how)
+
+    def _kept_search(self, job: Job) -> Search:
+        """The finished search of a job, on whatever device it was made; without one what `_search` gives."""
+        found = self._found(job)
+        with suppress(FileNotFoundError, ValueError):
+            kept = load_search(self.folder(job), self.table, len(self.data.classes))
+            # Else a search by other settings has begun there since.
+            whole = len(kept.history) == self.search_recipe(job.way).epochs
+            if found and whole and found["net_config"] == str(kept.best.architecture):
+                return kept
+        return self._search(job)
 
     def run_training(self, job: Job) -> None:
         """Trains a network from scratch on train and val, unless the table knows it, and keeps what test says."""
@@ -291,7 +302,7 @@ class Study:
 
     def _found(self, job: Job) -> dict[str, Any] | None:
         """What the search of a job has found, if it is done."""
-        return _kept(self._searched(job), self._search_settings(job))
+        return read_kept(self._searched(job), self._search_settings(job))
 
     def _need(self, job: Job) -> dict[str, Any]:
         path = self.run.need(self._searched(job), f"the search of {job}")
@@ -304,7 +315,7 @@ class Study:
         """What a job has found out, if it is done, whole, and of the data and recipes of today."""
         if any(self._found(wanted) is None for wanted in self.searches(job)):
             return None
-        return _kept(self._trained(job), self._training_settings(self.network(job)))
+        return read_kept(self._trained(job), self._training_settings(self.network(job)))
 
     # What is said of all of them.
 
@@ -314,9 +325,9 @@ class Study:
         """
         targets, searches = sorted(self.settings.targets), {}
         for way in self.settings.searches:
-            job = Job.parse(str(Job(SEARCHED, targets[len(targets) // 2], 0, way)))
+            job = Job(SEARCHED, targets[len(targets) // 2], 0, way)
             with quiet():
-                searches[way] = self._search(job)
+                searches[way] = self._kept_search(job)
         return ranked(searches, results, self.data, self.settings.device)
 
     def trainings(self, results: pd.DataFrame) -> pd.DataFrame:
@@ -344,21 +355,6 @@ def _left_out(job: Job, network: Network) -> str:
     if job.method == MATCHED:
         why = "no other network of that depth was found"
     return f"{network.design} is left out at {job.target:g} M Mult-Adds: {why}."
-
-
-def _kept(path: Path, settings: str) -> dict[str, Any] | None:
-    """What a step kept, if it is whole and of these settings; says so where it is not."""
-    if not path.exists():
-        return None
-    try:
-        content = read_json(path, "it does not count and is made anew")
-    except ValueError as error:
-        print(error)
-        return None
-    if content.get("settings") != settings:
-        print(f"{path} is of other data, costs or recipes: it does not count and is made anew")
-        return None
-    return content
 
 
 def configured(configuration: str, run: str) -> Study:

@@ -211,8 +211,8 @@ class Explorer(VBox):
         if space is not None:
             self.spaces[space] = SearchSpace.load(space)
             return space
-        for name in self._runs_of(None):
-            return self._name(self.searched[name].space, f"of run '{name}'")
+        if runs := self._runs_of(None):
+            return self._name(self.searched[runs[0]].space, f"of run '{runs[0]}'")
         return SPACE
 
     def _name(self, space: SearchSpace, otherwise: str) -> str:
@@ -289,13 +289,13 @@ class Explorer(VBox):
                 self.run.value, self.refused = NO_RUN, f"<p>{html.escape(str(error))}</p>"
         self.temperature.max = max(5, temperature)
         self.temperature.min = min(0.1, temperature)
-        self.temperature.value = temperature
+        self.temperature.value = self.searched_at = temperature
         self.epoch.max = self.epoch.value = len(self.trace) - 1
         self._change_epoch()
 
     def _change_epoch(self) -> None:
         log_p = self.trace[self.epoch.value].p.double().log()
-        self.logits = self.temperature.value * (log_p - log_p.amax(dim=1, keepdim=True))
+        self.logits = self.searched_at * (log_p - log_p.amax(dim=1, keepdim=True))
         self._change_block()
 
     def _change_block(self) -> None:

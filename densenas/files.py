@@ -191,6 +191,21 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def read_kept(path: Path, settings: str) -> dict[str, Any] | None:
+    """What a step of a study kept, if it is whole and of these settings (a digest); says so where it is not."""
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path, "it does not count and is made anew")
+    except ValueError as error:
+        print(error)
+        return None
+    if content.get("settings") != settings:
+        print(f"{path} is of other data, costs or recipes: it does not count and is made anew")
+        return None
+    return content
+
+
 @contextmanager
 def writing(path: Path, *also: Path) -> Iterator[None]:
     """Around what writes to `path`: OSError with one sentence where it cannot, as on a full disk."""

@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Timing(Strict):
     """A line of latency.jsonl."""
 
-    key: tuple[str, int, int, int, int] = Field(strict=False)  # a `Layer`
+    key: Layer
     ms: float = Field(gt=0)
     conditions: dict[str, Any]
 
@@ -140,7 +140,7 @@ def _logged(log: Path, conditions: dict[str, Any]) -> defaultdict[Layer, list[fl
             except ValidationError:
                 continue
             if timing.conditions == conditions:
-                times[Layer(*timing.key)].append(timing.ms)
+                times[timing.key].append(timing.ms)
     return times
 
 

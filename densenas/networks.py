@@ -35,7 +35,7 @@ def network(model: str, num_classes: int) -> nn.Module:
     The function, of the user's own code, is called with `num_classes`. Raises ValueError with one
     sentence where there is no such network.
     """
-    if is_code(model):
+    if own.is_own(model):
         return own.module("model", model, f"num_classes={num_classes}", num_classes=num_classes)
     if model in CLASSIFIERS:
         return torchvision.models.get_model(model, num_classes=num_classes)
@@ -55,17 +55,13 @@ def network(model: str, num_classes: int) -> nn.Module:
 def as_model(given: str) -> str:
     """A network as `network` takes it: the net_config in a file, named from here or from the root; else as it is."""
     path = os.path.expanduser(given)
-    files = [one for one in (path, root() / path) if not is_code(given) and os.path.isfile(one)]
+    files = [one for one in (path, root() / path) if not own.is_own(given) and os.path.isfile(one)]
     return str(read_net_config(Path(files[0]))) if files else given
-
-
-def is_code(model: str) -> bool:
-    return ":" in model and not model.lstrip().startswith("[")
 
 
 def own_code(model: str) -> list[str]:
     """The code of one's own that a network is built of: its function, or the ops in its net_config."""
-    if is_code(model):
+    if own.is_own(model):
         return [model]
     return Architecture.parse(model).own_ops if model.lstrip().startswith("[") else []
 
@@ -89,7 +85,7 @@ def check_network(model: str, num_classes: int, image_size: int) -> None:
     images = f"{image_size}×{image_size} pixels and {num_classes} classes"
     wrong = f"model {shown(model)} cannot be trained on images of {images}: {wrong}"
     # What torchvision's classifiers were made for.
-    if not is_code(model) and _why_untrainable(model, num_classes, 224) is None:
+    if not own.is_own(model) and _why_untrainable(model, num_classes, 224) is None:
         wrong += "; it can with 224 pixels"
     raise ValueError(wrong)
 
@@ -99,7 +95,7 @@ def _why_untrainable(model: str, num_classes: int, image_size: int) -> str | Non
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _try_step(model, num_classes, image_size, "cpu" if is_code(model) else "meta")
+            return _try_step(model, num_classes, image_size, "cpu" if own.is_own(model) else "meta")
         except NotImplementedError:  # RegNets compute their widths by tensors
             return _try_step(model, num_classes, image_size, "cpu")
 

@@ -10,6 +10,7 @@ from typing import Any
 from densenas import own
 from densenas.costs import read_costs
 from densenas.files import write_text
+from densenas.identity import check_images
 from densenas.images.data import load
 from densenas.method.architecture import Candidate
 from densenas.method.cost import CostTable
@@ -89,9 +90,7 @@ def finished_search(run: Run) -> Search:
     """
     data = load(run)
     result = load_search(run, read_costs(run), len(data.classes))
-    if result.configuration["data"] != data.digest:
-        other = f"run '{run.name}' has other images now than it was searched on"
-        raise ValueError(f"{other}: run 03-search again")
+    check_images(run, result.configuration["data"], data.digest, "03-search")
     done, epochs = len(result.history), result.configuration["recipe"]["epochs"]
     if done < epochs:
         unfinished = f"the search of run '{run.name}' has done {done} of {epochs} epochs"

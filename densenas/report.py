@@ -6,7 +6,6 @@ import argparse
 import base64
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from densenas.files import read_text, root, write_text
 from densenas.identity import check_images, credit, derived
 from densenas.runs.run import Run
 from densenas.settings import WITHIN
+from densenas.training.processes import exiting
 from densenas.verdict import RANDOM, SEARCHED
 
 TEMPLATES = card.TEMPLATES.overlay(autoescape=True)
@@ -333,10 +333,8 @@ def main() -> None:
     parser.add_argument(
         "run", metavar="RUN", help="name of a run whose stages are done, a folder in reports/"
     )
-    try:
+    with exiting():
         tell(Run(parser.parse_args().run))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

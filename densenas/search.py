@@ -76,6 +76,8 @@ def search(
             "precision": how.precision,
             "device": device.type,
         }
+        if device.type == "cuda" and how.deterministic:
+            configuration["deterministic"] = True
         if code := own.codes([*table.space.own_ops, recipe.loss]):
             configuration["code"] = code
         parts = trainer.parts() | {"trace": trace}

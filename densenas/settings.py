@@ -54,8 +54,8 @@ def _as_classes(classes: Any) -> Any:
 
 
 def _as_networks(networks: int) -> int:
-    if networks == 1:
-        raise ValueError("a rank correlation needs at least 2 networks, 0 measures none")
+    if networks in (1, 2):
+        raise ValueError("a rank correlation needs at least 3 networks, 0 measures none")
     return networks
 
 
@@ -64,7 +64,7 @@ def _as_targets(targets: tuple[float, ...]) -> tuple[float, ...]:
         if high <= low * (1 + WITHIN):
             near = f"{low!r} and {high!r} are within {WITHIN:.0%} of each other"
             raise ValueError(f"{near} and would count networks twice, leave one out")
-    return targets
+    return tuple(float(f"{target:g}") for target in targets)  # as the names of jobs have them
 
 
 def _as_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:
@@ -265,6 +265,7 @@ class StudySettings(Settings):
     retrain: Overrides | None = None  # and of every training
     precision: Precision = "fp32"
     device: Device = "auto"
+    deterministic: bool = False  # as in search and retraining
 
 
 # Settings that stand on top of a run's file, for all stages.

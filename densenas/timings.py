@@ -24,7 +24,7 @@ Milliseconds = Annotated[float, Field(gt=0)]
 class Op(Strict):
     """A file of the folder, and what the timer adds."""
 
-    key: tuple[str, int, int, int, int] = Field(strict=False)  # a `Layer`
+    key: Layer
     file: str
     input: list[Count]  # shapes
     output: list[Count]
@@ -98,16 +98,7 @@ def tabulate(
 
 def _entry(layer: Layer, times: list[float]) -> dict[str, str | float]:
     """An op as the conditions of a table list it."""
-    return {
-        "op": layer.op,
-        "in_channels": layer.in_channels,
-        "width": layer.width,
-        "map": layer.side,
-        "stride": layer.stride,
-        "ms": min(times),
-        "median": median(times),
-        "max": max(times),
-    }
+    return {**layer._asdict(), "ms": min(times), "median": median(times), "max": max(times)}
 
 
 def space_digest(space: SearchSpace) -> str:
@@ -123,7 +114,7 @@ def read_times(
     found = distinct(space, input_size, num_classes)
     with naming(str(path)):
         times = Times.model_validate_json(read_text(path))
-        measured = {Layer(*op.key): op.ms for op in times.ops}
+        measured = {op.key: op.ms for op in times.ops}
         theirs = times.space, times.input_size, times.num_classes
         ours = space.name, input_size, num_classes
         again = "write its ops with python -m densenas.onnx_ops and time them"

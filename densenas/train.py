@@ -25,7 +25,6 @@ from densenas.networks import (
     as_model,
     check_network,
     code_digest,
-    is_code,
     load_network,
     model_folder,
     network,
@@ -75,6 +74,8 @@ def retrain(
             "precision": how.precision,
             "device": device.type,
         }
+        if device.type == "cuda" and how.deterministic:
+            configuration["deterministic"] = True
         if code := _codes(model, net, recipe):
             configuration["code"] = code
         if looks:
@@ -96,7 +97,7 @@ def retrain(
 def _codes(model: str, net: nn.Module, recipe: RetrainRecipe) -> dict[str, str]:
     """Digests of all code of one's own that a training runs."""
     codes = own.codes([recipe.loss])
-    if is_code(model):
+    if own.is_own(model):
         return codes | {model: code_digest(model, net)}
     return codes | own.codes(own_code(model))
 
@@ -167,8 +168,8 @@ def retrain_run(name: str, settings: RetrainSettings, budget: float | None = Non
     """`retrain` as notebook 05 and torchrun call it: on the run's data, by default of the network that it derived.
 
     Keeps the network in runs/<run>/model, and in metrics.json what was trained and how it went. What provenance.json
-    holds has passed every check; what is refused leaves the run as it was. With a `budget` it is the network that
-    04-derive found there, and all that is kept is kept in the budget's own place (`Run.budget`).
+    holds has passed every check; what is refused leaves the run as it was. With a `budget` all that is kept is
+    kept in the budget's own place (`Run.budget`); its network is `net_config`.
     """
     run = Run(name)
     place = run if budget is None else run.budget(budget)
@@ -176,8 +177,6 @@ def retrain_run(name: str, settings: RetrainSettings, budget: float | None = Non
     rank, world = rank_and_world()
     with alone(place), computing_on(how):
         derived = identity.derived(run)  # refuses what an earlier search left
-        if budget is not None:
-            derived = identity.derived_at(run, budget)
         model = as_model(settings.net_config) if settings.net_config else derived["net_config"]
         recipe = override(read_costs(run).space.retrain, **settings.overrides())
         data = load(run)

@@ -24,7 +24,6 @@ SEARCHED = "searched"
 MATCHED = "matched"  # random ones with as many layers as the searched ones
 RANDOM = "random"
 HAND_MADE = "hand-made"
-METHODS = (SEARCHED, MATCHED, RANDOM, HAND_MADE)
 RANDOM_SEARCH = "random search"
 RIVALS = {
     MATCHED: "random networks of their depths",
@@ -68,7 +67,7 @@ class Job(NamedTuple):
 class Result:
     """A trained network: a row of a study's results, whose columns these are, and `top1_<epoch>` (see `by_epoch`)."""
 
-    method: str  # one of METHODS
+    method: str  # SEARCHED, MATCHED, RANDOM or HAND_MADE
     way: str  # of searching; empty where no search has to do with it
     target: float  # million Mult-Adds
     number: int  # of the network, among those of its method, way and target
@@ -180,7 +179,10 @@ def not_compared(results: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     epochs = results["epochs"].max()
     rows = truth[(truth["epochs"] == epochs) & (truth["seed"] == 0)]
     rows = rows[~rows["net_config"].isin(results["net_config"])].drop_duplicates("net_config")
-    groups = rows.assign(top1=100 * rows[f"top1_{epochs}"]).groupby(["target", "group"])
+    top1 = rows.get(
+        f"top1_{epochs}", pd.Series(dtype=float)
+    )  # no column where no row is of so many
+    groups = rows.assign(top1=100 * top1).groupby(["target", "group"])
     return groups.agg(n=("top1", "size"), layers=("layers", "mean"), mean=("top1", "mean"))
 
 
@@ -386,7 +388,7 @@ def summary(
         "epochs": int(results["epochs"].max()),
         "seed_std": 100 * noise**0.5 if freedom else None,
         "seed_freedom": freedom,
-        "seed_correlation": correlation if correlation == correlation else None,
+        "seed_correlation": correlation if pd.notna(correlation) else None,
         "search_seconds": results["search_seconds"].sum(),
         "train_seconds": once["train_seconds"].sum(),
         "compared": as_records(compared(results, trainings).reset_index()),

@@ -453,6 +453,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(root):
     assert path.read_bytes() == before and not list(path.parent.glob(".partial*"))
 
 
+def test_memory_that_does_not_suffice_is_said_with_what_to_change(root):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    sentence = (
+        r"the search does not fit .*: lower batch_size or take more devices \(CUDA out of memory"
+    )
+    with before_each_step(run_out), refused(ValueError, sentence):
+        train(root, "search", epochs=1)
+
+
 def test_a_state_that_is_not_finite_is_never_saved(root):
     """The loss of the last step before a checkpoint is finite, what it did to the state is not."""
     calls = []

@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -29,7 +30,7 @@ from densenas.recipes import override
 from densenas.runs.run import Run
 from densenas.settings import HAND_MADE, WITHIN, DataSettings, StudySettings
 from densenas.truth import COLUMNS, Conditions, Truth, by_epoch
-from densenas.verdict import METHODS, SEARCHED, leads, summary, trainings, verdict
+from densenas.verdict import MATCHED, RANDOM, SEARCHED, leads, summary, trainings, verdict
 
 TARGET = 0.02  # million Mult-Adds
 EPOCH = {"epochs": 1, "batch_size": 8}
@@ -215,7 +216,7 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     # Three of the four hand-made networks cannot be so small, and there is one network as deep as the cheap one found.
     assert results.groupby("target").size().to_dict() == {TARGET: 4, 2 * TARGET: 6}
     assert len(study.left_out()) == 4 and all("is left out" in text for text in study.left_out())
-    assert {*results["method"]} == {*METHODS}
+    assert {*results["method"]} == {SEARCHED, MATCHED, RANDOM, "hand-made"}
     for row in results.itertuples():
         arch = Architecture.parse(row.net_config)
         assert row.mult_adds_m == arch.mult_adds(16, 3)
@@ -233,6 +234,13 @@ def test_a_study_trains_every_job_once_and_a_job_stands_alone(study, capsys):
     assert (
         len(ranking) == drawn > 3 and ranking["path in the supernet of default"].between(0, 1).all()
     )
+    # Looked at where there is no such device, a search is read and not made anew.
+    kept = study.folder(study.jobs()[0]).work / "search.pt"
+    content = torch.load(kept)
+    configuration = json.loads(content["configuration"]) | {"device": "another"}
+    torch.save(content | {"configuration": json.dumps(configuration)}, kept)
+    with mock.patch("densenas.evidence.search", side_effect=AssertionError):
+        assert study.ranked(results).equals(ranking)
     orders = orders_of(ranking, study.trainings(results))
     assert orders.loc[("of both kinds", "layers"), "n"] == drawn and len(orders) == 3 * 6
     study.record(results, ranking, orders)

@@ -164,6 +164,10 @@ def test_an_epoch_of_a_run_is_the_trace_of_that_run(searched):
         assert f"{expected_cost(TABLE, result.trace[epoch]):.4g}</b>" in explorer.numbers.value
         assert f"<b>{found.architecture.mult_adds(16, 3):.3f} M</b>" in explorer.numbers.value
         assert figures.restyled(SMALL, explorer.moment.p, found.path) in explorer.style.value
+    explorer.temperature.value = 0.3  # of a moment that is looked at, not of the run
+    explorer.epoch.value = 1
+    explorer.temperature.value = SEARCH.softmax_temp
+    torch.testing.assert_close(explorer.moment.p.float(), result.trace[1].p)
 
 
 def test_its_numbers_are_those_of_the_report(searched, run):

@@ -11,6 +11,7 @@ from densenas import CostTable, SearchSpace, latency
 from densenas.costs import read_costs
 from densenas.latency import agreement, judge, measure
 from densenas.method.derivation import Lattice
+from densenas.method.space import Layer
 from densenas.pricing import price
 from densenas.settings import CostSettings
 from densenas.training import device
@@ -24,7 +25,7 @@ def quick(monkeypatch):
 
 
 def entries(table):
-    names = ("op", "in_channels", "width", "map", "stride")
+    names = Layer._fields
     return {tuple(entry[name] for name in names): entry for entry in table.conditions["entries"]}
 
 

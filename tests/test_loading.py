@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.io import write_png
 from torchvision.transforms import v2
 
+from densenas.images import loading
 from densenas.images.data import ImageData, Split, load
 from densenas.images.loading import Batches, Decoder, fit_workers, free_shared_memory
 from densenas.images.prepare import prepare
@@ -228,6 +229,17 @@ def test_a_killed_worker_is_one_sentence(packed, monkeypatch):
         r"a process that decodes images was killed, as where memory .*: the same call goes on",
     ):
         passed(packed, 8, seed=1, workers=1)
+
+
+def test_another_error_of_a_loader_is_not_taken_for_a_killed_process():
+    def pieces():
+        yield torch.empty(0)
+        raise RuntimeError("pin memory thread exited unexpectedly")
+
+    received = pieces()
+    next(received)
+    with refused(RuntimeError, "^pin memory thread exited unexpectedly$"):
+        loading._received(received)
 
 
 def shifts(image, mirror):

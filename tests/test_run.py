@@ -467,6 +467,13 @@ CPUS = {
 }
 
 
+def test_gpus_that_pytorch_cannot_use_are_no_error(monkeypatch):
+    """As with a driver that is too old: they are counted, and asking for a name would raise."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert provenance.environment()["hardware"]["gpus"] == []
+
+
 @pytest.mark.parametrize("text", CPUS)
 def test_a_cpu_has_a_name(text, tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "CPUINFO", tmp_path / "cpuinfo")

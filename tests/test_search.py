@@ -597,7 +597,7 @@ def test_nothing_is_made_of_a_search_with_other_costs_or_images(prepared, monkey
     monkeypatch.setattr("densenas.outcome.load", lambda _: image_data(seed=1))
     with refused(
         ValueError,
-        r"run 'made-up' has other images now than it was searched on: run 03-search again",
+        r"run 'made-up' has other images now than 03-search was run on: run 03-search again",
     ):
         finished_search(run)
     with refused(

@@ -144,6 +144,8 @@ def test_networks_that_are_not_compared_are_told():
     assert (table["n"] == 3).all()
     mean = 100 * earlier.groupby("target")["top1"].mean()
     assert table["mean"].to_numpy() == pytest.approx(mean.to_numpy())
+    longer = truth.assign(epochs=240).drop(columns=f"top1_{results['epochs'].max()}")
+    assert not_compared(results, longer).empty
 
 
 def test_what_was_not_trained_shows_nothing():

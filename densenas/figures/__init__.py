@@ -8,12 +8,4 @@ from densenas.figures.evidence import accuracies, accuracy_by_epoch, rankings
 from densenas.figures.networks import architectures, block_counts_and_widths, shapes
 from densenas.figures.results import accuracy_against_cost, curves, search_history, training_history
 from densenas.figures.space import candidates, path_probabilities, restyled, search_space
-from densenas.figures.style import (
-    COLOURS,
-    MANY,
-    canvas,
-    heat_map,
-    legend_above,
-    palette,
-    short_names,
-)
+from densenas.figures.style import MANY, canvas, heat_map, legend_above, short_names

@@ -268,7 +268,9 @@ def _received(pieces: Iterator[Tensor]) -> Tensor:
     except ValueError as error:  # from a worker with its whole traceback
         reason = str(error).splitlines()[-1].removeprefix("ValueError: ")
         raise ValueError(reason) from None
-    except RuntimeError as error:  # of PyTorch, where a worker is gone
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
         raise RuntimeError(
             "a process that decodes images was killed, as where memory or /dev/shm is"
             f" full: the same call goes on ({str(error).splitlines()[0]})"

@@ -103,8 +103,9 @@ def _slice(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """The first channels of a weight, and the centre of its kernel."""
     for dimension, size in enumerate(shape):
         spare = weight.shape[dimension] - size
-        start = spare // 2 if dimension >= 2 else 0
-        weight = weight.narrow(dimension, start, size)
+        if spare:  # a slice of all would be one more kernel, forward and backward
+            start = spare // 2 if dimension >= 2 else 0
+            weight = weight.narrow(dimension, start, size)
     return weight
 
 

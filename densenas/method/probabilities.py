@@ -95,14 +95,11 @@ def best_paths(space: SearchSpace, p: Tensor, k: int = 1) -> list[tuple[float, t
     return [(math.exp(log_probability), path) for log_probability, path in best[0]]
 
 
-def derive(space: SearchSpace, p: Tensor, head: Tensor, stack: Tensor) -> Architecture:
-    """Best path by p (blocks, nodes), and on it the largest of head (edges into blocks, ops) and stack (layers, ops).
-
-    `head` and `stack` are alphas or their softmax, rows in the supernet's order. Skips are dropped (section 3.4).
-    """
-    _, path = best_paths(space, p)[0]
-    best_head = head.argmax(dim=1).tolist()
-    best_stack = stack.argmax(dim=1).tolist() if stack.numel() else []
+def derive(space: SearchSpace, found: Probabilities) -> Architecture:
+    """The best path and on it the most probable candidate of every layer; skips are dropped (section 3.4)."""
+    _, path = best_paths(space, found.p)[0]
+    best_head = found.head.argmax(dim=1).tolist()
+    best_stack = found.stack.argmax(dim=1).tolist() if found.stack.numel() else []
     edges = space.head_edges
     chosen = []
     for edge in pairwise(path[:-1]):

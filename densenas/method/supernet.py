@@ -255,8 +255,7 @@ class SuperNet(nn.Module):
     @torch.no_grad()
     def derive(self) -> Architecture:
         """The most probable path and on it the most probable candidate of every layer (section 3.4)."""
-        head, stack = torch.cat([*self.alpha_head]), torch.cat([*self.alpha_stack])
-        return derive(self.space, self.path_probabilities(), head, stack)
+        return derive(self.space, self.probabilities())
 
 
 class Mixture:

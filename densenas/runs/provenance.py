@@ -26,7 +26,8 @@ def environment() -> dict[str, Any]:
 
     What cannot be known is said to be unknown, and is never an error.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available()
+    # Without a driver that serves it PyTorch counts GPUs whose names it cannot tell.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "git": _code(),
         "python": platform.python_version(),
@@ -35,8 +36,7 @@ def environment() -> dict[str, Any]:
             "cpu": processor(),
             "cores": cores(),
             "threads": torch.get_num_threads(),
-            "deterministic": deterministic,
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
         },
     }
 

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,7 +67,9 @@ def computing_on(how: Computing) -> Iterator[torch.device]:
             convolutions.fp32_precision = precision
             products.fp32_precision = precision
             torch.use_deterministic_algorithms(how.deterministic or deterministic)
-            yield device
+            # Timers wait for the current device, and memory is pinned for it.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                yield device
         finally:
             convolutions.fp32_precision, products.fp32_precision = before
             torch.use_deterministic_algorithms(deterministic)
