@@ -25,9 +25,9 @@ from truth import alone
 from densenas import Architecture
 from densenas.evidence import configured
 from densenas.files import write_text
+from densenas.judge import Judge
 from densenas.method.supernet import Choice
 from densenas.outcome import load_search
-from densenas.ranking import Judge
 from densenas.runs.provenance import environment
 from densenas.truth import Truth
 from densenas.verdict import SEARCHED

@@ -40,10 +40,10 @@ from densenas.correlations import rankings
 from densenas.costs import read_costs
 from densenas.files import write_text
 from densenas.images.data import load
+from densenas.judge import Judge
 from densenas.method.architecture import Candidate
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
-from densenas.ranking import Judge
 from densenas.recipes import override
 from densenas.runs.progress import quiet
 from densenas.runs.provenance import environment

@@ -10,10 +10,10 @@ import argparse
 from densenas.costs import read_costs
 from densenas.identity import derived_at
 from densenas.images.data import load
+from densenas.judge import Judge
 from densenas.method.derivation import Lattice
 from densenas.method.supernet import Choice
 from densenas.outcome import load_search
-from densenas.ranking import Judge
 from densenas.runs.run import Run
 from densenas.settings import EvaluateSettings, RetrainSettings, RunConfig
 from densenas.train import evaluate_run, retrain_run

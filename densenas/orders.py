@@ -1,17 +1,19 @@
-"""Which networks a supernet thinks better, beside what orders them without one and how they did when trained alone."""
+"""How well scores order networks, a supernet's and those that need none, against accuracy after training alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import pandas as pd
+import torch
+from torch import nn
 
 from densenas.correlations import noise_ceiling, rankings
 from densenas.images.data import ImageData
+from densenas.judge import Judge
 from densenas.method.architecture import Architecture
 from densenas.method.supernet import Choice
 from densenas.outcome import Search
-from densenas.ranking import Judge, synaptic_flow
 from densenas.settings import Computing
 from densenas.training.device import computing_on
 from densenas.verdict import ANY_DEPTH, MATCHED, RANDOM, SEARCHED_DEPTH, path_in
@@ -81,3 +83,29 @@ def scores(networks: pd.DataFrame, input_size: int, num_classes: int) -> pd.Data
         if f"top1_{epoch}" in networks and epoch < networks["epochs"].max():
             table[f"accuracy after {epoch} epochs"] = networks[f"top1_{epoch}"]
     return table
+
+
+def synaptic_flow(arch: Architecture, input_size: int, num_classes: int) -> float:
+    """The logarithm of the synaptic flow of a network that has seen no image (Tanaka et al., 2020).
+
+    All weights of a new network are made positive and an image of ones is sent through; the score is the sum over all
+    weights of weight · gradient of the summed logits. Batch norm of a new network in evaluation mode passes everything
+    on; ReLU6 would cut the flow off, so ReLU takes its place.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = arch.build(num_classes).double().eval()
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ReLU6):
+                setattr(module, name, nn.ReLU())
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.abs_()
+    image = torch.ones(1, 3, input_size, input_size, dtype=torch.float64)
+    net(image).sum().backward()
+    flow = torch.zeros((), dtype=torch.float64)
+    for weight in net.parameters():
+        if weight.grad is not None:
+            flow += (weight.detach() * weight.grad).sum()
+    return float(flow.log())

@@ -48,10 +48,8 @@ def price(run: Run, settings: CostSettings) -> Prices:
         with run.alone():  # beside another stage of this run all would be timed wrong
             prices = _timed(run, mult_adds, settings)
     path, agreed = run.reports / "latency.json", None
-    if (
-        prices.measured is None
-    ):  # what an earlier pricing measured may be of another space or device
-        path.unlink(missing_ok=True)
+    if prices.measured is None:
+        path.unlink(missing_ok=True)  # that of an earlier pricing may be of another space or device
     else:
         prices.measured.write(path)
         if prices.agreement is not None:

@@ -13,13 +13,13 @@ from densenas import own
 from densenas.costs import priced_space, read_costs
 from densenas.images.data import ImageData, load
 from densenas.images.loading import Batches
+from densenas.judge import Judge
 from densenas.method.architecture import Candidate
 from densenas.method.cost import CostTable
 from densenas.method.derivation import Lattice
 from densenas.method.probabilities import Probabilities
 from densenas.method.supernet import Choice, SuperNet
 from densenas.outcome import Search, Trace
-from densenas.ranking import Judge
 from densenas.ranks import rank_and_world
 from densenas.recipes import SearchRecipe, override
 from densenas.runs.run import Run

@@ -23,7 +23,7 @@ from densenas.correlations import (
     seed_noise,
 )
 from densenas.method.derivation import Lattice
-from densenas.ranking import synaptic_flow
+from densenas.orders import synaptic_flow
 
 NUMBERS = st.lists(st.integers(0, 5), min_size=3, max_size=9)
 

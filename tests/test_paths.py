@@ -33,12 +33,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from densenas import Architecture, Choice, CostTable, SuperNet
+from densenas.judge import Judge
 from densenas.method import ops
 from densenas.method.derivation import Lattice
 from densenas.method.layers import SharedLayer
 from densenas.method.space import Layer
 from densenas.outcome import load_search
-from densenas.ranking import Judge
 from densenas.recipes import override
 from densenas.search import SearchTrainer, search
 from densenas.training.device import pick_device
