@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 
 from densenas.files import root
@@ -81,8 +82,6 @@ def as_yaml(stage):
 
 def on_gpu(device):
     """Whether the jobs that compute on this device have a GPU here, which they would share."""
-    import torch  # takes seconds, and most runs have no such jobs
-
     return device != "cpu" and torch.cuda.is_available()
 
 
@@ -169,7 +168,8 @@ if SETTINGS.evidence:
     SETTINGS_09 = SETTINGS.stages(INPUT_SIZE)["09-evidence"]
     STUDY = Study(Run(RUN), SETTINGS_09)
     THREADS = workflow.cores if on_gpu(SETTINGS_09.device) else 1
-    HOW = [SETTINGS_09.precision, SETTINGS_09.device, SETTINGS_09.deterministic]
+    HOW = [SETTINGS_09.precision, SETTINGS_09.device]
+    HOW += ["deterministic"] if SETTINGS_09.deterministic else []
     HOW += [CONTENTS[stage] for stage in ("05-retrain", "09-evidence") if CONTENTS.get(stage)]
 
     def searches(wildcards):

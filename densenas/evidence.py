@@ -63,10 +63,10 @@ class Study:
     """A comparison at equal cost on a run's data and space, as its settings have it.
 
     For each target there are so many searches of each way, random networks within 5 % of the target, uniform over
-    architectures, others as deep as what each way found, and hand-made ones. All are trained alike, with seed 0 but for
-    more trainings of hand-made ones and of what a way found before. Each step keeps its result in runs/<run>/evidence/,
-    goes on from its own checkpoint after a kill and depends on its job's `searches` alone. What the run's `truth` knows
-    is not trained again, what it does not know is added. ValueError with one sentence where there can be no such study.
+    architectures, others as deep as what each way found, and hand-made ones. All are trained alike, with seed 0; only
+    what is trained again takes the next. Each step keeps its result in runs/<run>/evidence/, goes on after a kill and
+    depends on its job's `searches` alone. What the run's `truth` knows is not trained again, what it does not know is
+    added. ValueError with one sentence where there can be no such study.
     """
 
     run: Run
@@ -221,17 +221,17 @@ class Study:
 
     def _search(self, job: Job) -> Search:
         """The search of a job, gone on with or, where it is done, read."""
-        how, recipe = self._computing(job.number), self.search_recipe(job.way)
+        recipe, how = self.search_recipe(job.way), self._computing(job.number)
         return search(self.folder(job), self.data, self.table, recipe, job.target, how)
 
     def _kept_search(self, job: Job) -> Search:
         """The finished search of a job, on whatever device it was made; without one what `_search` gives."""
-        found = self._found(job)
+        found, recipe = self._found(job), self.search_recipe(job.way)
         with suppress(FileNotFoundError, ValueError):
             kept = load_search(self.folder(job), self.table, len(self.data.classes))
             # Else a search by other settings has begun there since.
-            whole = len(kept.history) == self.search_recipe(job.way).epochs
-            if found and whole and found["net_config"] == str(kept.best.architecture):
+            same = kept.configuration["recipe"] == recipe.model_dump(mode="json")
+            if found and same and len(kept.history) == recipe.epochs:
                 return kept
         return self._search(job)
 
@@ -286,17 +286,22 @@ class Study:
     def _trained(self, job: Job) -> Path:
         return self.folder(job).work / "result.json"
 
+    @property
+    def _how(self) -> list[str]:
+        """What was kept before there was `deterministic` serves where that is not asked for."""
+        return [self.settings.precision] + ["deterministic"] * self.settings.deterministic
+
     def _search_settings(self, job: Job) -> str:
         costs = [self.table.nested(), self.table.space.model_dump(exclude={*RECIPES})]
         recipe = self.search_recipe(job.way)
         decisive: list[Any] = [costs, recipe.model_dump(), job.target, job.number]
-        decisive += [self.settings.precision, self.data.digest]
+        decisive += [*self._how, self.data.digest]
         return digest(decisive + _code([*self.table.space.own_ops, recipe.loss]))
 
     def _training_settings(self, network: Network) -> str:
         arch = str(network.architecture)
         recipe = self.retrain_recipe.model_dump()
-        decisive = [arch, recipe, network.seed, self.settings.precision, self.data.digest]
+        decisive = [arch, recipe, network.seed, *self._how, self.data.digest]
         ops = network.architecture.own_ops if network.architecture else []
         return digest(decisive + _code([*ops, self.retrain_recipe.loss]))
 

@@ -457,9 +457,7 @@ def test_memory_that_does_not_suffice_is_said_with_what_to_change(root):
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    sentence = (
-        r"the search does not fit .*: lower batch_size or take more devices \(CUDA out of memory"
-    )
+    sentence = r"cpu has too little memory: lower batch_size, .* more devices \(CUDA out of memory"
     with before_each_step(run_out), refused(ValueError, sentence):
         train(root, "search", epochs=1)
 

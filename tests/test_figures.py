@@ -15,6 +15,7 @@ from densenas import Architecture, CostTable, SearchSpace, figures
 from densenas.explore import undecided
 from densenas.figures.results import pareto
 from densenas.method.derivation import Lattice
+from densenas.method.probabilities import visit_probabilities
 
 OPS = ["mbconv_k3_t3", "mbconv_k7_t6"]
 ONE_BLOCK = make_space(
@@ -99,6 +100,8 @@ def test_probable_edges_are_thick_and_the_derived_path_is_red():
     assert {name for name, arrow in arrows.items() if red(arrow)} == steps
     boxes = [box for box in figure.findobj(FancyBboxPatch) if box.get_gid()]
     assert {box.get_gid() for box in boxes if red(box)} == {f"node-{i}" for i in path}
+    strength = [box.get_facecolor()[3] for box in boxes]
+    assert strength == pytest.approx(visit_probabilities(trace[1]).tolist()) and min(strength) < 0.5
     others = {edge: arrows["edge-{}-{}".format(*edge)] for edge in DIGITS.edges}
     thin = [edge for edge, arrow in others.items() if not red(arrow)]
     thin.sort(key=lambda edge: float(trace[1][edge]))

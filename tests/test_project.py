@@ -207,7 +207,7 @@ def test_the_readmes_run_can_be_made(tmp_path, monkeypatch):
             "target_cost: 400",
             r"search\.target_cost: .*no architecture of 388 to 412 million.*it reaches from .* to ",
         ),
-        ("networks: 30", "networks: 1", r"cost\.networks: .*at least 3 networks"),
+        ("networks: 30", "networks: 2", r"cost\.networks: .*at least 3 networks"),
         ("networks: 30", "kind: joules", r"cost\.kind.*mult_adds.*latency.*joules"),
         ("seed: 0", "seed: true", r"seed: .*integer.*True"),
         ("seed: 0", "device: gpu", r"device: expected auto, cpu, cuda or one GPU.*gpu"),

@@ -269,7 +269,7 @@ def _received(pieces: Iterator[Tensor]) -> Tensor:
         reason = str(error).splitlines()[-1].removeprefix("ValueError: ")
         raise ValueError(reason) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # or else it was killed
             raise
         raise RuntimeError(
             "a process that decodes images was killed, as where memory or /dev/shm is"

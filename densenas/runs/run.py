@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -16,13 +16,10 @@ from densenas.files import atomic, write_text
 from densenas.runs.locks import locked, locked_once
 from densenas.runs.provenance import environment
 
+if TYPE_CHECKING:  # importing it takes half a second
+    from matplotlib.figure import Figure
+
 OVERVIEW = "index.html"  # in reports/, beside the runs
-
-
-class Savable(Protocol):
-    """A figure of matplotlib, which takes half a second to import."""
-
-    def savefig(self, fname: Any, **options: Any) -> None: ...
 
 
 class Run:
@@ -150,7 +147,7 @@ class Run:
             history = history.sort_values(["stage", "epoch"], ascending=[False, True])
             write_text(self.reports / "history.csv", history.to_csv(index=False))
 
-    def save_figure(self, figure: Savable, name: str, caption: str) -> Savable:
+    def save_figure(self, figure: Figure, name: str, caption: str) -> Figure:
         """Writes figures/<name>.svg and .png with its caption, and returns the figure, so that a notebook shows it."""
         folder = self.reports / "figures"
         with atomic(folder / f"{name}.svg") as partial:

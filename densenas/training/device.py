@@ -70,6 +70,11 @@ def computing_on(how: Computing) -> Iterator[torch.device]:
             # Timers wait for the current device, and memory is pinned for it.
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 yield device
+        except torch.OutOfMemoryError as error:
+            lower = "lower batch_size, or train on more devices"
+            raise ValueError(
+                f"{device} has too little memory: {lower} ({one_line(error)})"
+            ) from None
         finally:
             convolutions.fp32_precision, products.fp32_precision = before
             torch.use_deterministic_algorithms(deterministic)

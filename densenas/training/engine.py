@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenas.files import one_line, writing
+from densenas.files import writing
 from densenas.images.loading import Batches, seed_of
 from densenas.ranks import rank_and_world
 from densenas.runs.progress import epoch_may_have_ended, progress, spare
@@ -47,7 +47,7 @@ def resumable(
     after every epoch, every two minutes within one, and on Ctrl-C or SIGTERM; <stage>.previous.pt is the one before,
     <stage>.best.pt that of the epoch with the highest accuracy on val, or on train as long as there is no pass over
     val. Raises FloatingPointError, naming the step, where a loss or a part's state is not finite: no checkpoint holds
-    such. Raises OSError with one sentence where the disk is full, ValueError where the device's memory is.
+    such. Raises OSError with one sentence where the disk is full.
     """
     keep_freed_memory()
     warn_of_long_spins()
@@ -59,9 +59,6 @@ def resumable(
             yield Training(checkpoint, display, interruption, len(steps))
         except FloatingPointError as error:
             raise checkpoint.not_finite(str(error)) from None
-        except torch.OutOfMemoryError as error:
-            fits = "does not fit into the device's memory: lower batch_size or take more devices"
-            raise ValueError(f"the {stage} {fits} ({one_line(error)})") from None
         finally:
             # One left open would come back below the bar of the call that goes on.
             display.bar.close()
