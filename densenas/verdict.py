@@ -179,9 +179,7 @@ def not_compared(results: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     epochs = results["epochs"].max()
     rows = truth[(truth["epochs"] == epochs) & (truth["seed"] == 0)]
     rows = rows[~rows["net_config"].isin(results["net_config"])].drop_duplicates("net_config")
-    top1 = rows.get(
-        f"top1_{epochs}", pd.Series(dtype=float)
-    )  # no column where no row is of so many
+    top1 = rows.get(f"top1_{epochs}", pd.Series(dtype=float))  # of none there is no column
     groups = rows.assign(top1=100 * top1).groupby(["target", "group"])
     return groups.agg(n=("top1", "size"), layers=("layers", "mean"), mean=("top1", "mean"))
 
