@@ -206,8 +206,7 @@ class Study:
         return override(space.retrain, **(self.settings.retrain or {}))
 
     def _computing(self, seed: int) -> Computing:
-        names = {"precision", "device", "deterministic"}
-        return Computing(seed=seed, **self.settings.model_dump(include=names))
+        return Computing(seed=seed, **self.settings.model_dump(include={*Computing.model_fields}))
 
     def run_search(self, job: Job) -> None:
         """Searches for the target and keeps what was derived."""
@@ -230,7 +229,8 @@ class Study:
         with suppress(FileNotFoundError, ValueError):
             kept = load_search(self.folder(job), self.table, len(self.data.classes))
             # Else a search by other settings has begun there since.
-            same = kept.configuration["recipe"] == recipe.model_dump(mode="json")
+            now = {"recipe": recipe.model_dump(mode="json"), "data": self.data.digest}
+            same = now.items() <= kept.configuration.items()
             if found and same and len(kept.history) == recipe.epochs:
                 return kept
         return self._search(job)

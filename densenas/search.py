@@ -72,12 +72,8 @@ def search(
             "cost": table.nested(),
             "target_cost": target_cost,
             "data": data.digest,
-            "seed": how.seed,
-            "precision": how.precision,
-            "device": device.type,
+            **how.decisive(device.type),
         }
-        if device.type == "cuda" and how.deterministic:
-            configuration["deterministic"] = True
         if code := own.codes([*table.space.own_ops, recipe.loss]):
             configuration["code"] = code
         parts = trainer.parts() | {"trace": trace}

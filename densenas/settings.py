@@ -187,6 +187,11 @@ class Computing(Settings):
     device: Device = "auto"
     deterministic: bool = False  # refuse CUDA kernels that do not repeat exactly; a CPU always does
 
+    def decisive(self, kind: str) -> dict[str, Any]:
+        """What decides the outcome on a device of this kind, for the configuration of a training."""
+        asked = {"deterministic": True} if kind == "cuda" and self.deterministic else {}
+        return {"seed": self.seed, "precision": self.precision, "device": kind, **asked}
+
 
 class TrainingSettings(Computing):
     """What search and retraining share. None is the recipe of the space."""

@@ -70,12 +70,8 @@ def retrain(
             "model": model,
             "recipe": recipe.model_dump(mode="json"),
             "data": data.digest,
-            "seed": how.seed,
-            "precision": how.precision,
-            "device": device.type,
+            **how.decisive(device.type),
         }
-        if device.type == "cuda" and how.deterministic:
-            configuration["deterministic"] = True
         if code := _codes(model, net, recipe):
             configuration["code"] = code
         if looks:

@@ -82,7 +82,7 @@ def test_changelog_and_citation_are_of_the_projects_version():
 
 # Of the package, as benchmarks/measures.py counts them: what may shrink, and not grow.
 LIMITS = {
-    "lines": 10_250,
+    "lines": 10_245,
     "lines of a file": 400,
     "lines of a function": 60,
     "percent of lines over 100 characters": 6,
@@ -207,6 +207,7 @@ def test_the_readmes_run_can_be_made(tmp_path, monkeypatch):
             "target_cost: 400",
             r"search\.target_cost: .*no architecture of 388 to 412 million.*it reaches from .* to ",
         ),
+        ("networks: 30", "networks: 1", r"cost\.networks: .*at least 3 networks"),
         ("networks: 30", "networks: 2", r"cost\.networks: .*at least 3 networks"),
         ("networks: 30", "kind: joules", r"cost\.kind.*mult_adds.*latency.*joules"),
         ("seed: 0", "seed: true", r"seed: .*integer.*True"),
